@@ -1,0 +1,21 @@
+"""Errors that a user can mend. Each message is one line: what is wrong, where, and what would work."""
+
+
+class EngineError(Exception):
+    """Base of every error that the engine raises on purpose; commands print it and exit with code 1."""
+
+
+class CheckpointError(EngineError):
+    """A model file is missing, damaged, or does not hold the tensors its architecture needs."""
+
+
+class ConfigError(EngineError):
+    """A configuration or an option has an unknown field or a value that cannot work."""
+
+
+class BudgetError(EngineError):
+    """The memory budget is smaller than the least that the model runs with."""
+
+
+class TokenizerError(EngineError):
+    """A tokenizer is missing or damaged, or text or token ids do not fit its vocabulary."""
