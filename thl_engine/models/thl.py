@@ -1,0 +1,277 @@
+"""THL: GRU tiers on clocks, a window of recent embeddings, and a bank of memory slots (THL upstream 0.2.0).
+
+Notation: B batch, K tiers of width d_k, e embedding [B, d_e], J slots of width d_m, H heads of d_h, d_v value width.
+Step t reads, in this order: local window, memory, the tiers whose clock divides t, the write candidate.
+
+Projections are moved off the stored rows. Published code computes keys W_k·M_j and values W_v·M_j of all J slots
+each step; q·(W_k M_j) = (W_kᵀ q)·M_j and Σ α W_v M_j = W_v Σ α M_j need one product each. The same holds for the window.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from math import lcm, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thl_engine.config import THLConfig
+from thl_engine.errors import CheckpointError
+from thl_engine.schedule import Block, Walk
+
+Record = Callable[[str, Tensor], None]
+
+
+@dataclass
+class State:
+    """Everything a batch of sequences needs to continue; fixed size however long they get.
+
+    tiers: K tensors [B, d_k]; memory [B, J, d_m]; norms [B, J] (of the memory's slots, derived); read_ema, write_ema
+    [B, J]; last_read, last_write int64 [B, J]; local_buffer [B, W, d_e], oldest first, `local_valid` entries in use.
+    """
+
+    timestep: int
+    tiers: list[Tensor]
+    memory: Tensor
+    norms: Tensor
+    read_ema: Tensor
+    write_ema: Tensor
+    last_read: Tensor
+    last_write: Tensor
+    local_buffer: Tensor
+    local_valid: int
+
+    @property
+    def batch_size(self) -> int:
+        return self.memory.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the state occupies on its device."""
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    def clone(self) -> "State":
+        """An independent copy: stepping one leaves the other as it is."""
+        copies = {f.name: _copy(getattr(self, f.name)) for f in fields(self)}
+        return State(**copies)
+
+    def detach(self) -> "State":
+        """The same values cut off from the graph that made them, for truncated backpropagation."""
+        cut = {f.name: v.detach() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, tiers=[s.detach() for s in self.tiers], **cut)
+
+    def named(self) -> dict[str, Tensor]:
+        """The fields under their published names, not copied; `norms` is left out because the memory gives it."""
+        tiers = {f"tier{k}": s for k, s in enumerate(self.tiers)}
+        return {"timestep": torch.tensor(self.timestep), **tiers, "memory_state": self.memory,
+                "read_ema": self.read_ema, "write_ema": self.write_ema, "last_read": self.last_read,
+                "last_write": self.last_write, "local_buffer": self.local_buffer,
+                "local_valid": torch.tensor(self.local_valid)}
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Copies of the fields under their published names on the CPU, enough to restart anywhere."""
+        return {name: value.detach().cpu().clone() for name, value in self.named().items()}
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.tiers, *(v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))]
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return [item.clone() for item in value] if isinstance(value, list) else value
+
+
+def blocks(config: THLConfig) -> tuple[Block, ...]:
+    """All tensors of the published state dict, those that a step reads first in the order of reading."""
+    c = config
+    first, last = c.tier_dims[0], c.tier_dims[-1]
+    window = "matrix" if c.local_window else "unused"
+    out = [
+        Block("embedding.weight", (c.vocab_size, c.embedding_dim), "table"),
+        Block("local_attn.q.weight", (c.query_dim, c.embedding_dim), window),
+        Block("local_attn.k.weight", (c.query_dim, c.embedding_dim), window),
+        Block("local_attn.v.weight", (c.value_dim, c.embedding_dim), window),
+        Block("router.W_q.weight", (c.num_heads * c.head_dim, c.embedding_dim + first + last), "matrix"),
+        Block("router.W_k.weight", (c.num_heads * c.head_dim, c.memory_dim), "matrix"),
+        Block("router.W_v.weight", (c.value_dim, c.memory_dim), "matrix"),
+    ]
+    below = c.embedding_dim
+    for k, width in enumerate(c.tier_dims):
+        for gate in ("W_z", "W_r", "W_h"):
+            out.append(Block(f"tiers.cells.{k}.{gate}.weight", (width, width + below + c.value_dim), "matrix"))
+            out.append(Block(f"tiers.cells.{k}.{gate}.bias", (width,), "vector"))
+        below = width
+    out += [
+        Block("writer.W_w.weight", (c.memory_dim, first + last), "matrix"),
+        Block("writer.W_w.bias", (c.memory_dim,), "vector"),
+        Block("layer_norm.weight", (c.state_dim,), "vector"),
+        Block("layer_norm.bias", (c.state_dim,), "vector"),
+        Block("output_head.weight", (c.vocab_size, c.state_dim), "matrix"),
+        Block("output_head.bias", (c.vocab_size,), "vector"),
+        # Used by the published code only where a model has no memory, which no configuration can say.
+        Block("writer.W_r.weight", (c.memory_dim, c.value_dim), "unused"),
+    ]
+    return tuple(out)
+
+
+def walk(config: THLConfig) -> Walk:
+    """Matrices read by each step; a tier's three only on its clock. The period is the clocks' common multiple."""
+    window = ("local_attn.q.weight", "local_attn.k.weight", "local_attn.v.weight") if config.local_window else ()
+    before = (*window, "router.W_q.weight", "router.W_k.weight", "router.W_v.weight")
+
+    def reads(t: int) -> tuple[str, ...]:
+        due = [k for k, clock in enumerate(config.tier_timescales) if t % clock == 0]
+        tiers = [f"tiers.cells.{k}.{gate}.weight" for k in due for gate in ("W_z", "W_r", "W_h")]
+        return (*before, *tiers, "writer.W_w.weight")
+
+    return Walk(tuple(reads(t) for t in range(lcm(*config.tier_timescales))))
+
+
+def head(config: THLConfig) -> tuple[str, ...]:
+    """Matrices that only the logits need."""
+    return ("output_head.weight",)
+
+
+def initial(config: THLConfig, block: Block, rows: slice, generator: torch.Generator) -> Tensor:
+    """Rows of a freshly initialised tensor, float32.
+
+    Embeddings are standard normal, matrices Xavier-uniform, biases zero and the norm's scale one, as the recorded
+    published weights show.
+    """
+    count = len(range(*rows.indices(block.shape[0])))
+    shape = (count, *block.shape[1:])
+    if block.kind == "table":
+        return torch.randn(shape, generator=generator)
+    if block.kind == "vector":
+        return torch.ones(shape) if block.name == "layer_norm.weight" else torch.zeros(shape)
+    bound = sqrt(6.0 / sum(block.shape))
+    return torch.rand(shape, generator=generator).mul_(2.0 * bound).sub_(bound)
+
+
+def init_state(config: THLConfig, batch_size: int, device: torch.device | str = "cpu") -> State:
+    """The empty state of `batch_size` fresh sequences."""
+    c = config
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
+
+    slots = c.memory_slots
+    return State(timestep=0, tiers=[zeros(d) for d in c.tier_dims], memory=zeros(slots, c.memory_dim),
+                 norms=zeros(slots), read_ema=zeros(slots), write_ema=zeros(slots),
+                 last_read=zeros(slots, dtype=torch.int64), last_write=zeros(slots, dtype=torch.int64),
+                 local_buffer=zeros(c.local_window, c.embedding_dim), local_valid=0)
+
+
+def state_from_dict(config: THLConfig, values: Mapping[str, Tensor], ops: Any,
+                    device: torch.device | str = "cpu") -> State:
+    """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong shape."""
+    batch = values["memory_state"].shape[0] if "memory_state" in values and values["memory_state"].dim() == 3 else 1
+    expected = init_state(config, batch, "meta").named()
+    for name in values.keys() - expected.keys():
+        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
+    taken: dict[str, Tensor] = {}
+    for name, like in expected.items():
+        if name not in values:
+            raise CheckpointError(f"state: field {name!r} is missing")
+        value = values[name]
+        if tuple(value.shape) != tuple(like.shape):
+            raise CheckpointError(f"state: field {name!r} has shape {list(value.shape)}, expected {list(like.shape)}")
+        taken[name] = value.detach().to(device=device, dtype=like.dtype, copy=True).contiguous()
+    valid, step_count = int(taken["local_valid"]), int(taken["timestep"])
+    if not 0 <= valid <= config.local_window or step_count < 0:
+        raise CheckpointError(f"state: timestep {step_count} and local_valid {valid} must be at least 0 and "
+                              f"local_valid at most local_window ({config.local_window})")
+    return State(timestep=step_count, tiers=[taken[f"tier{k}"] for k in range(config.num_tiers)],
+                 memory=taken["memory_state"], norms=ops.slot_norms(taken["memory_state"]),
+                 read_ema=taken["read_ema"], write_ema=taken["write_ema"], last_read=taken["last_read"],
+                 last_write=taken["last_write"], local_buffer=taken["local_buffer"], local_valid=valid)
+
+
+def step(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
+         record: Record | None = None) -> tuple[Tensor, State]:
+    """One step of every sequence in the batch.
+
+    tokens: int64 [B]. Returns the normalised tier states [B, Σ d_k], which `logits` projects to the vocabulary, and
+    the next state; ops may update the given state's tensors in place. `record` receives named intermediates.
+    """
+    c, t = config, state.timestep
+    embedded = ops.gather(weights["embedding.weight"], tokens)
+    local, buffer, valid = _read_window(c, weights, ops, embedded, state)
+    read, read_ema, last_read = _read_memory(c, weights, ops, embedded, state, record)
+
+    tiers, below, context = list(state.tiers), embedded, read + local
+    for k, clock in enumerate(c.tier_timescales):
+        if t % clock == 0:
+            tiers[k] = _tick(weights, ops, f"tiers.cells.{k}.", tiers[k], below, context)
+        below, context = tiers[k], read
+
+    candidate = ops.linear(torch.cat([tiers[0], tiers[-1]], dim=-1), weights["writer.W_w.weight"],
+                           weights["writer.W_w.bias"])
+    written = ops.novelty_write(
+        candidate, state.memory, state.norms, read_ema, state.write_ema, state.last_write, t,
+        slots=c.write_slots, clip_max=c.write_clip_max, theta=c.novelty_theta, beta=c.novelty_beta,
+        decay=c.memory_decay, ema_decay=c.write_ema_decay, stale_weight=c.stale_weight,
+        underuse_weight=c.underuse_weight)
+    if record is not None:
+        record("local_read", local)
+        record("write_vector", written.vector)
+        record("gate", written.gate)
+        record("novelty", written.novelty)
+        record("write_branch", written.branch)
+        record("write_indices", written.indices)
+
+    hidden = ops.layer_norm(torch.cat(tiers, dim=-1), weights["layer_norm.weight"], weights["layer_norm.bias"])
+    return hidden, State(timestep=t + 1, tiers=tiers, memory=written.memory, norms=written.norms, read_ema=read_ema,
+                         write_ema=written.write_ema, last_read=last_read, last_write=written.last_write,
+                         local_buffer=buffer, local_valid=valid)
+
+
+def logits(config: THLConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
+    """Scores of the next token. hidden [N, Σ d_k] as returned by `step` -> float32 [N, vocab_size]."""
+    return ops.linear(hidden, weights["output_head.weight"], weights["output_head.bias"])
+
+
+def _read_window(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State) -> tuple[Tensor, Tensor, int]:
+    """Attention over the embeddings before this one, then this one joins them: (read [B, d_v], buffer, valid)."""
+    if c.local_window == 0:
+        return embedded.new_zeros(embedded.shape[0], c.value_dim), state.local_buffer, 0
+    # An empty window reads the same matrices (their product with zeros), so that the schedule is the same at t = 0.
+    query = ops.linear(embedded, weights["local_attn.q.weight"])
+    query = ops.linear_transposed(query, weights["local_attn.k.weight"])
+    mixed = ops.window_mix(query, state.local_buffer, state.local_valid, scale=1.0 / sqrt(c.query_dim))
+    local = ops.linear(mixed, weights["local_attn.v.weight"])
+    buffer, valid = ops.window_append(state.local_buffer, state.local_valid, embedded)
+    return local, buffer, valid
+
+
+def _read_memory(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State,
+                 record: Record | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sparse read of the slots: (value [B, d_v], read_ema, last_read)."""
+    batch = embedded.shape[0]
+    context = torch.cat([embedded, state.tiers[0], state.tiers[-1]], dim=-1)
+    query = ops.linear(context, weights["router.W_q.weight"]).view(batch, c.num_heads, c.head_dim)
+    query = ops.linear_transposed_heads(query, weights["router.W_k.weight"])  # [B, H, d_m]
+    scores = ops.slot_scores(query, state.memory, state.read_ema, scale=1.0 / sqrt(c.head_dim),
+                             load_penalty=c.load_penalty)
+    alpha, indices = ops.slot_topk(scores, c.read_topk, c.read_slot_capacity)
+    mixed = ops.slot_mix(alpha, indices, state.memory)  # [B, H, d_m]
+    read = ops.linear_heads(mixed, weights["router.W_v.weight"])
+    read_ema, last_read = ops.read_metadata(alpha, indices, state.read_ema, state.last_read, state.timestep,
+                                            decay=c.read_ema_decay)
+    if record is not None:
+        record("router_alpha", alpha)
+        record("router_indices", indices)
+        record("router_read", read)
+    return read, read_ema, last_read
+
+
+def _tick(weights: Any, ops: Any, prefix: str, state: Tensor, below: Tensor, context: Tensor) -> Tensor:
+    """One update of a tier's GRU cell: state [B, d_k], the tier below [B, in_k], what was read [B, d_v]."""
+    def gate(name: str, inputs: Tensor) -> Tensor:
+        return ops.linear(inputs, weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"])
+
+    inputs = torch.cat([state, below, context], dim=-1)
+    update, reset = gate("W_z", inputs), gate("W_r", inputs)
+    inputs = torch.cat([ops.gru_reset(reset, state), below, context], dim=-1)
+    return ops.gru_update(update, gate("W_h", inputs), state)

@@ -1,0 +1,248 @@
+"""The operations that models are written in, on each backend: torch reference (any device, differentiable) or native.
+
+Models call an ops object; a backend is chosen once, when the engine starts. Operations may update the state tensors
+that they are given in place; they return the tensors to use from then on.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thl_engine import native
+from thl_engine.errors import ConfigError
+from thl_engine.kernels import linear as linear_kernels
+from thl_engine.kernels import slot_memory, tier_cell, window_attention
+from thl_engine.weights import Matrix, Part, Table
+
+LAYER_NORM_EPS = 1e-5
+
+
+class ReferenceOps:
+    """Plain torch on float32 values of the weights."""
+
+    name = "reference"
+
+    gru_reset = staticmethod(tier_cell.gru_reset)
+    gru_update = staticmethod(tier_cell.gru_update)
+    window_mix = staticmethod(window_attention.window_mix)
+    window_append = staticmethod(window_attention.window_append)
+    slot_scores = staticmethod(slot_memory.slot_scores)
+    slot_topk = staticmethod(slot_memory.slot_topk)
+    slot_mix = staticmethod(slot_memory.slot_mix)
+    slot_norms = staticmethod(slot_memory.slot_norms)
+    read_metadata = staticmethod(slot_memory.read_metadata)
+    novelty_write = staticmethod(slot_memory.novelty_write)
+
+    def gather(self, table: Table, ids: Tensor) -> Tensor:
+        """Rows of a table: int64 [B] -> float32 [B, C]."""
+        return table.rows(ids)
+
+    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        """x [B, C] -> [B, R]."""
+        out = [linear_kernels.linear(x, _widen(part), None if bias is None else bias[part.start : part.stop])
+               for part in matrix.parts()]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+
+    def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """Each head's features through its own rows: x [B, H, C], matrix [R, C] -> [B, R], R/H rows a head."""
+        batch, heads, _ = x.shape
+        out = [linear_kernels.linear(x[:, h], _widen(part)) for part, h, _ in _by_head(matrix, heads)]
+        return torch.cat(out, dim=-1)
+
+    def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """x [B, R] times matrix [R, C]: [B, C]."""
+        out = x.new_zeros(x.shape[0], matrix.shape[1])
+        for part in matrix.parts():
+            out = out + linear_kernels.linear_transposed(x[:, part.start : part.stop], _widen(part))
+        return out
+
+    def linear_transposed_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """x [B, H, R/H] times each head's rows of matrix [R, C]: [B, H, C]."""
+        batch, heads, per_head = x.shape
+        out = [x.new_zeros(batch, matrix.shape[1]) for _ in range(heads)]
+        for part, h, first in _by_head(matrix, heads):
+            values = x[:, h, first : first + part.stop - part.start]
+            out[h] = out[h] + linear_kernels.linear_transposed(values, _widen(part))
+        return torch.stack(out, dim=1)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Over the last axis, biased variance."""
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+
+
+class TrainingOps(ReferenceOps):
+    """The reference with Gumbel noise on the router's scores, as the published model trains."""
+
+    name = "training"
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+
+    def slot_topk(self, scores: Tensor, k: int, capacity: int | None = None) -> tuple[Tensor, Tensor]:
+        uniform = torch.rand(scores.shape, generator=self.generator, device=scores.device)
+        noise = -torch.log(-torch.log(uniform + 1e-9) + 1e-9)
+        return slot_memory.slot_topk(scores + noise, k, capacity)
+
+
+class NativeOps(ReferenceOps):
+    """Compiled C++ on CPU tensors, for inference; what is not overridden here is cheap in torch."""
+
+    name = "native"
+
+    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        out = torch.empty(x.shape[0], matrix.shape[0])
+        product = _Product(x)
+        for part in matrix.parts():
+            rows = slice(part.start, part.stop)
+            product.into(out[:, rows], part, None if bias is None else bias[rows])
+        return out
+
+    def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
+        heads = x.shape[1]
+        out = torch.empty(x.shape[0], matrix.shape[0])
+        products = [_Product(x[:, h]) for h in range(heads)]
+        per_head = matrix.shape[0] // heads
+        for part, h, first in _by_head(matrix, heads):
+            start = h * per_head + first
+            products[h].into(out[:, start : start + part.stop - part.start], part, None)
+        return out
+
+    def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
+        out = torch.zeros(x.shape[0], matrix.shape[1])
+        for part in matrix.parts():
+            _transposed_into(out, x[:, part.start : part.stop], part)
+        return out
+
+    def linear_transposed_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
+        batch, heads, _ = x.shape
+        out = torch.zeros(batch, heads, matrix.shape[1])
+        for part, h, first in _by_head(matrix, heads):
+            _transposed_into(out[:, h], x[:, h, first : first + part.stop - part.start], part)
+        return out
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        native.layer_norm(x, weight, bias, LAYER_NORM_EPS, out)
+        return out
+
+    def gru_reset(self, reset: Tensor, state: Tensor) -> Tensor:
+        out = torch.empty_like(state)
+        native.gru_reset(reset, state, out)
+        return out
+
+    def gru_update(self, update: Tensor, candidate: Tensor, state: Tensor) -> Tensor:
+        native.gru_update(update, candidate, state)
+        return state
+
+    def window_mix(self, query: Tensor, buffer: Tensor, valid: int, scale: float) -> Tensor:
+        out = torch.empty_like(query)
+        native.window_scores_mix(query, buffer, valid, scale, out)
+        return out
+
+    def window_append(self, buffer: Tensor, valid: int, entry: Tensor) -> tuple[Tensor, int]:
+        width = buffer.shape[1]
+        if valid == width:
+            buffer[:, :-1] = buffer[:, 1:].clone()
+            valid -= 1
+        buffer[:, valid] = entry
+        return buffer, valid + 1
+
+    def slot_scores(self, query: Tensor, memory: Tensor, read_ema: Tensor, scale: float,
+                    load_penalty: float) -> Tensor:
+        out = torch.empty(*query.shape[:2], memory.shape[1])
+        native.slot_scores(query, memory, read_ema, scale, load_penalty, out)
+        return out
+
+    def slot_topk(self, scores: Tensor, k: int, capacity: int | None = None) -> tuple[Tensor, Tensor]:
+        indices = torch.empty(*scores.shape[:2], k, dtype=torch.int64)
+        alpha = torch.empty(*scores.shape[:2], k)
+        native.slot_topk(scores, k, indices, alpha, -1 if capacity is None else capacity)
+        return alpha, indices
+
+    def slot_mix(self, alpha: Tensor, indices: Tensor, memory: Tensor) -> Tensor:
+        out = torch.empty(*indices.shape[:2], memory.shape[2])
+        native.slot_mix(alpha, indices, memory, out)
+        return out
+
+    def slot_norms(self, memory: Tensor) -> Tensor:
+        out = torch.empty(memory.shape[:2])
+        native.slot_norms(memory, out)
+        return out
+
+    def read_metadata(self, alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, t: int,
+                      decay: float) -> tuple[Tensor, Tensor]:
+        native.read_metadata(alpha, indices, read_ema, last_read, decay, t)
+        return read_ema, last_read
+
+    def novelty_write(self, candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Tensor, write_ema: Tensor,
+                      last_write: Tensor, t: int, *, slots: int, **rule: float) -> slot_memory.Write:
+        batch = candidate.shape[0]
+        vector, gate, novelty = torch.empty_like(candidate), torch.empty(batch), torch.empty(batch)
+        branch = torch.empty(batch, dtype=torch.int64)
+        indices = torch.empty(batch, slots, dtype=torch.int64)
+        native.novelty_write(candidate, memory, norms, read_ema, write_ema, last_write, t, vector, gate, novelty,
+                             branch, indices, **rule)
+        return slot_memory.Write(memory, norms, write_ema, last_write, vector, gate, novelty, branch, indices)
+
+
+class _Product:
+    """Activations x [B, C] times parts of one matrix; int8 parts share one packing of the activations."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self.packed: Any = None
+
+    def into(self, out: Tensor, part: Part, bias: Tensor | None) -> None:
+        if part.scales is None:
+            native.linear_float(self.x, part.data, bias, out)
+            return
+        if self.packed is None:
+            self.packed = native.pack_activations(self.x)
+        native.linear_int8(self.packed, part.data, part.scales, bias, out)
+
+
+def _transposed_into(out: Tensor, x: Tensor, part: Part) -> None:
+    if part.scales is None:
+        native.linear_float_transposed(x, part.data, out, True)
+    else:
+        native.linear_int8_transposed(x, part.data, part.scales, out, True)
+
+
+def _widen(part: Part) -> Tensor:
+    return linear_kernels.widen(part.data, part.scales, part.group)
+
+
+def _by_head(matrix: Matrix, heads: int):
+    """Parts cut at the boundaries between heads: (part, head, its first row within the head)."""
+    per_head = matrix.shape[0] // heads
+    for part in matrix.parts():
+        start = part.start
+        while start < part.stop:
+            h = start // per_head
+            stop = min(part.stop, (h + 1) * per_head)
+            rows = slice(start - part.start, stop - part.start)
+            scales = None if part.scales is None else part.scales[rows]
+            yield Part(start, stop, part.data[rows], scales, part.group), h, start - h * per_head
+            start = stop
+
+
+def _native() -> ReferenceOps:
+    if not native.available():
+        raise ConfigError(f"backend 'native' is not available: {native.reason()}; use backend 'reference'")
+    return NativeOps()
+
+
+BACKENDS: dict[str, Callable[[], ReferenceOps]] = {"reference": ReferenceOps, "native": _native}
+
+
+def load_ops(backend: str, device: str) -> ReferenceOps:
+    """The ops of a backend. "auto" takes native on the CPU where it was built, and the reference elsewhere."""
+    if backend == "auto":
+        backend = "native" if device == "cpu" and native.available() else "reference"
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend {backend!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
+    if backend == "native" and device != "cpu":
+        raise ConfigError(f"backend 'native' computes on the CPU, not on {device!r}; use backend 'auto'")
+    return BACKENDS[backend]()

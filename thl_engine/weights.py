@@ -1,0 +1,73 @@
+"""Weights as ops see them: vectors are plain tensors; matrices come in parts; tables give rows by token id."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [start, stop) of a matrix [R, C] as stored: floats, or int8 with float32 scales [rows] or [rows, groups].
+
+    `group` is the number of columns that share a scale where scales is two-dimensional.
+    """
+
+    start: int
+    stop: int
+    data: Tensor
+    scales: Tensor | None = None
+    group: int | None = None
+
+
+class Matrix(Protocol):
+    """A matrix [R, C]. Its parts come in row order; a part's memory is valid until the next one is asked for."""
+
+    shape: tuple[int, int]
+
+    def parts(self) -> Iterator[Part]: ...
+
+
+class Table(Protocol):
+    """A table [V, C] of which single rows are read."""
+
+    shape: tuple[int, int]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [n, C] of int64 ids [n], all within the table."""
+        ...
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A matrix that is wholly in memory, in the same parts as it would be streamed in."""
+
+    shape: tuple[int, int]
+    held: tuple[Part, ...]
+
+    def parts(self) -> Iterator[Part]:
+        return iter(self.held)
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A float matrix or table that gradients flow through."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.tensor.shape)
+
+    def parts(self) -> Iterator[Part]:
+        yield Part(0, self.tensor.shape[0], self.tensor)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(ids, self.tensor)
+
+
+def trainable(blocks: tuple, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | Trainable]:
+    """Parameters by published name, as a model's step takes them."""
+    return {b.name: parameters[b.name] if b.kind == "vector" else Trainable(parameters[b.name]) for b in blocks}
