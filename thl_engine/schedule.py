@@ -4,8 +4,8 @@ A model lists its tensors as `Block`s and says, for every step, which blocks the
 order (`walk`). Nothing here knows an architecture, a file or a device.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 
 KINDS = ("matrix", "table", "vector", "unused")
 
@@ -35,20 +35,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Walk:
-    """The reads of a repeating schedule: `steps[t % period]` names the matrices that step t reads, in order."""
+    """The matrices that steps read, in order: `clocked` holds (name, clock); step t reads those whose clock divides t.
 
-    steps: tuple[tuple[str, ...], ...]
+    A name that a step reads several times appears several times.
+    """
+
+    clocked: tuple[tuple[str, int], ...]
 
     @property
     def period(self) -> int:
-        return len(self.steps)
+        """Steps after which the reads repeat."""
+        return lcm(*(clock for _, clock in self.clocked))
 
     def reads(self, t: int) -> tuple[str, ...]:
         """Matrices read by step `t`, in order of use."""
-        return self.steps[t % len(self.steps)]
-
-    def following(self, t: int) -> Iterator[str]:
-        """Matrices read from step `t` on, without end."""
-        while True:
-            yield from self.reads(t)
-            t += 1
+        return tuple(name for name, clock in self.clocked if t % clock == 0)

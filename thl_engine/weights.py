@@ -1,11 +1,13 @@
 """Weights as ops see them: vectors are plain tensors; matrices come in parts; tables give rows by token id."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from thl_engine.schedule import Block
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,19 @@ class Table(Protocol):
 
 
 @dataclass(frozen=True)
-class Resident:
-    """A matrix that is wholly in memory, in the same parts as it would be streamed in."""
+class Held:
+    """A matrix in memory as it is: floats, or int8 with scales, in one part."""
 
-    shape: tuple[int, int]
-    held: tuple[Part, ...]
+    data: Tensor
+    scales: Tensor | None = None
+    group: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.data.shape)
 
     def parts(self) -> Iterator[Part]:
-        return iter(self.held)
+        yield Part(0, self.data.shape[0], self.data, self.scales, self.group)
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,6 @@ class Trainable:
         return torch.nn.functional.embedding(ids, self.tensor)
 
 
-def trainable(blocks: tuple, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | Trainable]:
+def trainable(blocks: Iterable[Block], parameters: Mapping[str, Tensor]) -> dict[str, Tensor | Trainable]:
     """Parameters by published name, as a model's step takes them."""
     return {b.name: parameters[b.name] if b.kind == "vector" else Trainable(parameters[b.name]) for b in blocks}

@@ -9,7 +9,7 @@ each step; q·(W_k M_j) = (W_kᵀ q)·M_j and Σ α W_v M_j = W_v Σ α M_j need
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from math import lcm, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
@@ -116,16 +116,12 @@ def blocks(config: THLConfig) -> tuple[Block, ...]:
 
 
 def walk(config: THLConfig) -> Walk:
-    """Matrices read by each step; a tier's three only on its clock. The period is the clocks' common multiple."""
+    """Matrices read by each step; a tier's three only on its clock."""
     window = ("local_attn.q.weight", "local_attn.k.weight", "local_attn.v.weight") if config.local_window else ()
-    before = (*window, "router.W_q.weight", "router.W_k.weight", "router.W_v.weight")
-
-    def reads(t: int) -> tuple[str, ...]:
-        due = [k for k, clock in enumerate(config.tier_timescales) if t % clock == 0]
-        tiers = [f"tiers.cells.{k}.{gate}.weight" for k in due for gate in ("W_z", "W_r", "W_h")]
-        return (*before, *tiers, "writer.W_w.weight")
-
-    return Walk(tuple(reads(t) for t in range(lcm(*config.tier_timescales))))
+    always = (*window, "router.W_q.weight", "router.W_k.weight", "router.W_v.weight")
+    tiers = [(f"tiers.cells.{k}.{gate}.weight", clock)
+             for k, clock in enumerate(config.tier_timescales) for gate in ("W_z", "W_r", "W_h")]
+    return Walk((*((name, 1) for name in always), *tiers, ("writer.W_w.weight", 1)))
 
 
 def head(config: THLConfig) -> tuple[str, ...]:
@@ -216,7 +212,7 @@ def step(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State
     if record is not None:
         record("local_read", local)
         record("write_vector", written.vector)
-        record("gate", written.gate)
+        record("gate", written.gate[:, None])
         record("novelty", written.novelty)
         record("write_branch", written.branch)
         record("write_indices", written.indices)

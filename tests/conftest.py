@@ -1,0 +1,71 @@
+"""Shared by the tests: the recorded cases, the backends that this machine has, and small random models."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from thl_engine import native
+from thl_engine.config import THLConfig
+from thl_engine.models import thl
+
+FIXTURES = Path(__file__).parent / "fixtures"
+RECORDED = Path(__file__).parents[2] / "shared" / "parity"  # more cases may lie here than in the repository
+BACKENDS = ["reference", *(["native"] if native.available() else [])]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded run of a published implementation."""
+
+    name: str
+    config: dict
+    meta: dict
+    weights: dict[str, torch.Tensor]
+    io: dict[str, torch.Tensor]
+
+
+def cases(model: str) -> list[Path]:
+    """Folders of the recorded cases of a model: those in the repository, and further ones beside it."""
+    here = {folder.name: folder for folder in sorted((FIXTURES / model).iterdir())}
+    beside = sorted((RECORDED / model).iterdir()) if (RECORDED / model).is_dir() else []
+    return list({**{folder.name: folder for folder in beside}, **here}.values())
+
+
+def load_case(folder: Path) -> Case:
+    meta = json.loads((folder / "config.json").read_text())
+    return Case(folder.name, meta["config"], meta, load_file(folder / "weights.safetensors"),
+                load_file(folder / "io.safetensors"))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def random_weights(config: THLConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A whole state dict of random values in which every tensor matters."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for block in thl.blocks(config):
+        values = torch.randn(block.shape, generator=generator)
+        if block.kind == "vector":
+            values = values * 0.1 + (1.0 if block.name == "layer_norm.weight" else 0.0)
+        elif block.kind != "table":
+            values = values * (2.0 / block.shape[1]) ** 0.5
+        weights[block.name] = values
+    return weights
+
+
+SMALL = THLConfig(vocab_size=97, embedding_dim=24, num_tiers=3, tier_dims=(40, 28, 33), tier_timescales=(1, 3, 4),
+                  local_window=5, memory_slots=11, memory_dim=19, query_dim=7, value_dim=20, num_heads=4, head_dim=6,
+                  read_topk=3, write_slots=2, novelty_theta=0.25)
+
+
+@pytest.fixture
+def small() -> tuple[dict, dict[str, torch.Tensor]]:
+    """Configuration and weights of a small model with odd sizes."""
+    return SMALL.to_dict(), random_weights(SMALL)

@@ -1,0 +1,39 @@
+"""Amounts of memory: as people write them, and as the machine has them."""
+
+import os
+import re
+
+import torch
+
+from thl_engine.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40,
+          "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+SHARE_OF_FREE = 0.8  # of the memory that is free now; the rest is for everything else that runs
+
+
+def parse_bytes(amount: str | int) -> int:
+    """"4GiB", "512 MB", "4.5G" or a number of bytes. GB is 10^9, GiB and G are 2^30. Raises ConfigError."""
+    if isinstance(amount, int) and not isinstance(amount, bool):
+        count = amount
+    else:
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(amount))
+        if match is None or match[2].upper() not in _UNITS:
+            raise ConfigError(f"memory budget {amount!r} is not an amount of memory; write for example 4GiB or 512MiB")
+        count = int(float(match[1]) * _UNITS[match[2].upper()])
+    if not 0 < count < 1 << 62:
+        raise ConfigError(f"memory budget {amount!r} must be more than 0 and less than 2^62 bytes")
+    return count
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes on the device that a model may take without pressing on what else runs there."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE)
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(free * SHARE_OF_FREE)

@@ -1,0 +1,65 @@
+"""A store's tensors as a model's weights: vectors in memory, matrices from the pager, tables by row."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thl_engine.kernels.linear import widen
+from thl_engine.pager import Pager
+from thl_engine.store import Page, Store
+from thl_engine.weights import Part
+
+
+@dataclass(frozen=True)
+class PagedMatrix:
+    """A matrix whose parts come from a pager, pinned or streamed: the same parts either way."""
+
+    name: str
+    shape: tuple[int, int]
+    pager: Pager
+
+    def parts(self) -> Iterator[Part]:
+        return self.pager.parts(self.name)
+
+
+@dataclass(frozen=True)
+class PagedTable:
+    """A table of which the pager holds all pages, or reads those with the rows asked for."""
+
+    shape: tuple[int, int]
+    pages: tuple[Page, ...]
+    resident: bool
+    pager: Pager
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [n, C] of int64 ids [n], on the device of the ids."""
+        per_page = self.pages[0].stop
+        out = torch.empty(len(ids), self.shape[1])
+        for i, row in enumerate(ids.tolist()):
+            page = self.pages[row // per_page]
+            part = self.pager.pinned_part(page) if self.resident else self.pager.read_page(page)
+            here = slice(row - page.start, row - page.start + 1)
+            out[i] = widen(part.data[here], None if part.scales is None else part.scales[here], part.group)[0]
+        return out.to(ids.device)
+
+
+def load_vectors(store: Store) -> dict[str, Tensor]:
+    """Norms, biases and scales as float32 in memory of their own, each checked against its checksum."""
+    return {name: store.read(name).float().clone() for name, tensor in store.tensors.items()
+            if tensor.kind == "vector"}
+
+
+def paged_weights(store: Store, pager: Pager, vectors: Mapping[str, Tensor],
+                  resident_tables: tuple[str, ...]) -> dict[str, Tensor | PagedMatrix | PagedTable]:
+    """Every tensor that takes part in the model, under its published name."""
+    weights: dict[str, Tensor | PagedMatrix | PagedTable] = {}
+    for name, tensor in store.tensors.items():
+        if tensor.kind == "vector":
+            weights[name] = vectors[name]
+        elif tensor.kind == "matrix":
+            weights[name] = PagedMatrix(name, tensor.shape, pager)
+        elif tensor.kind == "table":
+            weights[name] = PagedTable(tensor.shape, tensor.pages, name in resident_tables, pager)
+    return weights

@@ -1,0 +1,261 @@
+"""Pages in motion: which page is in which slot of the ring, and the reads that keep it ahead of the compute.
+
+The schedule is known, so nothing here guesses. `Ring` is the bookkeeping alone: deterministic, free of clocks and
+files, and used unchanged by the plan to count bytes beforehand. `Pager` adds the memory and the reader.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from thl_engine.checksum import crc32c
+from thl_engine.errors import CheckpointError
+from thl_engine.reader import Arena, Reader
+from thl_engine.store import Page, Store
+from thl_engine.weights import Part
+
+ALIGNMENT = 4096  # of direct reads: file offset, length and memory address
+HORIZON = 4096  # uses looked ahead to choose what to evict; a page not used within it counts as never used again
+NEVER = 1 << 62
+
+
+class Ring:
+    """Slots that hold the pages of a known sequence of uses.
+
+    Fetches are issued in the order of use, as far ahead as slots allow. A slot is taken from the page whose next use
+    is farthest, never from one that is in use or due before the page being fetched.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.resident: dict[int, int] = {}  # page -> slot
+        self._free = list(range(slots - 1, -1, -1))
+        self._future: Iterator[int] = iter(())
+        self._ahead: deque[int] = deque()  # uses to come, the next one first
+        self._due: dict[int, deque[int]] = {}  # page -> positions of its uses in `_ahead`, absolute
+        self._position = 0  # of the next use
+        self._fetched = 0  # uses at positions below this one have their page resident or on its way
+        self._held: dict[int, int] = {}  # page -> number of uses in progress
+
+    def follow(self, future: Iterator[int]) -> None:
+        """Replaces what is expected from now on. Pages already here stay until something else needs their slot."""
+        self._future = future
+        self._ahead.clear()
+        self._due.clear()
+        self._fetched = self._position
+        self._look()
+
+    def _look(self) -> None:
+        while len(self._ahead) < HORIZON:
+            page = next(self._future, None)
+            if page is None:
+                return
+            self._due.setdefault(page, deque()).append(self._position + len(self._ahead))
+            self._ahead.append(page)
+
+    def fetches(self) -> list[tuple[int, int]]:
+        """(page, slot) of the reads to start now, in order of use."""
+        issued = []
+        while self._fetched - self._position < len(self._ahead):
+            page = self._ahead[self._fetched - self._position]
+            if page not in self.resident:
+                slot = self._slot()
+                if slot is None:
+                    break
+                self.resident[page] = slot
+                issued.append((page, slot))
+            self._fetched += 1
+        return issued
+
+    def _slot(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        victim, farthest = None, self._fetched
+        for page in self.resident:
+            due = self._due.get(page)
+            use = due[0] if due else NEVER
+            if use > farthest and page not in self._held:
+                victim, farthest = page, use
+        return None if victim is None else self.resident.pop(victim)
+
+    def use(self, page: int) -> int:
+        """Slot of the page, which must be the next one expected; it stays until `release`."""
+        if not self._ahead or self._ahead[0] != page:
+            expected = self._ahead[0] if self._ahead else None
+            raise RuntimeError(f"page {page} was asked for, but the schedule says page {expected}")
+        slot = self.resident[page]
+        self._ahead.popleft()
+        due = self._due[page]
+        due.popleft()
+        if not due:
+            del self._due[page]
+        self._position += 1
+        self._held[page] = self._held.get(page, 0) + 1
+        self._look()
+        return slot
+
+    def release(self, page: int) -> None:
+        """Ends a use."""
+        self._held[page] -= 1
+        if not self._held[page]:
+            del self._held[page]
+
+
+@dataclass
+class Traffic:
+    """Counters of a pager. Bytes are those read from files while serving, alignment included: by the ring, and for rows
+    of tables. A hit is a use of a page that was in memory already, pinned or kept from an earlier use."""
+
+    bytes_streamed: int = 0
+    bytes_gathered: int = 0
+    page_hits: int = 0
+    page_misses: int = 0
+    stall_seconds: float = 0.0
+
+
+def extent(page: Page) -> tuple[int, int]:
+    """Aligned (offset, length) that covers a page in its file."""
+    start = page.offset - page.offset % ALIGNMENT
+    stop = -(-(page.offset + page.nbytes) // ALIGNMENT) * ALIGNMENT
+    return start, stop - start
+
+
+class Pager:
+    """Serves the pages of a store from memory that is allocated once: pinned pages, then the ring's slots.
+
+    pinned: pages that are read at the start and stay. slots, slot_bytes: the ring for all others.
+    scales: the scales of int8 tensors, by the name of the tensor of scales.
+    """
+
+    def __init__(self, store: Store, reader: Reader, scales: Mapping[str, Tensor], pinned: Iterable[int], slots: int,
+                 slot_bytes: int) -> None:
+        self._store, self._reader, self._scales = store, reader, scales
+        places, size = {}, 0
+        for index in pinned:
+            places[index] = size
+            size += extent(store.pages[index])[1]
+        self._ring_base, self._slot_bytes = size, slot_bytes
+        self._arena = Arena(max(size + slots * slot_bytes, ALIGNMENT))
+        self._memory = self._arena.tensor()
+        self._ring = Ring(slots)
+        self._tickets: dict[int, int] = {}  # page on its way -> ticket
+        self._fresh: set[int] = set()  # fetched and not used yet
+        self._checked: set[int] = set()  # pages whose checksum was or is being verified
+        self._key: Hashable = None
+        self._failure: Exception | None = None
+        self.traffic = Traffic()
+        tickets = [self._submit(index, place) for index, place in places.items()]
+        for ticket in tickets:
+            self._wait(ticket)
+        self._pinned = {index: self._part(store.pages[index], place) for index, place in places.items()}
+
+    def begin(self, key: Hashable, future: Callable[[], Iterator[int]]) -> None:
+        """Starts a run of uses. Unless `key` is what the last `end` announced, `future()` replaces the expectation.
+
+        The future names every use of a page in order, pinned ones left out.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if key != self._key:
+            self._land()
+            self._ring.follow(future())
+            self._prefetch()
+        self._key = None
+
+    def end(self, key: Hashable) -> None:
+        """Announces which run comes next if nothing unforeseen happens: the one already being prefetched."""
+        self._key = key
+
+    def parts(self, name: str) -> Iterator[Part]:
+        """The parts of a matrix in row order; each is valid until the next is asked for."""
+        for page in self._store.tensors[name].pages:
+            part = self._pinned.get(page.index)
+            if part is not None:
+                self.traffic.page_hits += 1
+                yield part
+                continue
+            slot = self._acquire(page.index)
+            try:
+                yield self._part(page, self._ring_base + slot * self._slot_bytes)
+            finally:
+                self._ring.release(page.index)
+                self._prefetch()
+
+    def pinned_part(self, page: Page) -> Part:
+        """The part of a pinned page."""
+        return self._pinned[page.index]
+
+    def read_page(self, page: Page) -> Part:
+        """A small page read at once, outside of the schedule, into memory of its own."""
+        raw = self._reader.read_now(page.file, page.offset, page.nbytes)
+        if page.crc is not None and page.index not in self._checked:
+            found = crc32c(raw.numpy())
+            if found != page.crc:
+                raise CheckpointError(f"{self._store.files[page.file]}: {_label(page)}: checksum mismatch at offset "
+                                      f"{page.offset}: expected {page.crc:08x}, found {found:08x}; the file is damaged, "
+                                      "copy or quantise it again")
+            self._checked.add(page.index)
+        self.traffic.bytes_gathered += extent(page)[1]
+        return self._shaped(page, raw)
+
+    def close(self) -> None:
+        """Waits for reads in flight and ends the reader. Pinned pages stay valid."""
+        self._reader.close()
+
+    def _submit(self, index: int, arena_offset: int) -> int:
+        page = self._store.pages[index]
+        crc = None if index in self._checked else page.crc
+        self._checked.add(index)
+        return self._reader.submit(page.file, page.offset, page.nbytes, self._arena, arena_offset, crc=crc,
+                                   label=_label(page))
+
+    def _prefetch(self) -> None:
+        for index, slot in self._ring.fetches():
+            self._tickets[index] = self._submit(index, self._ring_base + slot * self._slot_bytes)
+            self._fresh.add(index)
+            self.traffic.bytes_streamed += extent(self._store.pages[index])[1]
+
+    def _land(self) -> None:
+        """Waits for everything on its way. Once the schedule changes, such a page may lose its slot to another."""
+        while self._tickets:
+            self._wait(self._tickets.popitem()[1])
+
+    def _wait(self, ticket: int) -> None:
+        try:
+            self._reader.wait(ticket)
+        except Exception as error:
+            self._failure = error  # the slot holds nothing that may be served, now or later
+            raise
+
+    def _acquire(self, index: int) -> int:
+        slot = self._ring.use(index)
+        if index in self._fresh:
+            self._fresh.discard(index)
+            self.traffic.page_misses += 1
+        else:
+            self.traffic.page_hits += 1
+        ticket = self._tickets.pop(index, None)
+        if ticket is not None:
+            started = time.perf_counter()
+            self._wait(ticket)
+            self.traffic.stall_seconds += time.perf_counter() - started
+        return slot
+
+    def _part(self, page: Page, place: int) -> Part:
+        begin = place + page.offset % ALIGNMENT
+        return self._shaped(page, self._memory[begin : begin + page.nbytes])
+
+    def _shaped(self, page: Page, raw: Tensor) -> Part:
+        """Bytes of a page as its rows, with their scales."""
+        tensor = self._store.tensors[page.tensor]
+        if raw.data_ptr() % tensor.dtype.itemsize:
+            raw = raw.clone()  # a plain checkpoint may place tensors at any byte
+        data = raw.view(tensor.dtype).view(page.stop - page.start, *tensor.shape[1:])
+        scales = None if tensor.scales is None else self._scales[tensor.scales][page.start : page.stop]
+        return Part(page.start, page.stop, data, scales, tensor.group)
+
+
+def _label(page: Page) -> str:
+    return f"tensor {page.tensor!r} rows {page.start} to {page.stop}"

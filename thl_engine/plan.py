@@ -1,0 +1,342 @@
+"""What a memory budget costs, said beforehand: which pages are pinned, which are streamed, and how fast that is.
+
+The plan runs the pager's own `Ring` over one period of the schedule, so the bytes it predicts are the bytes that will
+be read. Times follow from bandwidths, given or measured.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from thl_engine.errors import BudgetError
+from thl_engine.pager import Ring, extent
+from thl_engine.schedule import Walk
+from thl_engine.store import Store
+
+LEAST_SLOTS = 2  # one that is computed from while the other is filled
+# Ring sizes tried; more slots prefetch deeper, but each displaces pinned pages. Beyond 32 pages of 8 MiB nothing gains.
+SLOT_CHOICES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+LONGEST_STRETCH = 512  # steps that a prediction runs through; clocks with a longer common period are sampled
+READ_SECONDS = 20e-6  # fixed cost of one matrix product in a step: dispatch, activations, thread hand-over
+
+
+@dataclass(frozen=True)
+class Bandwidths:
+    """Bytes per second. `disk` feeds the pages; `memory` is what products over resident weights achieve; `link` is
+    host to device and None on the CPU."""
+
+    disk: float
+    memory: float
+    link: float | None = None
+
+    @property
+    def feed(self) -> float:
+        """The slower of the stages that a streamed page passes."""
+        return self.disk if self.link is None else min(self.disk, self.link)
+
+
+# The ring's size is chosen with these, never with measured values, so that a budget always gives the same plan.
+NOMINAL = Bandwidths(disk=1.5e9, memory=24e9)
+
+
+class PageSchedule:
+    """A model's walk in pages: which pages each step reads, which the logits read, and endless futures of both."""
+
+    def __init__(self, store: Store, walk: Walk, head: tuple[str, ...]) -> None:
+        self._pages = {name: tuple(page.index for page in store.tensors[name].pages)
+                       for name in {*(name for name, _ in walk.clocked), *head}}
+        self._walk = walk
+        self.head = self._in_pages(head)
+        self.period = walk.period
+        self.matrices_per_token = sum(1 / clock for _, clock in walk.clocked) + len(head)
+        self._runs: dict[tuple[str, ...], tuple[int, ...]] = {}  # names read -> their streamed pages
+        self._pinned: frozenset[int] = frozenset()
+
+    def _in_pages(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(page for name in names for page in self._pages[name])
+
+    def step(self, t: int) -> tuple[int, ...]:
+        """Pages that step `t` reads, in order."""
+        return self._in_pages(self._walk.reads(t))
+
+    def uses(self) -> dict[int, float]:
+        """Page -> uses per token of decoding."""
+        count = dict.fromkeys(self.head, 1.0)
+        for name, clock in self._walk.clocked:
+            for page in self._pages[name]:
+                count[page] = count.get(page, 0.0) + 1.0 / clock
+        return count
+
+    def pin(self, pinned: frozenset[int]) -> None:
+        """Leaves pinned pages out of the futures."""
+        self._pinned = pinned
+        self._runs.clear()
+
+    def _streamed(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        if names not in self._runs:
+            self._runs[names] = tuple(page for page in self._in_pages(names) if page not in self._pinned)
+        return self._runs[names]
+
+    def decode(self, t: int) -> Iterator[int]:
+        """Streamed pages of the steps from `t` on, each followed by its logits."""
+        if self._pinned.issuperset(self.uses()):
+            return
+        head = tuple(page for page in self.head if page not in self._pinned)
+        while True:
+            yield from self._streamed(self._walk.reads(t))
+            yield from head
+            t += 1
+
+    def prompt(self, t: int, count: int) -> Iterator[int]:
+        """The same with logits only after `count` steps, then decoding."""
+        for i in range(count - 1):
+            yield from self._streamed(self._walk.reads(t + i))
+        yield from self.decode(t + count - 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A division of the budget and what follows from it. Sizes in bytes, rates per second."""
+
+    budget: int | None
+    fixed_bytes: int  # vectors, scales, gather buffers
+    state_bytes: int
+    workspace_bytes: int
+    pinned: tuple[int, ...]
+    pinned_bytes: int
+    resident_tables: tuple[str, ...]
+    table_bytes: int
+    slots: int
+    slot_bytes: int
+    streamed_pages: int
+    streamed_bytes: int  # pages that are not pinned, each counted once
+    bytes_per_token: float  # that products read, wherever from
+    bytes_streamed_per_token: float
+    seconds_per_token: float
+    stall_per_token: float
+    bandwidths: Bandwidths
+    least_budget: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1.0 / self.seconds_per_token
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """All that the engine keeps in memory."""
+        return (self.fixed_bytes + self.state_bytes + self.workspace_bytes + self.pinned_bytes + self.table_bytes
+                + self.slots * self.slot_bytes)
+
+    @property
+    def limited_by(self) -> str:
+        """The resource that more of would help most."""
+        if self.stall_per_token < 0.1 * self.seconds_per_token:
+            return "memory"
+        link = self.bandwidths.link
+        return "link" if link is not None and link < self.bandwidths.disk else "disk"
+
+    def at(self, bandwidths: Bandwidths, store: Store, schedule: PageSchedule) -> "Plan":
+        """The same division with its times predicted from other bandwidths."""
+        return _predict(replace(self, bandwidths=bandwidths), store, schedule)
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        return {
+            "memory_budget": self.budget, "least_budget": self.least_budget,
+            "peak_memory_bytes": self.peak_memory_bytes, "fixed_bytes": self.fixed_bytes,
+            "state_bytes": self.state_bytes, "workspace_bytes": self.workspace_bytes,
+            "pinned_pages": len(self.pinned), "pinned_bytes": self.pinned_bytes,
+            "resident_tables": list(self.resident_tables), "table_bytes": self.table_bytes,
+            "ring_slots": self.slots, "ring_bytes": self.slots * self.slot_bytes,
+            "streamed_pages": self.streamed_pages, "streamed_bytes": self.streamed_bytes,
+            "bytes_per_token": self.bytes_per_token, "bytes_streamed_per_token": self.bytes_streamed_per_token,
+            "seconds_per_token": self.seconds_per_token, "stall_seconds_per_token": self.stall_per_token,
+            "tokens_per_second": self.tokens_per_second, "limited_by": self.limited_by,
+            "disk_bandwidth": self.bandwidths.disk, "memory_bandwidth": self.bandwidths.memory,
+            "link_bandwidth": self.bandwidths.link,
+        }
+
+    def __str__(self) -> str:
+        ring = f"{self.slots} slots of {size(self.slot_bytes)}" if self.slots else "none"
+        rows = [
+            ("memory budget", size(self.budget) if self.budget is not None else "none"),
+            ("least budget that runs", size(self.least_budget)),
+            ("peak memory", size(self.peak_memory_bytes)),
+            ("  pinned pages", f"{size(self.pinned_bytes)} in {len(self.pinned)} pages"),
+            ("  tables", f"{size(self.table_bytes)} resident" if self.resident_tables else "rows read by token id"),
+            ("  ring", ring),
+            ("  state", size(self.state_bytes)),
+            ("  norms, scales, workspace", size(self.fixed_bytes + self.workspace_bytes)),
+            ("streamed pages", f"{size(self.streamed_bytes)} in {self.streamed_pages} pages"),
+            ("bytes per token", size(self.bytes_per_token)),
+            ("  of these streamed", size(self.bytes_streamed_per_token)),
+            ("disk, memory bandwidth", f"{self.bandwidths.disk / 1e9:.2f}, {self.bandwidths.memory / 1e9:.2f} GB/s"),
+            ("predicted tokens/s", f"{self.tokens_per_second:.2f}"),
+            ("limited by", f"{self.limited_by} ({100 * self.stall_per_token / self.seconds_per_token:.0f} % of the "
+                           "time waiting for pages)"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def size(count: float) -> str:
+    """A byte count for people."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, stream: bool, state_bytes: int,
+              workspace_bytes: int) -> Plan:
+    """Divides `budget` bytes among pinned pages, tables and the ring.
+
+    Without a budget everything is resident, or, when `stream` asks for paging, nothing but the least ring is.
+    Raises BudgetError, naming the least budget that runs, when even that does not fit. `schedule` is left with
+    the pages that the plan pins removed from its futures.
+    """
+    pages = {index: extent(store.pages[index])[1] for index in schedule.uses()}
+    slot_bytes = max(pages.values())
+    tables = {name: sum(extent(page)[1] for page in tensor.pages)
+              for name, tensor in store.tensors.items() if tensor.kind == "table"}
+    fixed = store.vector_bytes + sum(max(extent(page)[1] for page in store.tensors[name].pages) for name in tables)
+    base = fixed + state_bytes + workspace_bytes
+    everything = base + sum(pages.values()) + sum(tables.values())
+    least = base + LEAST_SLOTS * slot_bytes
+    if len(pages) <= LEAST_SLOTS:
+        least = min(least, base + sum(pages.values()))
+    if budget is not None and budget < (least if stream else everything):
+        what = "needs at least" if stream else "is not enough to keep everything resident, which needs"
+        hint = "" if stream else f"; streaming runs from {size(least)} ({least} bytes) on: stream=True or 'auto'"
+        amount = least if stream else everything
+        raise BudgetError(f"memory budget {size(budget)}: this {store.model_type} model {what} {size(amount)} "
+                          f"({amount} bytes){hint}")
+
+    def divide(slots: int) -> Plan:
+        room = None if budget is None else budget - base - slots * slot_bytes
+        pinned = _pins(schedule.uses(), pages, room)
+        pinned_bytes = sum(pages[p] for p in pinned)
+        resident = tuple(tables) if room is None or room - pinned_bytes >= sum(tables.values()) else ()
+        if len(pinned) < len(pages):
+            resident = ()  # a table's rows cost a few KiB a token: any page is worth more
+        return _predict(Plan(
+            budget=budget, fixed_bytes=fixed, state_bytes=state_bytes, workspace_bytes=workspace_bytes,
+            pinned=pinned, pinned_bytes=pinned_bytes, resident_tables=resident,
+            table_bytes=sum(tables.values()) if resident else 0, slots=slots, slot_bytes=slot_bytes,
+            streamed_pages=len(pages) - len(pinned), streamed_bytes=sum(pages.values()) - pinned_bytes,
+            bytes_per_token=0.0, bytes_streamed_per_token=0.0, seconds_per_token=1.0, stall_per_token=0.0,
+            bandwidths=NOMINAL, least_budget=least), store, schedule)
+
+    if not stream or (budget is not None and budget >= base + sum(pages.values())):
+        plan = divide(0)
+    elif budget is None:
+        budget = least
+        plan = divide(LEAST_SLOTS)
+    else:
+        fitting = [n for n in SLOT_CHOICES if base + n * slot_bytes <= budget and n <= len(pages)]
+        plan = min((divide(n) for n in fitting or [LEAST_SLOTS]), key=lambda p: (p.seconds_per_token, p.slots))
+    schedule.pin(frozenset(plan.pinned))
+    return plan
+
+
+def _pins(uses: dict[int, float], pages: dict[int, int], room: int | None) -> tuple[int, ...]:
+    """Pages that save the most reads per byte of `room`: the most used first.
+
+    Of the class that fits in part, the pages left out are spread evenly over the walk, so that reading them overlaps
+    computing with the others.
+    """
+    if room is None:
+        return tuple(sorted(pages))
+    chosen: list[int] = []
+    for count in sorted(set(uses.values()), reverse=True):
+        equal = sorted(p for p in pages if uses[p] == count)
+        total = sum(pages[p] for p in equal)
+        if total <= room:
+            chosen += equal
+            room -= total
+            continue
+        share, credit = room / total, 0.0
+        for page in equal:
+            credit += share * pages[page]
+            if pages[page] <= min(credit, room):
+                chosen.append(page)
+                credit -= pages[page]
+                room -= pages[page]
+        for page in sorted(set(equal).difference(chosen), key=lambda p: -pages[p]):
+            if pages[page] <= room:  # rounding may have left space for one more
+                chosen.append(page)
+                room -= pages[page]
+    return tuple(sorted(chosen))
+
+
+def _predict(plan: Plan, store: Store, schedule: PageSchedule) -> Plan:
+    """Runs the ring through a stretch of decoding to reach its rhythm, then times another."""
+    pages = {index: extent(store.pages[index])[1] for index in schedule.uses()}
+    schedule.pin(frozenset(plan.pinned))
+    ring = Ring(plan.slots)
+    ring.follow(schedule.decode(0))
+    clock = _Clock(plan.bandwidths)
+    overhead = schedule.matrices_per_token * READ_SECONDS + 4 * plan.state_bytes / plan.bandwidths.memory
+    stretch = min(schedule.period, LONGEST_STRETCH)
+    runs: dict[tuple[int, ...], list[tuple[int, int | None]]] = {}
+    clock.fetch(ring, pages)
+    for _ in range(2):
+        started = replace(clock)
+        for t in range(stretch):
+            clock.now += overhead
+            step = (*schedule.step(t), *schedule.head)
+            if step not in runs:
+                runs[step] = _runs(step, frozenset(plan.pinned), store)
+            for nbytes, page in runs[step]:
+                if page is not None:
+                    ring.use(page)
+                    clock.wait_for(page)
+                clock.compute(nbytes)
+                if page is not None:
+                    ring.release(page)
+                    clock.fetch(ring, pages)
+    return replace(plan, bytes_per_token=(clock.read - started.read) / stretch,
+                   bytes_streamed_per_token=(clock.streamed - started.streamed) / stretch,
+                   seconds_per_token=(clock.now - started.now) / stretch,
+                   stall_per_token=(clock.stalled - started.stalled) / stretch)
+
+
+def _runs(step: tuple[int, ...], pinned: frozenset[int], store: Store) -> list[tuple[int, int | None]]:
+    """A step as (bytes, page) per streamed page; neighbouring pinned pages are taken together, with page None."""
+    out: list[tuple[int, int | None]] = []
+    for page in step:
+        nbytes = store.pages[page].nbytes
+        if page not in pinned:
+            out.append((nbytes, page))
+        elif out and out[-1][1] is None:
+            out[-1] = (out[-1][0] + nbytes, None)
+        else:
+            out.append((nbytes, None))
+    return out
+
+
+@dataclass
+class _Clock:
+    """Two resources in turn: one that reads pages in order, one that computes from them."""
+
+    rates: Bandwidths
+    now: float = 0.0
+    stalled: float = 0.0
+    streamed: int = 0
+    read: int = 0
+    reader_free: float = 0.0
+    landed: dict[int, float] = field(default_factory=dict)
+
+    def fetch(self, ring: Ring, pages: dict[int, int]) -> None:
+        for page, _ in ring.fetches():
+            self.reader_free = max(self.reader_free, self.now) + pages[page] / self.rates.feed
+            self.landed[page] = self.reader_free
+            self.streamed += pages[page]
+
+    def wait_for(self, page: int) -> None:
+        wait = max(0.0, self.landed[page] - self.now)
+        self.stalled += wait
+        self.now += wait
+
+    def compute(self, nbytes: int) -> None:
+        self.now += nbytes / self.rates.memory
+        self.read += nbytes
