@@ -1,10 +1,11 @@
 """The engine: a checkpoint, a budget and a backend brought together, and the token loop over them."""
 
 import json
+import logging
 import os
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from thl_engine.spool import spool_store, spool_tensors
 from thl_engine.store import Store, open_store
 from thl_engine.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer
 
+_log = logging.getLogger("thl_engine")
 FORWARD_CHUNK = 64  # steps of `forward` whose logits share one pass over the head
 WORKSPACE_LOGITS = 2  # copies of the logits alive at once: as computed, and while a token is chosen from them
 
@@ -75,11 +77,11 @@ class Engine:
         self._plan = self._divide(budget, stream)
         self._streams = self._plan.streamed_pages > 0
 
-        vectors = load_vectors(store)
+        vectors = load_vectors(store, self.device)
         tables = [page.index for name in self._plan.resident_tables for page in store.tensors[name].pages]
         reader = Reader(store.files, direct=store.descriptor is None or self._streams)
         self._pager = Pager(store, reader, vectors, (*self._plan.pinned, *tables), self._plan.slots,
-                            self._plan.slot_bytes)
+                            self._plan.slot_bytes, self.device)
         self._weights = paged_weights(store, self._pager, vectors, self._plan.resident_tables)
         if not self._streams and self._plan.resident_tables:
             self.close()  # all is in memory: nothing needs the file any more
@@ -125,7 +127,9 @@ class Engine:
 
     def _divide(self, budget: int | None, stream: bool | str) -> Plan:
         wanted = stream if stream != "auto" else False
-        workspace = WORKSPACE_LOGITS * 4 * self.config.vocab_size
+        largest = max(page.nbytes // tensor.dtype.itemsize for tensor in self._store.tensors.values()
+                      if tensor.kind == "matrix" for page in tensor.pages)
+        workspace = WORKSPACE_LOGITS * 4 * self.config.vocab_size + self.ops.scratch_bytes(largest)
         limit = budget
 
         def plan(limit: int | None, stream: bool) -> Plan:
@@ -161,11 +165,11 @@ class Engine:
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Feeds one token to each sequence of the batch.
 
-        tokens: int64 [B] or [B, 1]. Returns the next token's logits, float32 [B, vocab_size], and the next state;
-        the given state may be updated in place.
+        tokens: int64 [B] or [B, 1]. Returns the next token's logits, float32 [B, vocab_size], and the given state,
+        which is updated in place; `state.clone()` first keeps a copy.
         """
         started = time.perf_counter()
-        if tokens.dim() == 2 and tokens.shape[1] == 1:
+        if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[1] == 1:
             tokens = tokens[:, 0]
         tokens = self._check_tokens(tokens, 1, state.batch_size)
         t = state.timestep
@@ -224,7 +228,9 @@ class Engine:
         if self._trace is not None:
             self._trace.steps.append({})
             record = self._trace.record
-        return self._model.step(self.config, self._weights, self.ops, tokens, state, record)
+        hidden, following = self._model.step(self.config, self._weights, self.ops, tokens, state, record)
+        state.become(following)  # ops update tensors in place: the caller's object must not lag behind them
+        return hidden, state
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self._model.logits(self.config, self._weights, self.ops, hidden)
@@ -254,32 +260,35 @@ class Engine:
                  seed: int | None = None, stop: Sequence[str] = (), state: Any = None) -> Iterator[Piece]:
         """Continues a prompt, token by token. Temperature 0 takes the likeliest token.
 
-        `stop` strings end the text before they appear; a `state` carries an earlier context on. A character comes with
+        `stop` strings end the text before they appear. A `state` carries an earlier context on and follows along: after n
+        pieces it has read the prompt and the first n - 1 of them. A character comes with
         the piece that completes it. Joined, the texts are the text of the ids.
         """
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
             raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 0 or more")
         sampler = Sampler(Sampling(temperature, top_k, top_p, repetition_penalty, seed))
-        ids = self._prompt_ids(prompt)
-        if state is None:
-            state = self.new_state()
-        return self._generate(ids, max_new_tokens, sampler, StopStrings(list(stop)), state)
-
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            ids = [int(i) for i in prompt]
-        elif self.tokenizer is None:
-            raise TokenizerError(f"{self._store.path}: no tokenizer in or beside the checkpoint; put its tokenizer.json "
-                                 "there, or give the prompt as token ids")
-        else:
-            ids = self.tokenizer.encode(prompt)
+        tokenizer = self._text_tokenizer() if isinstance(prompt, str) else self.tokenizer
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids:
             raise TokenizerError("the prompt is empty; give at least one token to start from")
-        return ids
+        if state is None:
+            state = self.new_state()
+        return self._generate(ids, tokenizer, max_new_tokens, sampler, StopStrings(list(stop)), state)
 
-    def _generate(self, ids: list[int], count: int, sampler: Sampler, stops: StopStrings,
-                  state: Any) -> Iterator[Piece]:
-        tokenizer = self.tokenizer
+    def _text_tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, or bytes as the published THL does without one."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        try:
+            tokenizer = ByteTokenizer(self.config.vocab_size)
+        except TokenizerError:
+            raise TokenizerError(f"{self._store.path}: no tokenizer in or beside the checkpoint; put its tokenizer.json "
+                                 "there, or give the prompt as token ids") from None
+        _log.warning("%s: no tokenizer in or beside the checkpoint; text is taken as bytes", self._store.path)
+        return tokenizer
+
+    def _generate(self, ids: list[int], tokenizer: Tokenizer | None, count: int, sampler: Sampler,
+                  stops: StopStrings, state: Any) -> Iterator[Piece]:
         decoder = None if tokenizer is None else StreamDecoder(tokenizer)
         if decoder is not None:
             for token in ids:  # the text goes on where the prompt ends: spaces and half characters included

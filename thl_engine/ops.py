@@ -35,6 +35,10 @@ class ReferenceOps:
     read_metadata = staticmethod(slot_memory.read_metadata)
     novelty_write = staticmethod(slot_memory.novelty_write)
 
+    def scratch_bytes(self, page_elements: int) -> int:
+        """Memory that a product needs beside its operands, for pages of up to `page_elements` weights."""
+        return 2 * 4 * page_elements  # the page as float32, and the product of its integers on the way there
+
     def gather(self, table: Table, ids: Tensor) -> Tensor:
         """Rows of a table: int64 [B] -> float32 [B, C]."""
         return table.rows(ids)
@@ -90,6 +94,9 @@ class NativeOps(ReferenceOps):
     """Compiled C++ on CPU tensors, for inference; what is not overridden here is cheap in torch."""
 
     name = "native"
+
+    def scratch_bytes(self, page_elements: int) -> int:
+        return 0  # kernels read the stored integers
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         out = torch.empty(x.shape[0], matrix.shape[0])

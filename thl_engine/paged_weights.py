@@ -36,19 +36,19 @@ class PagedTable:
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [n, C] of int64 ids [n], on the device of the ids."""
         per_page = self.pages[0].stop
-        out = torch.empty(len(ids), self.shape[1])
+        out = torch.empty(len(ids), self.shape[1], device=ids.device)
         for i, row in enumerate(ids.tolist()):
             page = self.pages[row // per_page]
             part = self.pager.pinned_part(page) if self.resident else self.pager.read_page(page)
             here = slice(row - page.start, row - page.start + 1)
             out[i] = widen(part.data[here], None if part.scales is None else part.scales[here], part.group)[0]
-        return out.to(ids.device)
+        return out
 
 
-def load_vectors(store: Store) -> dict[str, Tensor]:
+def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Norms, biases and scales as float32 in memory of their own, each checked against its checksum."""
-    return {name: store.read(name).float().clone() for name, tensor in store.tensors.items()
-            if tensor.kind == "vector"}
+    return {name: store.read(name).to(device=device, dtype=torch.float32, copy=True)
+            for name, tensor in store.tensors.items() if tensor.kind == "vector"}
 
 
 def paged_weights(store: Store, pager: Pager, vectors: Mapping[str, Tensor],

@@ -9,15 +9,16 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from thl_engine.checksum import crc32c
 from thl_engine.errors import CheckpointError
-from thl_engine.reader import Arena, Reader
+from thl_engine.reader import Reader
 from thl_engine.store import Page, Store
+from thl_engine.transfer import ALIGNMENT, DeviceTransfer, HostTransfer, Request, Transfer
 from thl_engine.weights import Part
 
-ALIGNMENT = 4096  # of direct reads: file offset, length and memory address
 HORIZON = 4096  # uses looked ahead to choose what to evict; a page not used within it counts as never used again
 NEVER = 1 << 62
 
@@ -126,29 +127,34 @@ class Pager:
     """Serves the pages of a store from memory that is allocated once: pinned pages, then the ring's slots.
 
     pinned: pages that are read at the start and stay. slots, slot_bytes: the ring for all others.
-    scales: the scales of int8 tensors, by the name of the tensor of scales.
+    scales: the scales of int8 tensors, by the name of the tensor of scales, on the device.
     """
 
     def __init__(self, store: Store, reader: Reader, scales: Mapping[str, Tensor], pinned: Iterable[int], slots: int,
-                 slot_bytes: int) -> None:
+                 slot_bytes: int, device: torch.device | str = "cpu") -> None:
         self._store, self._reader, self._scales = store, reader, scales
         places, size = {}, 0
         for index in pinned:
             places[index] = size
             size += extent(store.pages[index])[1]
         self._ring_base, self._slot_bytes = size, slot_bytes
-        self._arena = Arena(max(size + slots * slot_bytes, ALIGNMENT))
-        self._memory = self._arena.tensor()
+        nbytes = max(size + slots * slot_bytes, ALIGNMENT)
+        if torch.device(device).type == "cpu":
+            self._transfer: Transfer = HostTransfer(reader, nbytes)
+        else:
+            largest = max((extent(store.pages[index])[1] for index in places), default=0)
+            self._transfer = DeviceTransfer(reader, nbytes, max(slot_bytes, largest), torch.device(device))
         self._ring = Ring(slots)
-        self._tickets: dict[int, int] = {}  # page on its way -> ticket
+        self._coming: dict[int, int] = {}  # page on its way -> place
         self._fresh: set[int] = set()  # fetched and not used yet
         self._checked: set[int] = set()  # pages whose checksum was or is being verified
         self._key: Hashable = None
         self._failure: Exception | None = None
         self.traffic = Traffic()
-        tickets = [self._submit(index, place) for index, place in places.items()]
-        for ticket in tickets:
-            self._wait(ticket)
+        for index, place in places.items():
+            self._start(index, place)
+        for place in places.values():
+            self._finish(place)
         self._pinned = {index: self._part(store.pages[index], place) for index, place in places.items()}
 
     def begin(self, key: Hashable, future: Callable[[], Iterator[int]]) -> None:
@@ -176,10 +182,12 @@ class Pager:
                 self.traffic.page_hits += 1
                 yield part
                 continue
-            slot = self._acquire(page.index)
+            place = self._ring_base + self._ring.use(page.index) * self._slot_bytes
+            self._await(page.index)
             try:
-                yield self._part(page, self._ring_base + slot * self._slot_bytes)
+                yield self._part(page, place)
             finally:
+                self._transfer.released(place)
                 self._ring.release(page.index)
                 self._prefetch()
 
@@ -204,48 +212,46 @@ class Pager:
         """Waits for reads in flight and ends the reader. Pinned pages stay valid."""
         self._reader.close()
 
-    def _submit(self, index: int, arena_offset: int) -> int:
+    def _start(self, index: int, place: int) -> None:
         page = self._store.pages[index]
         crc = None if index in self._checked else page.crc
         self._checked.add(index)
-        return self._reader.submit(page.file, page.offset, page.nbytes, self._arena, arena_offset, crc=crc,
-                                   label=_label(page))
+        self._transfer.start(Request(page.file, page.offset, page.nbytes, crc, _label(page)), place)
+
+    def _finish(self, place: int) -> None:
+        try:
+            self._transfer.finish(place)
+        except Exception as error:
+            self._failure = error  # the place holds nothing that may be served, now or later
+            raise
 
     def _prefetch(self) -> None:
         for index, slot in self._ring.fetches():
-            self._tickets[index] = self._submit(index, self._ring_base + slot * self._slot_bytes)
+            self._coming[index] = self._ring_base + slot * self._slot_bytes
+            self._start(index, self._coming[index])
             self._fresh.add(index)
             self.traffic.bytes_streamed += extent(self._store.pages[index])[1]
 
     def _land(self) -> None:
         """Waits for everything on its way. Once the schedule changes, such a page may lose its slot to another."""
-        while self._tickets:
-            self._wait(self._tickets.popitem()[1])
+        while self._coming:
+            self._finish(self._coming.popitem()[1])
 
-    def _wait(self, ticket: int) -> None:
-        try:
-            self._reader.wait(ticket)
-        except Exception as error:
-            self._failure = error  # the slot holds nothing that may be served, now or later
-            raise
-
-    def _acquire(self, index: int) -> int:
-        slot = self._ring.use(index)
+    def _await(self, index: int) -> None:
         if index in self._fresh:
             self._fresh.discard(index)
             self.traffic.page_misses += 1
         else:
             self.traffic.page_hits += 1
-        ticket = self._tickets.pop(index, None)
-        if ticket is not None:
+        place = self._coming.pop(index, None)
+        if place is not None:
             started = time.perf_counter()
-            self._wait(ticket)
+            self._finish(place)
             self.traffic.stall_seconds += time.perf_counter() - started
-        return slot
 
     def _part(self, page: Page, place: int) -> Part:
         begin = place + page.offset % ALIGNMENT
-        return self._shaped(page, self._memory[begin : begin + page.nbytes])
+        return self._shaped(page, self._transfer.memory[begin : begin + page.nbytes])
 
     def _shaped(self, page: Page, raw: Tensor) -> Part:
         """Bytes of a page as its rows, with their scales."""

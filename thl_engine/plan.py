@@ -213,7 +213,7 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
 
     def divide(slots: int) -> Plan:
         room = None if budget is None else budget - base - slots * slot_bytes
-        pinned = _pins(schedule.uses(), pages, room)
+        pinned = pins(schedule.uses(), pages, room)
         pinned_bytes = sum(pages[p] for p in pinned)
         resident = tuple(tables) if room is None or room - pinned_bytes >= sum(tables.values()) else ()
         if len(pinned) < len(pages):
@@ -238,7 +238,7 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
     return plan
 
 
-def _pins(uses: dict[int, float], pages: dict[int, int], room: int | None) -> tuple[int, ...]:
+def pins(uses: dict[int, float], pages: dict[int, int], room: int | None) -> tuple[int, ...]:
     """Pages that save the most reads per byte of `room`: the most used first.
 
     Of the class that fits in part, the pages left out are spread evenly over the walk, so that reading them overlaps

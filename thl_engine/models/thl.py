@@ -55,6 +55,10 @@ class State:
         copies = {f.name: _copy(getattr(self, f.name)) for f in fields(self)}
         return State(**copies)
 
+    def become(self, other: "State") -> None:
+        """Takes over the other's values without copying them."""
+        vars(self).update(vars(other))
+
     def detach(self) -> "State":
         """The same values cut off from the graph that made them, for truncated backpropagation."""
         cut = {f.name: v.detach() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}

@@ -1,0 +1,79 @@
+"""The path to a device, with the device played by host memory: copies in order, staging bounded, events respected."""
+
+import torch
+from conftest import SMALL, random_weights
+
+from thl_engine import Engine, pager
+from thl_engine.reader import Reader
+from thl_engine.transfer import STAGING_SLOTS, DeviceTransfer, Request
+
+
+class LateStreams:
+    """Streams that copy only when somebody waits for the copy: what is used too early or overwritten shows."""
+
+    def __init__(self) -> None:
+        self.locked = 0
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self.marks = 0
+
+    def lock(self, memory):
+        self.locked = memory.nbytes
+
+    def copy(self, target, source, after):
+        assert after is None or after <= self.marks
+        event = len(self.pending)
+        self.pending.append((event, target, source))
+        return event
+
+    def mark_compute(self):
+        self.marks += 1
+        return self.marks
+
+    def compute_after(self, event):
+        for i, pending in enumerate(self.pending[: event + 1]):
+            if pending is not None:
+                pending[1].copy_(pending[2])
+                self.pending[i] = None
+
+    def wait_on_host(self, event):
+        if event is not None:
+            self.compute_after(event)
+
+
+def test_pages_arrive_unharmed_through_a_short_staging_ring(tmp_path):
+    content = torch.randint(0, 256, (200_000,), dtype=torch.uint8)
+    file = tmp_path / "data"
+    file.write_bytes(content.numpy().tobytes())
+    spans = [(i * 7919 % 150_000, 1 + i * 911 % 8000) for i in range(40)]
+    with Reader([file], direct=False) as reader:
+        streams = LateStreams()
+        transfer = DeviceTransfer(reader, 40 * 16384, 16384, torch.device("cpu"), streams)
+        for i, (offset, nbytes) in enumerate(spans):
+            transfer.start(Request(0, offset, nbytes, None, f"span {i}"), i * 16384)
+        for i, (offset, nbytes) in enumerate(spans):
+            transfer.finish(i * 16384)
+            begin = i * 16384 + offset % 4096
+            assert torch.equal(transfer.memory[begin : begin + nbytes], content[offset : offset + nbytes])
+            transfer.released(i * 16384)
+        assert streams.locked == STAGING_SLOTS * 16384
+
+
+def test_an_engine_over_a_device_transfer_gives_the_same_bits(monkeypatch):
+    """The whole engine with every page going through staging and copies, at budgets with and without pinned pages."""
+    weights, tokens = random_weights(SMALL), torch.tensor([[3, 9, 27, 81, 50, 2, 61]])
+    expected, _ = Engine.from_state_dict("thl", SMALL.to_dict(), weights, quantize="int8").forward(tokens)
+    least = Engine.from_state_dict("thl", SMALL.to_dict(), weights, quantize="int8", stream=True).plan().least_budget
+
+    class Staged(DeviceTransfer):
+        def __init__(self, reader, nbytes):
+            super().__init__(reader, nbytes, 65536, torch.device("cpu"), LateStreams())
+
+    monkeypatch.setattr(pager, "HostTransfer", Staged)
+    for budget in (least, least + 8000, least + 30_000):
+        with Engine.from_state_dict("thl", SMALL.to_dict(), weights, quantize="int8", stream=True,
+                                    memory_budget=budget) as engine:
+            assert torch.equal(engine.forward(tokens)[0], expected)
+            state = engine.new_state()
+            for i in range(7):
+                logits, state = engine.step(tokens[:, i], state)
+            assert torch.equal(logits, expected[:, -1])
