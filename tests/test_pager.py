@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from thl_engine import BudgetError, CheckpointError, Engine
 from thl_engine.models import thl
-from thl_engine.pager import Pager, Ring
 from thl_engine.paged_weights import load_vectors
+from thl_engine.pager import Pager, Ring
 from thl_engine.plan import LEAST_SLOTS, PageSchedule, make_plan, pins
 from thl_engine.reader import Reader
 from thl_engine.spool import spool_tensors
@@ -21,7 +21,7 @@ from thl_engine.spool import spool_tensors
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=80), st.integers(1, 12), st.integers(1, 30))
 def test_ring_serves_any_sequence_in_order(sequence, slots, change_at):
     """Every use finds its page in a slot of its own, however the expectation changes half way."""
-    ring = Ring(slots)
+    ring = Ring(slots, 40)
     held: dict[int, int] = {}  # slot -> page, as reads would have filled it
 
     def fetch():
@@ -42,7 +42,7 @@ def test_ring_serves_any_sequence_in_order(sequence, slots, change_at):
 
 
 def test_ring_refuses_what_is_not_next():
-    ring = Ring(2)
+    ring = Ring(2, 9)
     ring.follow(iter([3, 4]))
     ring.fetches()
     with pytest.raises(RuntimeError, match="page 4 .* page 3"):
@@ -50,7 +50,7 @@ def test_ring_refuses_what_is_not_next():
 
 
 def test_ring_keeps_a_page_in_use():
-    ring = Ring(2)
+    ring = Ring(2, 9)
     ring.follow(iter([0, 1, 2, 0]))
     assert ring.fetches() == [(0, 0), (1, 1)]
     assert ring.use(0) == 0
@@ -100,7 +100,7 @@ def steady_fetches(period: list[int], pinned: set[int], slots: int) -> int:
     sequence = [page for page in period if page not in pinned]
     if not sequence:
         return 0
-    ring = Ring(slots)
+    ring = Ring(slots, 40)
     ring.follow(itertools.cycle(sequence))
     fetched = len(ring.fetches())
     for lap in range(6):
@@ -184,7 +184,7 @@ def test_any_budget_serves_everything_within_it(store, extra, runs):
     vectors = load_vectors(store)
     tables = [page.index for name in plan.resident_tables for page in store.tensors[name].pages]
     reader = Reader(store.files, direct=False)
-    pager = Pager(store, reader, vectors, (*plan.pinned, *tables), plan.slots, plan.slot_bytes)
+    pager = Pager(store, reader, vectors, (*plan.pinned, *tables), plan.slots, plan.slot_bytes, plan.horizon)
     whole = {name: store.read(name) for name, tensor in store.tensors.items() if tensor.kind == "matrix"}
 
     def serve(names):
@@ -193,7 +193,7 @@ def test_any_budget_serves_everything_within_it(store, extra, runs):
                 assert torch.equal(part.data, whole[name][part.start : part.stop])
 
     walk, head, t = thl.walk(SMALL), thl.head(SMALL), 0
-    counted = Ring(plan.slots)
+    counted = Ring(plan.slots, plan.horizon)
     expected = 0
     for prompt, count in runs:
         if prompt:
@@ -270,3 +270,17 @@ def test_damage_found_while_streaming_stays_an_error(tmp_path, small):
         with pytest.raises(CheckpointError, match="output_head.weight"):
             for _ in range(3):
                 engine.step(torch.tensor([1]), state)
+
+
+def test_a_rare_page_is_found_without_walking_to_it(store):
+    """Clocks far apart must not cost time in proportion to them."""
+    from dataclasses import replace
+
+    far = replace(SMALL, tier_timescales=(1, 3, 1_000_003))
+    schedule = PageSchedule(store, thl.walk(far), thl.head(far))
+    rare = set(store.tensors["tiers.cells.2.W_z.weight"].pages)
+    schedule.pin(frozenset(schedule.uses()) - {page.index for page in rare})
+    uses = list(itertools.islice(schedule.decode(5), 3))
+    assert uses == [page.index for page in rare] * 3
+    make_plan(store, PageSchedule(store, thl.walk(far), thl.head(far)), budget=None, stream=True, state_bytes=0,
+              workspace_bytes=0)

@@ -21,7 +21,7 @@ from thl_engine.config import parse_config
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
 from thl_engine.memory import available_memory, parse_bytes
 from thl_engine.models import architecture
-from thl_engine.ops import load_ops
+from thl_engine.ops import ReferenceOps, load_ops
 from thl_engine.paged_weights import load_vectors, paged_weights
 from thl_engine.pager import Pager
 from thl_engine.plan import NOMINAL, Bandwidths, PageSchedule, Plan, make_plan, size
@@ -62,26 +62,22 @@ class Engine:
     def __init__(self, store: Store, *, device: str = "auto", backend: str = "auto", stream: bool | str = "auto",
                  memory_budget: str | int | None = None, threads: int | None = None) -> None:
         """Takes over `store`. Options as in `from_pretrained`."""
-        if stream not in (True, False, "auto"):
-            raise ConfigError(f"stream is {stream!r}; it must be True, False or 'auto'")
-        _set_threads(threads)
-        self.device = _device(device)
+        set_threads(threads)
+        self.device = choose_device(device)
         self.ops = load_ops(backend, self.device.type)
         self.config = parse_config(store.config, store.model_type)
         self.tokenizer = _tokenizer(store, self.config.vocab_size)
         self._model = architecture(store.model_type)
         self._store = store
-        self._schedule = PageSchedule(store, self._model.walk(self.config), self._model.head(self.config))
-        budget = None if memory_budget is None else parse_bytes(memory_budget)
-        self._state_bytes = self._model.init_state(self.config, 1, "meta").nbytes
-        self._plan = self._divide(budget, stream)
+        self._schedule, self._plan = divide_memory(store, self.ops, self.device, stream, memory_budget)
+        self._state_bytes = self._plan.state_bytes
         self._streams = self._plan.streamed_pages > 0
 
         vectors = load_vectors(store, self.device)
         tables = [page.index for name in self._plan.resident_tables for page in store.tensors[name].pages]
         reader = Reader(store.files, direct=store.descriptor is None or self._streams)
         self._pager = Pager(store, reader, vectors, (*self._plan.pinned, *tables), self._plan.slots,
-                            self._plan.slot_bytes, self.device)
+                            self._plan.slot_bytes, self._plan.horizon, self.device)
         self._weights = paged_weights(store, self._pager, vectors, self._plan.resident_tables)
         if not self._streams and self._plan.resident_tables:
             self.close()  # all is in memory: nothing needs the file any more
@@ -125,25 +121,6 @@ class Engine:
                                    in_memory=stream is not True and memory_budget is None)
         return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads)
 
-    def _divide(self, budget: int | None, stream: bool | str) -> Plan:
-        wanted = stream if stream != "auto" else False
-        largest = max(page.nbytes // tensor.dtype.itemsize for tensor in self._store.tensors.values()
-                      if tensor.kind == "matrix" for page in tensor.pages)
-        workspace = WORKSPACE_LOGITS * 4 * self.config.vocab_size + self.ops.scratch_bytes(largest)
-        limit = budget
-
-        def plan(limit: int | None, stream: bool) -> Plan:
-            return make_plan(self._store, self._schedule, budget=limit, stream=stream, state_bytes=self._state_bytes,
-                             workspace_bytes=workspace)
-
-        if stream != "auto":
-            return plan(limit, wanted)
-        if limit is None:
-            limit = available_memory(self.device)
-            whole = plan(None, False)
-            return whole if whole.peak_memory_bytes <= limit else plan(limit, True)
-        return plan(limit, True)
-
     @property
     def model_type(self) -> str:
         """One of the architectures' names."""
@@ -157,8 +134,9 @@ class Engine:
         if plan.budget is not None:
             needed = plan.peak_memory_bytes + (batch_size - 1) * self._state_bytes
             if needed > plan.budget:
-                raise BudgetError(f"a state of batch_size {batch_size} takes {size(batch_size * self._state_bytes)}; with "
-                                  f"it the memory budget must be at least {needed} bytes, and is {plan.budget}")
+                state = size(batch_size * self._state_bytes)
+                raise BudgetError(f"a state of batch_size {batch_size} takes {state}; with it the memory budget must be "
+                                  f"at least {needed} bytes, and is {plan.budget}")
         return self._model.init_state(self.config, batch_size, self.device)
 
     @torch.inference_mode()
@@ -260,9 +238,9 @@ class Engine:
                  seed: int | None = None, stop: Sequence[str] = (), state: Any = None) -> Iterator[Piece]:
         """Continues a prompt, token by token. Temperature 0 takes the likeliest token.
 
-        `stop` strings end the text before they appear. A `state` carries an earlier context on and follows along: after n
-        pieces it has read the prompt and the first n - 1 of them. A character comes with
-        the piece that completes it. Joined, the texts are the text of the ids.
+        `stop` strings end the text before they appear. A `state` carries an earlier context on and follows along: after
+        n pieces it has read the prompt and the first n - 1 of them. A character comes with the piece that completes
+        it. Joined, the texts are the text of the ids.
         """
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
             raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 0 or more")
@@ -282,8 +260,8 @@ class Engine:
         try:
             tokenizer = ByteTokenizer(self.config.vocab_size)
         except TokenizerError:
-            raise TokenizerError(f"{self._store.path}: no tokenizer in or beside the checkpoint; put its tokenizer.json "
-                                 "there, or give the prompt as token ids") from None
+            raise TokenizerError(f"{self._store.path}: no tokenizer in or beside the checkpoint; put its "
+                                 "tokenizer.json there, or give the prompt as token ids") from None
         _log.warning("%s: no tokenizer in or beside the checkpoint; text is taken as bytes", self._store.path)
         return tokenizer
 
@@ -376,7 +354,34 @@ def _tokenizer(store: Store, vocab_size: int) -> Tokenizer | None:
     return None
 
 
-def _device(name: str) -> torch.device:
+def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream: bool | str = "auto",
+                  memory_budget: str | int | None = None) -> tuple[PageSchedule, Plan]:
+    """What an engine pins and streams with these options; none of the weights is read."""
+    if stream not in (True, False, "auto"):
+        raise ConfigError(f"stream is {stream!r}; it must be True, False or 'auto'")
+    config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
+    schedule = PageSchedule(store, model.walk(config), model.head(config))
+    largest = max(page.nbytes // tensor.dtype.itemsize for tensor in store.tensors.values()
+                  if tensor.kind == "matrix" for page in tensor.pages)
+    workspace = WORKSPACE_LOGITS * 4 * config.vocab_size + ops.scratch_bytes(largest)
+    limit = None if memory_budget is None else parse_bytes(memory_budget)
+    state_bytes = model.init_state(config, 1, "meta").nbytes
+
+    def plan(limit: int | None, stream: bool) -> Plan:
+        return make_plan(store, schedule, budget=limit, stream=stream, state_bytes=state_bytes,
+                         workspace_bytes=workspace)
+
+    if stream != "auto":
+        return schedule, plan(limit, stream)
+    if limit is None:
+        limit = available_memory(device)
+        whole = plan(None, False)
+        return schedule, whole if whole.peak_memory_bytes <= limit else plan(limit, True)
+    return schedule, plan(limit, True)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" means here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -390,7 +395,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _set_threads(threads: int | None) -> None:
+def set_threads(threads: int | None) -> None:
+    """Threads of the CPU backends; None leaves them as they are."""
     if threads is None:
         return
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:

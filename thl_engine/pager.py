@@ -19,18 +19,19 @@ from thl_engine.store import Page, Store
 from thl_engine.transfer import ALIGNMENT, DeviceTransfer, HostTransfer, Request, Transfer
 from thl_engine.weights import Part
 
-HORIZON = 4096  # uses looked ahead to choose what to evict; a page not used within it counts as never used again
-NEVER = 1 << 62
+NEVER = 1 << 62  # next use of a page that is not due within the horizon
 
 
 class Ring:
     """Slots that hold the pages of a known sequence of uses.
 
     Fetches are issued in the order of use, as far ahead as slots allow. A slot is taken from the page whose next use
-    is farthest, never from one that is in use or due before the page being fetched.
+    is farthest, never from one that is in use or due before the page being fetched. `horizon` is the number of uses
+    looked ahead to know that; twice the number of different pages sees the next use of nearly all.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, horizon: int) -> None:
+        self._horizon = max(horizon, 2 * slots)
         self.resident: dict[int, int] = {}  # page -> slot
         self._free = list(range(slots - 1, -1, -1))
         self._future: Iterator[int] = iter(())
@@ -49,7 +50,7 @@ class Ring:
         self._look()
 
     def _look(self) -> None:
-        while len(self._ahead) < HORIZON:
+        while len(self._ahead) < self._horizon:
             page = next(self._future, None)
             if page is None:
                 return
@@ -126,12 +127,12 @@ def extent(page: Page) -> tuple[int, int]:
 class Pager:
     """Serves the pages of a store from memory that is allocated once: pinned pages, then the ring's slots.
 
-    pinned: pages that are read at the start and stay. slots, slot_bytes: the ring for all others.
+    pinned: pages that are read at the start and stay. slots, slot_bytes, horizon: the ring for all others.
     scales: the scales of int8 tensors, by the name of the tensor of scales, on the device.
     """
 
     def __init__(self, store: Store, reader: Reader, scales: Mapping[str, Tensor], pinned: Iterable[int], slots: int,
-                 slot_bytes: int, device: torch.device | str = "cpu") -> None:
+                 slot_bytes: int, horizon: int, device: torch.device | str = "cpu") -> None:
         self._store, self._reader, self._scales = store, reader, scales
         places, size = {}, 0
         for index in pinned:
@@ -144,7 +145,7 @@ class Pager:
         else:
             largest = max((extent(store.pages[index])[1] for index in places), default=0)
             self._transfer = DeviceTransfer(reader, nbytes, max(slot_bytes, largest), torch.device(device))
-        self._ring = Ring(slots)
+        self._ring = Ring(slots, horizon)
         self._coming: dict[int, int] = {}  # page on its way -> place
         self._fresh: set[int] = set()  # fetched and not used yet
         self._checked: set[int] = set()  # pages whose checksum was or is being verified
@@ -202,8 +203,8 @@ class Pager:
             found = crc32c(raw.numpy())
             if found != page.crc:
                 raise CheckpointError(f"{self._store.files[page.file]}: {_label(page)}: checksum mismatch at offset "
-                                      f"{page.offset}: expected {page.crc:08x}, found {found:08x}; the file is damaged, "
-                                      "copy or quantise it again")
+                                      f"{page.offset}: expected {page.crc:08x}, found {found:08x}; the file is "
+                                      "damaged, copy or quantise it again")
             self._checked.add(page.index)
         self.traffic.bytes_gathered += extent(page)[1]
         return self._shaped(page, raw)

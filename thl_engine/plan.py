@@ -78,10 +78,12 @@ class PageSchedule:
 
     def decode(self, t: int) -> Iterator[int]:
         """Streamed pages of the steps from `t` on, each followed by its logits."""
-        if self._pinned.issuperset(self.uses()):
-            return
+        clocks = {clock for name, clock in self._walk.clocked if not self._pinned.issuperset(self._pages[name])}
         head = tuple(page for page in self.head if page not in self._pinned)
-        while True:
+        if head:
+            clocks.add(1)
+        while clocks:
+            t = min(-(-t // clock) * clock for clock in clocks)  # on to the next step that streams anything
             yield from self._streamed(self._walk.reads(t))
             yield from head
             t += 1
@@ -137,6 +139,11 @@ class Plan:
     def at(self, bandwidths: Bandwidths, store: Store, schedule: PageSchedule) -> "Plan":
         """The same division with its times predicted from other bandwidths."""
         return _predict(replace(self, bandwidths=bandwidths), store, schedule)
+
+    @property
+    def horizon(self) -> int:
+        """Uses that the ring looks ahead."""
+        return 2 * self.streamed_pages
 
     def to_dict(self) -> dict:
         """Plain values for JSON."""
@@ -272,16 +279,16 @@ def _predict(plan: Plan, store: Store, schedule: PageSchedule) -> Plan:
     """Runs the ring through a stretch of decoding to reach its rhythm, then times another."""
     pages = {index: extent(store.pages[index])[1] for index in schedule.uses()}
     schedule.pin(frozenset(plan.pinned))
-    ring = Ring(plan.slots)
+    ring = Ring(plan.slots, plan.horizon)
     ring.follow(schedule.decode(0))
     clock = _Clock(plan.bandwidths)
     overhead = schedule.matrices_per_token * READ_SECONDS + 4 * plan.state_bytes / plan.bandwidths.memory
     stretch = min(schedule.period, LONGEST_STRETCH)
     runs: dict[tuple[int, ...], list[tuple[int, int | None]]] = {}
     clock.fetch(ring, pages)
-    for _ in range(2):
+    for first in (0, stretch):
         started = replace(clock)
-        for t in range(stretch):
+        for t in range(first, first + stretch):
             clock.now += overhead
             step = (*schedule.step(t), *schedule.head)
             if step not in runs:

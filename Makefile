@@ -1,0 +1,30 @@
+# Everything lives in .venv; a target sets up what it needs first.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := examples/shakespeare.safetensors
+
+.PHONY: dev run test lint bench clean
+
+dev: .venv/installed
+
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@$(BIN)/python -c "from thl_engine import native; print('native kernels:', native.isa() if native.available() else native.reason())"
+	@touch $@
+
+run: dev
+	$(BIN)/thl-run --model $(MODEL) --stream --prompt "ROMEO:" --max-new-tokens 200 --temperature 0.7 --seed 1 --stats
+
+test: dev lint
+	$(BIN)/python -m pytest -q tests
+
+lint: dev
+	$(BIN)/ruff check .
+
+bench: dev
+	$(BIN)/python -m pytest -q benchmarks --benchmark-only
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,63 @@
+"""Which room may know which: models see no files or devices, the pager no architecture, kernels no configuration."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "thl_engine"
+
+# module -> modules of this project that it may import; the table lists the rooms that others build on
+ALLOWED = {
+    "errors": set(),
+    "schedule": set(),
+    "config": {"errors"},
+    "quant": {"errors"},
+    "weights": {"schedule"},
+    "native": {"_native"},
+    "sampler": {"errors"},
+    "tokenizer": {"errors"},
+    "ops": {"errors", "kernels", "native", "weights"},
+    "transfer": {"reader"},
+    "pager": {"checksum", "errors", "reader", "store", "transfer", "weights"},
+    "plan": {"errors", "pager", "schedule", "store"},
+    "models.thl": {"config", "errors", "schedule"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    """First-level modules of thl_engine that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("thl_engine.")}
+    return found
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_a_module_imports_only_what_it_may(module):
+    file = PACKAGE / f"{module.replace('.', '/')}.py"
+    assert imports(file) <= ALLOWED[module]
+
+
+def test_kernels_know_tensors_only():
+    for file in (ROOT / "kernels").glob("*.py"):
+        assert imports(file) <= {"kernels"}, file.name
+
+
+def test_nothing_unpickles():
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}, file.name
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert options.get("weights_only") == "True", file.name
