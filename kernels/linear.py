@@ -3,7 +3,6 @@
 w is [R, C]; int8 rows carry float32 scales [R], or [R, ceil(C / group)] with one scale for each run of `group` columns.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 

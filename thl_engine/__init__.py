@@ -1,8 +1,21 @@
 """Runs big hierarchical models within a small memory budget by paging int8 weights on a schedule known in advance."""
 
-from thl_engine.engine import Engine, Piece
+from typing import TYPE_CHECKING, Any
+
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, EngineError, TokenizerError
+
+if TYPE_CHECKING:
+    from thl_engine.engine import Engine, Piece
 
 __version__ = "0.1.0"
 __all__ = ["BudgetError", "CheckpointError", "ConfigError", "Engine", "EngineError", "Piece", "TokenizerError",
            "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # The engine brings torch with it, seconds that `thl --help` and a mistyped option should not take.
+    if name in ("Engine", "Piece"):
+        from thl_engine import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -202,7 +202,7 @@ class Pager:
         if page.crc is not None and page.index not in self._checked:
             found = crc32c(raw.numpy())
             if found != page.crc:
-                raise CheckpointError(f"{self._store.files[page.file]}: {_label(page)}: checksum mismatch at offset "
+                raise CheckpointError(f"{self._store.files[page.file]}: {label(page)}: checksum mismatch at offset "
                                       f"{page.offset}: expected {page.crc:08x}, found {found:08x}; the file is "
                                       "damaged, copy or quantise it again")
             self._checked.add(page.index)
@@ -217,7 +217,7 @@ class Pager:
         page = self._store.pages[index]
         crc = None if index in self._checked else page.crc
         self._checked.add(index)
-        self._transfer.start(Request(page.file, page.offset, page.nbytes, crc, _label(page)), place)
+        self._transfer.start(Request(page.file, page.offset, page.nbytes, crc, label(page)), place)
 
     def _finish(self, place: int) -> None:
         try:
@@ -264,5 +264,5 @@ class Pager:
         return Part(page.start, page.stop, data, scales, tensor.group)
 
 
-def _label(page: Page) -> str:
+def label(page: Page) -> str:
     return f"tensor {page.tensor!r} rows {page.start} to {page.stop}"

@@ -4,7 +4,7 @@ Notation: B batch, K tiers of width d_k, e embedding [B, d_e], J slots of width 
 Step t reads, in this order: local window, memory, the tiers whose clock divides t, the write candidate.
 
 Projections are moved off the stored rows. Published code computes keys W_k·M_j and values W_v·M_j of all J slots
-each step; q·(W_k M_j) = (W_kᵀ q)·M_j and Σ α W_v M_j = W_v Σ α M_j need one product each. The same holds for the window.
+each step; q·(W_k M_j) = (W_kᵀ q)·M_j and Σ α W_v M_j = W_v Σ α M_j need one product each. So for the window.
 """
 
 from collections.abc import Callable, Mapping

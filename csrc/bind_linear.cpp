@@ -1,0 +1,127 @@
+// Python names of the linear maps and of the settings they run under. thl_engine/native.py documents them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu_linear.h"
+#include "tensor_view.h"
+#include "thread_pool.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using thl::DType;
+using thl::TensorView;
+using thl::view;
+
+thl::Weight weight_type(const TensorView& w) {
+    switch (w.dtype) {
+        case DType::i8: return thl::Weight::i8;
+        case DType::f32: return thl::Weight::f32;
+        case DType::bf16: return thl::Weight::bf16;
+        case DType::f16: return thl::Weight::f16;
+        default: thl::bad_argument(w.name, "float32, bfloat16, float16 or int8", thl::dtype_name(w.dtype));
+    }
+}
+
+struct Scales {
+    const float* data;
+    int64_t stride;
+    bool grouped;
+};
+
+// [rows], or [rows, ceil(columns / 128)].
+Scales check_scales(py::handle capsule, int64_t rows, int64_t columns) {
+    const TensorView scales = view(capsule, "scales").with_dtype(DType::f32);
+    if (scales.ndim != 2) return {scales.with_shape({rows}).as<float>(), 1, false};
+    scales.with_shape({rows, (columns + thl::kGroup - 1) / thl::kGroup});
+    return {scales.as<float>(), scales.stride[0], true};
+}
+
+const float* check_bias(py::handle bias, int64_t rows) {
+    return bias.is_none() ? nullptr : view(bias, "bias").with_dtype(DType::f32).with_shape({rows}).as<float>();
+}
+
+std::shared_ptr<thl::PackedActivations> pack_activations(py::handle x_capsule,
+                                                         std::shared_ptr<thl::PackedActivations> into) {
+    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).with_shape({-1, -1});
+    if (!into) into = std::make_shared<thl::PackedActivations>();
+    py::gil_scoped_release release;
+    thl::pack_activations(x.as<float>(), x.stride[0], x.shape[0], x.shape[1], *into);
+    return into;
+}
+
+void linear_int8(const thl::PackedActivations& packed, py::handle w_capsule, py::handle scales_capsule,
+                 py::handle bias_capsule, py::handle out_capsule) {
+    const TensorView w = view(w_capsule, "w").with_dtype(DType::i8).with_shape({-1, packed.columns});
+    const int64_t rows = w.shape[0];
+    const Scales scales = check_scales(scales_capsule, rows, packed.columns);
+    const float* bias = check_bias(bias_capsule, rows);
+    const TensorView out = view(out_capsule, "out").with_dtype(DType::f32).with_shape({packed.batch, rows}).writable();
+    py::gil_scoped_release release;
+    thl::linear_int8({&packed, w.as<int8_t>(), w.stride[0], scales.data, scales.stride, scales.grouped, bias,
+                      out.as<float>(), out.stride[0]},
+                     rows);
+}
+
+void linear_float(py::handle x_capsule, py::handle w_capsule, py::handle bias_capsule, py::handle out_capsule) {
+    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).with_shape({-1, -1});
+    const TensorView w = view(w_capsule, "w").with_shape({-1, x.shape[1]});
+    if (w.dtype == DType::i8) thl::bad_argument("w", "float32, bfloat16 or float16", "int8");
+    const thl::Weight type = weight_type(w);
+    const int64_t rows = w.shape[0];
+    const float* bias = check_bias(bias_capsule, rows);
+    const TensorView out = view(out_capsule, "out").with_dtype(DType::f32).with_shape({x.shape[0], rows}).writable();
+    py::gil_scoped_release release;
+    thl::linear_float(type,
+                      {x.as<float>(), x.stride[0], x.shape[0], x.shape[1], w.data, w.stride[0], bias, out.as<float>(),
+                       out.stride[0]},
+                      rows);
+}
+
+// int8 weights with scales, or float weights with None.
+void linear_transposed(py::handle x_capsule, py::handle w_capsule, py::handle scales_capsule, py::handle out_capsule,
+                       bool accumulate) {
+    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).with_shape({-1, -1});
+    const TensorView w = view(w_capsule, "w").with_shape({x.shape[1], -1});
+    const thl::Weight type = weight_type(w);
+    if ((type == thl::Weight::i8) == scales_capsule.is_none())
+        thl::bad_argument("scales", type == thl::Weight::i8 ? "a tensor with int8 weights" : "None with float weights",
+                          scales_capsule.is_none() ? "None" : "a tensor");
+    const int64_t rows = w.shape[0], columns = w.shape[1];
+    const Scales scales = scales_capsule.is_none() ? Scales{nullptr, 0, false}
+                                                   : check_scales(scales_capsule, rows, columns);
+    const TensorView out = view(out_capsule, "out").with_dtype(DType::f32).with_shape({x.shape[0], columns}).writable();
+    py::gil_scoped_release release;
+    thl::linear_transposed(type,
+                           {x.as<float>(), x.stride[0], x.shape[0], rows, w.data, w.stride[0], scales.data,
+                            scales.stride, scales.grouped, out.as<float>(), out.stride[0], accumulate},
+                           columns);
+}
+
+double memory_bandwidth(int64_t nbytes, int repeats) {
+    if (nbytes < 4096) thl::bad_argument("nbytes", "at least 4096", std::to_string(nbytes));
+    if (repeats < 1) thl::bad_argument("repeats", "at least 1", std::to_string(repeats));
+    py::gil_scoped_release release;
+    return thl::memory_bandwidth(nbytes, repeats);
+}
+
+}  // namespace
+
+void bind_linear(py::module_& m) {
+    m.def("threads", [] { return thl::ThreadPool::instance().threads(); });
+    m.def("set_threads", [](int count) { thl::ThreadPool::instance().set_threads(count); },
+          py::call_guard<py::gil_scoped_release>());
+    m.def("isa", [] { return thl::kernels().name; });
+    m.def("available_isas", &thl::available_isas);
+    m.def("set_isa", [](const std::string& name) { thl::set_isa(name.c_str()); });
+    m.def("memory_bandwidth", &memory_bandwidth);
+
+    py::class_<thl::PackedActivations, std::shared_ptr<thl::PackedActivations>>(m, "PackedActivations")
+        .def_readonly("batch", &thl::PackedActivations::batch)
+        .def_readonly("columns", &thl::PackedActivations::columns);
+    m.def("pack_activations", &pack_activations, py::arg("x"), py::arg("into") = py::none());
+    m.def("linear_int8", &linear_int8);
+    m.def("linear_float", &linear_float);
+    m.def("linear_transposed", &linear_transposed);
+}

@@ -1,0 +1,220 @@
+"""Bandwidths as this machine has them, and decoding measured against them."""
+
+import gc
+import itertools
+import resource
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thl_engine import native
+from thl_engine.engine import Engine, choose_device, divide_memory, set_threads
+from thl_engine.errors import ConfigError
+from thl_engine.ops import ReferenceOps, load_ops
+from thl_engine.pager import extent
+from thl_engine.plan import NOMINAL, Bandwidths
+from thl_engine.reader import Arena, Reader
+from thl_engine.store import Store, StoredTensor, open_store
+from thl_engine.weights import Held
+
+# Eight times the largest last-level cache met so far (32 MiB); more would only raise the process's peak memory.
+BUFFER_BYTES = 256 << 20
+DISK_BYTES = 1 << 30
+DISK_SECONDS = 1.5
+DISK_SLOTS = 8
+PRODUCT_SHAPE = (2048, 4096)  # of synthetic matrices: as int8, a page
+PRODUCT_SECONDS = 1.0
+ROUNDS = 3  # of the read bandwidth, before decoding and after it
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second at which all threads, or the device, read memory: a sum without products."""
+    if device.type == "cpu" and native.available():
+        return native.memory_bandwidth(BUFFER_BYTES, 5)
+    buffer = _filled(BUFFER_BYTES, torch.float32).to(device)
+    buffer.sum()
+    return BUFFER_BYTES / statistics.median(_seconds(buffer.sum, device) for _ in range(5))
+
+
+def product_bandwidth(ops: ReferenceOps, device: torch.device, like: StoredTensor) -> float:
+    """Bytes of weights per second that products with one row achieve, for weights stored like those of `like`."""
+    rows, columns = PRODUCT_SHAPE
+    count = BUFFER_BYTES // (rows * columns * like.dtype.itemsize)
+    data = _filled(BUFFER_BYTES, like.dtype).to(device).view(count, rows, columns)
+    scales = None
+    if like.scales is not None:
+        groups = () if like.group is None else (-(-columns // like.group),)
+        scales = torch.full((rows, *groups), 1e-3, device=device)
+    matrices = [Held(data[i], scales, like.group) for i in range(count)]
+    x = torch.linspace(-1.0, 1.0, columns, device=device)[None]
+
+    def products() -> None:
+        for matrix in matrices:
+            ops.linear(x, matrix)
+
+    products()
+    passes, started = [], time.perf_counter()
+    while time.perf_counter() - started < PRODUCT_SECONDS or len(passes) < 3:
+        passes.append(_seconds(products, device))
+    return BUFFER_BYTES / statistics.median(passes)
+
+
+def disk_bandwidth(store: Store) -> float:
+    """Bytes per second at which the reader brings in matrix pages, taken evenly from the whole checkpoint."""
+    pages = [page for tensor in store.tensors.values() if tensor.kind == "matrix" for page in tensor.pages]
+    slot = max(extent(page)[1] for page in pages)
+    every = max(1, sum(page.nbytes for page in pages) // DISK_BYTES)
+    arena = Arena(DISK_SLOTS * slot)
+    arena.tensor().fill_(0)  # memory exists before the clock starts
+    flying: deque[int] = deque()
+    with Reader(store.files) as reader:
+        started, done = time.perf_counter(), 0
+        for number, page in enumerate(itertools.cycle(pages[::every])):
+            if len(flying) == DISK_SLOTS:
+                reader.wait(flying.popleft())
+                if done >= DISK_BYTES or time.perf_counter() - started > DISK_SECONDS:
+                    break
+            flying.append(reader.submit(page.file, page.offset, page.nbytes, arena, number % DISK_SLOTS * slot))
+            done += page.nbytes
+        while flying:
+            reader.wait(flying.popleft())
+        return done / (time.perf_counter() - started)
+
+
+def link_bandwidth(device: torch.device) -> float | None:
+    """Bytes per second from page-locked host memory to a CUDA device; None on the CPU."""
+    if device.type == "cpu":
+        return None
+    source = torch.ones(BUFFER_BYTES, dtype=torch.uint8).pin_memory()
+    target = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
+
+    def copy() -> None:
+        target.copy_(source, non_blocking=True)
+
+    copy()
+    return BUFFER_BYTES / statistics.median(_seconds(copy, device) for _ in range(5))
+
+
+def largest_matrix(store: Store) -> StoredTensor:
+    """The matrix whose storage stands for the others'."""
+    return max((t for t in store.tensors.values() if t.kind == "matrix"), key=lambda t: t.nbytes)
+
+
+def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: int = 0, device: str = "auto",
+              backend: str = "auto", stream: bool | str = "auto", memory_budget: str | int | None = None,
+              threads: int | None = None) -> dict[str, Any]:
+    """Decodes random tokens one at a time and compares with what the memory gives and the plan predicted.
+
+    Bandwidths are measured while the model is not in memory, before and after, so that they add nothing to its peak.
+    Returns plain values: sizes in bytes, times in seconds, rates per second.
+    """
+    for name, value, least in (("tokens", tokens, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise ConfigError(f"{name} is {value}; it must be at least {least}")
+    set_threads(threads)
+    store = open_store(path)
+    chosen, ops = choose_device(device), load_ops(backend, choose_device(device).type)
+    schedule, plan = divide_memory(store, ops, chosen, stream, memory_budget)
+    bandwidths = Bandwidths(
+        disk=disk_bandwidth(store) if plan.streamed_pages else NOMINAL.disk,
+        memory=product_bandwidth(ops, chosen, largest_matrix(store)), link=link_bandwidth(chosen))
+    rates = [read_bandwidth(chosen) for _ in range(ROUNDS)]
+    reset_peak()
+
+    with Engine(store, device=str(chosen), backend=backend, stream=stream, memory_budget=memory_budget) as engine:
+        plan = engine.plan(bandwidths)
+        found = _decode(engine, tokens, warmup, seed)
+        found["peak_rss_bytes"] = peak_bytes()
+        stats = engine.stats()
+    del engine  # its memory goes with it
+    gc.collect()
+    rates += [read_bandwidth(chosen) for _ in range(ROUNDS)]
+
+    steps = range(warmup, warmup + tokens)
+    read = sum(store.pages[page].nbytes for t in steps for page in (*schedule.step(t), *schedule.head)) / tokens
+    measured = statistics.median(rates)
+    achieved = read * found["tokens_per_second"]
+    return {
+        **found, "bytes_per_token": read, "achieved_bandwidth": achieved, "measured_bandwidth": measured,
+        "bandwidth_ratio": achieved / measured, "predicted_tokens_per_second": plan.tokens_per_second,
+        "prediction_ratio": found["tokens_per_second"] / plan.tokens_per_second,
+        "product_bandwidth": bandwidths.memory, "disk_bandwidth": bandwidths.disk if plan.streamed_pages else None,
+        "link_bandwidth": bandwidths.link, "planned_peak_bytes": plan.peak_memory_bytes,
+        "peak_device_bytes": stats["peak_device_bytes"], "memory_budget": plan.budget,
+        "pinned_bytes": plan.pinned_bytes, "ring_slots": plan.slots, "backend": ops.name,
+        "isa": native.isa() if ops.name == "native" else None, "device": str(chosen),
+        "threads": torch.get_num_threads(), "model_type": store.model_type, "path": str(path),
+    }
+
+
+def _decode(engine: Engine, tokens: int, warmup: int, seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(engine.config.vocab_size, (warmup + tokens, 1), generator=generator)
+    state, latencies, resident = engine.new_state(), [], 0
+    for i in range(warmup):
+        engine.step(ids[i], state)
+    before = engine.stats()
+    for i in range(tokens):
+        latencies.append(_seconds(lambda i=i: engine.step(ids[warmup + i], state), engine.device))
+        if i == tokens // 4:
+            resident = resident_bytes()
+    after = engine.stats()
+    total = sum(latencies)
+    ordered = sorted(latencies)
+    return {
+        "tokens": tokens, "warmup": warmup, "seconds": total, "tokens_per_second": tokens / total,
+        "latency_median": statistics.median(ordered), "latency_p95": ordered[int(0.95 * (tokens - 1))],
+        "bytes_streamed_per_token": (after["bytes_streamed"] - before["bytes_streamed"]) / tokens,
+        "stall_share": (after["stall_seconds"] - before["stall_seconds"]) / total,
+        "page_hits": after["page_hits"] - before["page_hits"],
+        "page_misses": after["page_misses"] - before["page_misses"],
+        "rss_quarter_bytes": resident, "rss_end_bytes": resident_bytes(),
+    }
+
+
+def resident_bytes() -> int:
+    """Memory that the process occupies now; its peak where the system does not tell."""
+    return _status("VmRSS:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_bytes() -> int:
+    """The most memory that the process has occupied since `reset_peak`, or since its start where that is refused.
+
+    getrusage would count what the parent process had when it started this one.
+    """
+    return _status("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak() -> None:
+    """Makes `peak_bytes` forget what was before."""
+    try:
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")
+    except OSError:
+        pass  # then the peak includes the measurements, which is more than the truth
+
+
+def _status(field: str) -> int | None:
+    try:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    except (OSError, StopIteration):
+        return None
+
+
+def _filled(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory of its own for each page: what was never written is one shared page of zeros, always in the cache."""
+    return Arena(nbytes).tensor().view(dtype).fill_(1)
+
+
+def _seconds(work: Any, device: torch.device) -> float:
+    """Time that a call takes, with what it started on the device."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

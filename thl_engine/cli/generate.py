@@ -1,0 +1,124 @@
+"""`thl run`: text to stdout as it comes."""
+
+import json
+import os
+import stat
+import sys
+import time
+from argparse import Namespace
+from typing import Any
+
+import torch
+
+from thl_engine import native
+from thl_engine.engine import Engine, Piece
+from thl_engine.errors import TokenizerError
+from thl_engine.plan import size
+
+
+def run(arguments: Namespace) -> None:
+    prompt = _prompt(arguments.prompt)
+    if not native.available() and arguments.backend != "reference":
+        print(f"thl: computing with torch, more slowly: {native.reason()}", file=sys.stderr)
+    with Engine.from_pretrained(
+            arguments.model, device=arguments.device, backend=arguments.backend, quantize=arguments.quantize,
+            stream="auto" if arguments.stream is None else arguments.stream,
+            memory_budget=arguments.memory_budget, threads=arguments.threads) as engine:
+        if arguments.stats:
+            print(f"thl: {engine.model_type}, {backend(engine)}", file=sys.stderr)
+        state = engine.load_state(arguments.state) if arguments.state else engine.new_state()
+        pieces, timing = _write(engine, prompt, state, arguments)
+        if arguments.save_state:
+            if pieces:
+                engine.step(torch.tensor([pieces[-1].id]), state)  # the last token has been written, not read
+            engine.save_state(state, arguments.save_state)
+        stats = {**engine.stats(), **timing, "isa": _isa(engine), "threads": torch.get_num_threads()}
+        if arguments.json:
+            print(json.dumps({"text": "".join(piece.text for piece in pieces), "ids": [piece.id for piece in pieces],
+                              "logprobs": [piece.logprob for piece in pieces], "stats": stats}, ensure_ascii=False))
+        if arguments.stats:
+            print(_table(stats), file=sys.stderr)
+
+
+def _write(engine: Engine, prompt: str, state: Any, arguments: Namespace) -> tuple[list[Piece], dict[str, Any]]:
+    """Generates, printing as it goes. Returns the pieces and what was timed."""
+    before = engine.stats()["tokens"]
+    stream = engine.generate(
+        prompt, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, top_k=arguments.top_k,
+        top_p=arguments.top_p, repetition_penalty=arguments.repetition_penalty, seed=arguments.seed,
+        stop=arguments.stop, state=state)
+    pieces: list[Piece] = []
+    started = time.perf_counter()
+    read = prompted = None
+    try:
+        for piece in stream:
+            if read is None:
+                read, prompted = time.perf_counter(), engine.stats()["tokens"] - before
+            pieces.append(piece)
+            if piece.text and not arguments.json:
+                print(piece.text, end="", flush=True)
+    finally:
+        if not arguments.json and (pieces or sys.exc_info()[0] is None):
+            print(flush=True)
+    ended = time.perf_counter()
+    if read is None:  # nothing was to be written
+        read, prompted = ended, engine.stats()["tokens"] - before
+    return pieces, {
+        "prompt_tokens": prompted, "prompt_seconds": read - started,
+        "prompt_tokens_per_second": prompted / (read - started),
+        "new_tokens": len(pieces), "decode_seconds": ended - read,
+        # The first token comes with the prompt's time, every other one took a step.
+        "decode_tokens_per_second": (len(pieces) - 1) / (ended - read) if len(pieces) > 1 else None,
+    }
+
+
+def _prompt(given: str | None) -> str:
+    """The text to continue: as given, or from stdin, or a new line. stdin is not waited for unless piped or asked."""
+    if given is None:
+        mode = os.fstat(0).st_mode if _has_stdin() else 0
+        if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+            return "\n"
+    elif given != "-":
+        return given
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode() or ("\n" if given is None else "")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"the prompt on stdin is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+
+
+def _has_stdin() -> bool:
+    try:
+        return sys.stdin is not None and sys.stdin.fileno() == 0
+    except (OSError, ValueError):
+        return False
+
+
+def _isa(engine: Engine) -> str | None:
+    return native.isa() if engine.ops.name == "native" else None
+
+
+def backend(engine: Engine) -> str:
+    """What computes, for people."""
+    isa = _isa(engine)
+    return (f"backend {engine.ops.name}{f' ({isa})' if isa else ''} on {engine.device}, "
+            f"{torch.get_num_threads()} threads")
+
+
+def _table(stats: dict[str, Any]) -> str:
+    uses = stats["page_hits"] + stats["page_misses"]
+    speed = stats["decode_tokens_per_second"]
+    budget = "none" if stats["memory_budget"] is None else size(stats["memory_budget"])
+    rows = [
+        ("prompt", f"{stats['prompt_tokens']} tokens, {stats['prompt_tokens_per_second']:.1f} tokens/s"),
+        ("written", f"{stats['new_tokens']} tokens, {f'{speed:.1f} tokens/s' if speed else 'no step timed'}"),
+        ("bytes streamed", f"{size(stats['bytes_streamed'])}, and {size(stats['bytes_gathered'])} of table rows"),
+        ("waited for pages", f"{stats['stall_seconds']:.2f} s of {stats['seconds']:.2f} s"),
+        ("pages", f"{stats['page_hits']} of {uses} uses found in memory, {stats['page_misses']} read"),
+        ("peak memory", f"{size(stats['peak_memory_bytes'])} planned of budget {budget}, "
+                        f"{size(stats['peak_rss_bytes'])} of the whole process"),
+    ]
+    if stats["peak_device_bytes"]:
+        rows.append(("on the device", size(stats["peak_device_bytes"])))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,168 @@
+"""The options of every command: argparse alone, so that help and wrong usage answer at once."""
+
+import argparse
+from collections.abc import Sequence
+
+from thl_engine import __version__
+
+STEPS = 256  # a multiple of common clock periods, so that a benchmark reads what an average token reads
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Options of `thl`. `command` names the function that carries it out, as "module.function"."""
+    parser = argparse.ArgumentParser(
+        prog="thl", allow_abbrev=False,
+        description="Runs hierarchical language models within a memory budget, streaming their weights.",
+        epilog="`thl COMMAND --help` explains a command's options. Results go to stdout, everything else to stderr.")
+    parser.add_argument("--version", action="version", version=f"thl_engine {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (fill, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=_sentence(about), allow_abbrev=False)
+        if name != "train" or name in argv[:1]:
+            fill(command)
+    return parser.parse_args(argv)
+
+
+def parse_run(argv: Sequence[str]) -> argparse.Namespace:
+    """Options of `thl-run`."""
+    parser = argparse.ArgumentParser(prog="thl-run", description=_sentence(COMMANDS["run"][1]), allow_abbrev=False)
+    _run(parser)
+    return parser.parse_args(argv)
+
+
+def _sentence(about: str) -> str:
+    return about[0].upper() + about[1:] + "."
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command="generate.run")
+    parser.add_argument("--model", required=True, metavar="PATH",
+                        help="a .safetensors file, or a folder with config.json and *.safetensors")
+    parser.add_argument("--prompt", metavar="TEXT",
+                        help="text to continue; - reads stdin (default: what is piped in, else a new line)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N",
+                        help="tokens to write at most (default: %(default)s)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="end before this text; may be given several times")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, default=1.0, metavar="T",
+                          help="0 takes the likeliest token each time (default: %(default)s)")
+    sampling.add_argument("--top-k", type=int, metavar="K",
+                          help="choose among the K likeliest tokens (default: all)")
+    sampling.add_argument("--top-p", type=float, metavar="P",
+                          help="choose among the likeliest that together exceed probability P (default: all)")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
+                          help="above 1 disfavours tokens that occurred lately (default: %(default)s)")
+    sampling.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a new one each time)")
+    _engine(parser)
+    parser.add_argument("--quantize", choices=("auto", "int8", "none"), default="auto",
+                        help="weights as stored, as int8, or only as floats (default: %(default)s)")
+    context = parser.add_argument_group("context")
+    context.add_argument("--state", metavar="FILE", help="go on from a context that --save-state wrote")
+    context.add_argument("--save-state", metavar="FILE",
+                         help="keep the context afterwards: all that was read and written")
+    report = parser.add_argument_group("output")
+    report.add_argument("--stats", action="store_true", help="end with speed, traffic and memory on stderr")
+    report.add_argument("--json", action="store_true",
+                        help="print one JSON object (text, ids, logprobs, stats) in place of the text")
+
+
+def _engine(parser: argparse.ArgumentParser) -> None:
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--stream", action=argparse.BooleanOptionalAction,
+                        help="page weights from disk by schedule, or keep all in memory (default: page if they "
+                             "do not fit)")
+    engine.add_argument("--memory-budget", metavar="SIZE",
+                        help="bound on what the engine keeps in memory, for example 4GiB (default: what is free)")
+    engine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    engine.add_argument("--backend", default="auto",
+                        help="auto, native (C++) or reference (torch) (default: %(default)s)")
+    engine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a processor)")
+
+
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command="files.quantize")
+    parser.add_argument("source", metavar="IN", help="a float checkpoint: file or folder")
+    parser.add_argument("target", metavar="OUT", help="the file to write: ordinary safetensors, laid out for paging")
+    parser.add_argument("--bits", type=int, default=8, choices=(8,), help="bits of a weight (default: %(default)s)")
+    parser.add_argument("--group-size", type=int, default=0, choices=(0, 128),
+                        help="inputs that share a scale, 0 for one scale a row (default: %(default)s)")
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command="files.convert")
+    parser.add_argument("source", metavar="IN", help="folder with config.json and pytorch_model.bin, or a .bin, "
+                                                     ".pt or .pth file; nothing in it is executed")
+    parser.add_argument("target", metavar="OUT", help="a .safetensors file, or a folder to write")
+
+
+def _init(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command="files.init")
+    parser.add_argument("--model-type", metavar="T", help="architecture, such as thl (default: as the configuration says)")
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration of the model")
+    parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same weights (default: %(default)s)")
+    parser.add_argument("--quantize", choices=("none", "int8"), default="none",
+                        help="write float32 or int8 weights (default: %(default)s)")
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command="reports.plan")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint: file or folder")
+    parser.add_argument("--memory-budget", metavar="SIZE", help="for example 4GiB (default: what is free)")
+    parser.add_argument("--disk-bandwidth", type=_rate, metavar="GB/s",
+                        help="what reading pages achieves (default: measured on the file itself)")
+    parser.add_argument("--memory-bandwidth", type=_rate, metavar="GB/s",
+                        help="what products with weights in memory achieve (default: measured)")
+    parser.add_argument("--link-bandwidth", type=_rate, metavar="GB/s",
+                        help="host to device, where the model runs on one (default: measured on CUDA)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--backend", default="auto",
+                        help="auto, native (C++) or reference (torch) (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command="reports.inspect")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint: file or folder")
+    parser.add_argument("--verify", action="store_true", help="read every page and check its checksum")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command="reports.bench")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint: file or folder")
+    parser.add_argument("--tokens", type=int, default=STEPS, metavar="N",
+                        help="tokens to decode, timed (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=16, metavar="N",
+                        help="tokens before the clock starts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens (default: %(default)s)")
+    _engine(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    # Defaults come from TrainOptions, which imports torch: only where they are asked for.
+    from thl_engine.cli.training import add_options
+
+    parser.set_defaults(command="training.run")
+    add_options(parser)
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value * 1e9
+
+
+COMMANDS = {
+    "run": (_run, "continue a prompt, writing the text as it comes"),
+    "quantize": (_quantize, "write a float checkpoint as int8 pages"),
+    "convert": (_convert, "write a .bin, .pt or .pth checkpoint as safetensors"),
+    "init": (_init, "write a model of random weights, of any size"),
+    "plan": (_plan, "tell what a memory budget costs: what is pinned, what is streamed, how fast"),
+    "inspect": (_inspect, "tell what is in a checkpoint: tensors, pages, schedule"),
+    "train": (_train, "train a small model on a text"),
+    "bench": (_bench, "measure decoding against the bandwidth of the memory"),
+}

@@ -1,0 +1,81 @@
+"""`thl plan`, `thl inspect` and `thl bench`: what a checkpoint is, what it would cost, and what it does cost."""
+
+import json
+import sys
+from argparse import Namespace
+from typing import Any
+
+from thl_engine import bench as measure
+from thl_engine.cli.progress import progress_bar
+from thl_engine.engine import choose_device, divide_memory
+from thl_engine.ops import load_ops
+from thl_engine.plan import Bandwidths, size
+from thl_engine.store import open_store
+from thl_engine.summary import describe, summarise
+from thl_engine.summary import verify as verify_pages
+
+
+def plan(arguments: Namespace) -> None:
+    device = choose_device(arguments.device)
+    ops = load_ops(arguments.backend, device.type)
+    with open_store(arguments.path) as store:
+        schedule, division = divide_memory(store, ops, device, memory_budget=arguments.memory_budget)
+        bandwidths = Bandwidths(
+            disk=arguments.disk_bandwidth or measure.disk_bandwidth(store),
+            memory=arguments.memory_bandwidth or measure.product_bandwidth(ops, device, measure.largest_matrix(store)),
+            link=arguments.link_bandwidth or measure.link_bandwidth(device))
+        found = division.at(bandwidths, store, schedule)
+    print(json.dumps(found.to_dict()) if arguments.json else found)
+
+
+def inspect(arguments: Namespace) -> None:
+    with open_store(arguments.path) as store:
+        summary = summarise(store)
+        if arguments.verify:
+            with progress_bar("verifying") as progress:
+                summary["verified_bytes"] = verify_pages(store, progress)
+    if arguments.json:
+        print(json.dumps(summary))
+        return
+    print(describe(summary))
+    if arguments.verify:
+        checked = summary["pages"]["checksums"]
+        print(f"\nverified: {size(summary['verified_bytes'])} read, "
+              + (f"{checked} checksums match" if checked else "the file has no checksums to compare with"))
+
+
+def bench(arguments: Namespace) -> None:
+    print("thl: measuring; anything else that runs now shows in the figures", file=sys.stderr)
+    found = measure.benchmark(
+        arguments.path, tokens=arguments.tokens, warmup=arguments.warmup, seed=arguments.seed, device=arguments.device,
+        backend=arguments.backend, stream="auto" if arguments.stream is None else arguments.stream,
+        memory_budget=arguments.memory_budget, threads=arguments.threads)
+    print(json.dumps(found) if arguments.json else _bench_table(found))
+
+
+def _bench_table(found: dict[str, Any]) -> str:
+    def rate(value: float | None) -> str:
+        return "not measured" if value is None else f"{value / 1e9:.2f} GB/s"
+
+    isa = f" ({found['isa']})" if found["isa"] else ""
+    rows = [
+        ("backend", f"{found['backend']}{isa} on {found['device']}, {found['threads']} threads"),
+        ("tokens/s", f"{found['tokens_per_second']:.2f} over {found['tokens']} tokens, after {found['warmup']}"),
+        ("latency", f"{1e3 * found['latency_median']:.2f} ms median, {1e3 * found['latency_p95']:.2f} ms at 95 %"),
+        ("bytes per token", f"{found['bytes_per_token'] / 1e6:.1f} MB, "
+                            f"{found['bytes_streamed_per_token'] / 1e6:.1f} MB of them streamed"),
+        ("achieved bandwidth", rate(found["achieved_bandwidth"])),
+        ("measured bandwidth", f"{rate(found['measured_bandwidth'])} of plain reading"),
+        ("ratio", f"{found['bandwidth_ratio']:.3f}"),
+        ("predicted tokens/s", f"{found['predicted_tokens_per_second']:.2f} from products at "
+                               f"{rate(found['product_bandwidth'])}, disk {rate(found['disk_bandwidth'])}"),
+        ("waiting for pages", f"{100 * found['stall_share']:.1f} % of the time"),
+        ("memory budget", "none" if found["memory_budget"] is None else size(found["memory_budget"])),
+        ("peak memory", f"{size(found['planned_peak_bytes'])} planned, {size(found['peak_rss_bytes'])} of the process"),
+        ("memory over time", f"{size(found['rss_quarter_bytes'])} after a quarter, "
+                             f"{size(found['rss_end_bytes'])} at the end"),
+    ]
+    if found["peak_device_bytes"]:
+        rows.append(("on the device", size(found["peak_device_bytes"])))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,232 @@
+"""Checkpoints to packed files: `thl quantize`, `thl convert` (from torch.save files) and `thl init`.
+
+All three go through the one writer, chunk by chunk, so memory does not grow with the checkpoint.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+
+from thl_engine.config import parse_config
+from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.index import PICKLE_SUFFIXES, config_beside, read_config, read_text, shown
+from thl_engine.models import architecture
+from thl_engine.pack import Progress, Source, replacing, write_store
+from thl_engine.schedule import Block
+from thl_engine.spool import tensor_sources
+from thl_engine.store import TOKENIZER_FILES, open_store, tokenizer_beside
+
+WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training scripts keep the weights
+PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
+DRAW_ELEMENTS = 1 << 20  # drawn from one random stream; part of what `thl init --seed` means
+
+
+def quantize_checkpoint(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    bits: int = 8,
+    group: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the int8 packed file of a float checkpoint, with its configuration and tokenizer.
+
+    group is the number of inputs that share a scale, 128; None means one scale a row.
+    """
+    if bits != 8:
+        raise ConfigError(f"bits is {bits}, only 8 is supported")
+    with open_store(src) as store:
+        _refuse_overwriting(Path(dst), store.files)
+        write_store(
+            dst,
+            store.config,
+            store.sources(),
+            quantize="int8",
+            group=group,
+            tokenizer=store.tokenizer_json,
+            progress=progress,
+        )
+
+
+def convert_checkpoint(
+    src: str | os.PathLike, dst: str | os.PathLike, progress: Progress | None = None
+) -> None:
+    """Converts a published folder (config.json + pytorch_model.bin) or a torch.save file to safetensors.
+
+    dst is one .safetensors file that holds configuration and tokenizer too, or else a folder for
+    model.safetensors, config.json and the tokenizer's files. Matrices keep their dtype, except that float64
+    becomes float32; vectors become float32. Nothing in the file is run: it is read with weights_only=True.
+    """
+    file, dst = _pickled_checkpoint(Path(src)), Path(dst)
+    _refuse_overwriting(dst, (file,))
+    loaded = _load(file)
+    fields, where = _configuration(file, loaded)
+    config = parse_config(fields, where=where).to_dict()
+    sources = tensor_sources(_state_dict(file, loaded), str(file))
+    tokenizer = tokenizer_beside(file.parent)
+    if dst.suffix == ".safetensors":
+        write_store(dst, config, sources, tokenizer=tokenizer, progress=progress)
+        return
+    created = not dst.exists()
+    try:
+        dst.mkdir(exist_ok=True)
+        write_store(dst / "model.safetensors", config, sources, tokenizer=tokenizer, progress=progress)
+        copies = {"config.json": json.dumps(config, indent=1) + "\n"}
+        for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
+            if (file.parent / name).is_file():
+                copies[name] = read_text(file.parent / name)
+        for name, text in copies.items():
+            if (dst / name).exists() and (dst / name).samefile(file.parent / name):
+                continue  # converted in place
+            with replacing(dst / name, len(text)) as descriptor, open(descriptor, "wb", closefd=False) as out:
+                out.write(text.encode())
+    except BaseException as error:
+        if created and dst.is_dir() and not os.listdir(dst):
+            dst.rmdir()
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{dst}: cannot write: {error.strerror}") from error
+        raise
+
+
+def init_checkpoint(
+    model_type: str | None,
+    config: str | os.PathLike | Mapping,
+    dst: str | os.PathLike,
+    seed: int = 0,
+    quantize: str = "none",
+    group: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a freshly initialised model of any size; config is a JSON file or its fields.
+
+    The weights depend on model_type, config and seed alone.
+    """
+    fields, where = (config, "config") if isinstance(config, Mapping) else read_config(Path(config))
+    parsed = parse_config(fields, model_type, where)
+    module = architecture(parsed.model_type)
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers, "init") as pool:
+        sources = {}
+        for block in module.blocks(parsed):
+
+            def draw(rows: slice, generator: torch.Generator, block: Block = block) -> torch.Tensor:
+                return module.initial(parsed, block, rows, generator)
+
+            sources[block.name] = Source("F32", block.shape, RandomRows(block, seed, draw, pool))
+        write_store(dst, parsed.to_dict(), sources, quantize=quantize, group=group, progress=progress)
+
+
+@dataclass
+class RandomRows:
+    """Rows of a freshly initialised tensor, the same however they are asked for.
+
+    The tensor is drawn in fixed stretches of rows of about DRAW_ELEMENTS elements, each from a random stream
+    of its own, seeded by (seed, tensor name, stretch). So they can be drawn in parallel and in any order.
+    """
+
+    block: Block
+    seed: int
+    draw: Callable[[slice, torch.Generator], torch.Tensor]
+    pool: ThreadPoolExecutor
+    last: dict[int, torch.Tensor] = field(default_factory=dict)  # a stretch that the next rows may begin in
+
+    def __call__(self, start: int, stop: int) -> torch.Tensor:
+        shape = self.block.shape
+        if not shape:
+            return self._stretch(0, slice(0, 1))
+        size = max(1, DRAW_ELEMENTS // max(1, prod(shape[1:])))
+        numbers = range(start // size, -(-stop // size))
+        spans = {n: slice(n * size, min((n + 1) * size, shape[0])) for n in numbers}
+        missing = [n for n in numbers if n not in self.last]
+        stretches = self.pool.map(self._stretch, missing, [spans[n] for n in missing])
+        drawn = self.last | dict(zip(missing, stretches, strict=True))
+        self.last = {numbers[-1]: drawn[numbers[-1]]}
+        rows = torch.empty(stop - start, *shape[1:])
+        for n, span in spans.items():
+            low, high = max(start, span.start), min(stop, span.stop)
+            rows[low - start : high - start] = drawn[n][low - span.start : high - span.start]
+        return rows
+
+    def _stretch(self, number: int, span: slice) -> torch.Tensor:
+        key = f"{self.seed}/{self.block.name}/{number}".encode()
+        stream = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+        return self.draw(span, torch.Generator().manual_seed(stream))
+
+
+def _refuse_overwriting(dst: Path, sources: tuple[Path, ...]) -> None:
+    for file in sources:
+        if dst.exists() and dst.samefile(file):
+            raise CheckpointError(f"{dst}: is the file being read; write to another name")
+
+
+def _pickled_checkpoint(src: Path) -> Path:
+    """The torch.save file that `src` is or holds."""
+    if not src.exists():
+        raise CheckpointError(f"{src}: no such file or folder")
+    if src.is_file():
+        if src.suffix == ".safetensors":
+            raise CheckpointError(f"{src}: is a safetensors file already; it needs no conversion")
+        return src
+    try:
+        names = sorted(name for name in os.listdir(src) if name.endswith(PICKLE_SUFFIXES))
+    except OSError as error:
+        raise CheckpointError(f"{src}: cannot list the folder: {error.strerror}") from error
+    if "pytorch_model.bin" in names:
+        return src / "pytorch_model.bin"
+    if len(names) == 1:
+        return src / names[0]
+    found = f"{len(names)} ({shown(', '.join(names))}); name one of them" if names else "none"
+    raise CheckpointError(
+        f"{src}: expected pytorch_model.bin or one file of {' '.join(PICKLE_SUFFIXES)}, found {found}"
+    )
+
+
+def _load(file: Path) -> object:
+    try:
+        with open(file, "rb") as opened:
+            archive = opened.read(4) == b"PK\x03\x04"
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot read the file: {error.strerror or error}") from error
+    except Exception as error:  # damaged files make torch.load raise nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        if "weights_only" in str(error) or "WeightsUnpickler" in str(error):
+            reason = "holds more than tensors and plain values, which may run code when loaded; it is refused"
+        raise CheckpointError(f"{file}: not a usable torch.save file: {reason}") from error
+
+
+def _configuration(file: Path, loaded: object) -> tuple[dict, str]:
+    """From config.json beside the checkpoint, or else from the checkpoint itself."""
+    found = config_beside(file.parent)
+    if found is not None:
+        return found
+    inside = loaded.get("config") if isinstance(loaded, dict) else None
+    if isinstance(inside, dict):
+        return inside, f"{file}: 'config'"
+    raise ConfigError(
+        f"{file.parent / 'config.json'}: no such file; put the model's configuration there, a JSON object of "
+        "its fields"
+    )
+
+
+def _state_dict(file: Path, loaded: object) -> dict[str, torch.Tensor]:
+    """The weights under their published names."""
+    for key in WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    values = loaded.values() if isinstance(loaded, dict) else ()
+    if not values or not all(isinstance(value, torch.Tensor) for value in values):
+        raise CheckpointError(
+            f"{file}: expected a state dict of tensors, or one under {' '.join(map(repr, WRAPPERS))}"
+        )
+    names = {str(name): tensor for name, tensor in loaded.items()}
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in names)), None):
+        names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
+    return names

@@ -1,0 +1,356 @@
+"""Index of the tensors in safetensors files, checked before a byte of data is read.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes header length N, little endian; N bytes of JSON,
+name -> {"dtype", "shape", "data_offsets": [begin, end]} and an optional "__metadata__" of strings; then the
+data, to which the offsets are relative. A checkpoint is one such file, or several listed by
+`model.safetensors.index.json`, or a folder with either. Nothing in a file is believed until it has been
+checked; every failure is a `CheckpointError` of one line that names file, tensor and numbers.
+"""
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from thl_engine.errors import CheckpointError, ConfigError
+
+HEADER_LIMIT = 100_000_000  # bytes of JSON; the cap of the safetensors library
+ELEMENT_LIMIT = 1 << 62  # elements in a tensor; below it no size in bytes overflows a signed 64-bit number
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+UNSUPPORTED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "U16", "U32", "U64", "C64")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02")  # torch.save: a zip archive, or a bare pickle before torch 1.6
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `nbytes` bytes at absolute position `offset` of `file`, row-major."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """The tensors of a checkpoint, its files, its folder, and the metadata (empty for several files)."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    files: tuple[Path, ...]
+    root: Path
+
+
+def read_index(path: str | os.PathLike) -> CheckpointIndex:
+    """Index of a .safetensors file, a sharded `*.index.json`, or a folder that holds one of them."""
+    path = Path(path)
+    if _status(path, "checkpoint") == "folder":
+        path = _checkpoint_in(path)
+    if path.suffix == ".json":
+        return _read_sharded(path)
+    tensors, metadata = _read_header(path)
+    return CheckpointIndex(tensors, metadata, (path,), path.parent)
+
+
+def read_tensor(info: TensorInfo, rows: slice | None = None) -> torch.Tensor:
+    """The tensor, or rows [start, stop) along its first axis, in its stored dtype, on the CPU."""
+    shape, offset, nbytes = info.shape, info.offset, info.nbytes
+    if rows is not None:
+        start, stop, _ = rows.indices(shape[0])
+        row_bytes = nbytes // shape[0] if shape[0] else 0
+        shape = (stop - start, *shape[1:])
+        offset, nbytes = offset + start * row_bytes, (stop - start) * row_bytes
+    if nbytes == 0:
+        return torch.empty(shape, dtype=DTYPES[info.dtype])
+    buffer = read_bytes(info.file, offset, nbytes, f"tensor {shown(info.name)}")
+    if info.dtype == "BOOL":  # any byte but 0 and 1 is undefined behaviour in a bool tensor
+        return (torch.frombuffer(buffer, dtype=torch.uint8) != 0).reshape(shape)
+    return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(shape)
+
+
+def read_bytes(file: Path, offset: int, nbytes: int, what: str) -> bytearray:
+    """Exactly `nbytes` bytes at `offset`; a file that has become shorter is a `CheckpointError`."""
+    buffer = bytearray(nbytes)
+    view, done = memoryview(buffer), 0
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while done < nbytes:
+                got = os.preadv(descriptor, [view[done:]], offset + done)
+                if got == 0:
+                    raise CheckpointError(
+                        f"{file}: {what} needs {nbytes} bytes at {offset}, but the file ends at "
+                        f"{offset + done}; it was cut short after it was opened"
+                    )
+                done += got
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot read {what} at {offset}: {error.strerror}") from error
+    return buffer
+
+
+def shown(name: object) -> str:
+    """A name out of a file, quoted and shortened, so that no message spans lines or pages."""
+    text = repr(name)
+    return text if len(text) <= 120 else text[:100] + "..." + text[-10:]
+
+
+def config_beside(folder: Path) -> tuple[dict, str] | None:
+    """`config.json` in a folder as `read_config` gives it; None where there is none."""
+    file = folder / "config.json"
+    return read_config(file) if file.exists() else None
+
+
+def read_config(file: Path) -> tuple[dict, str]:
+    """Fields of a configuration file and the text that names their place in errors.
+
+    The fields stand at the top, or under "config" as in the published fixtures.
+    """
+    fields = parse_json(read_text(file, ConfigError), str(file), ConfigError)
+    nested = fields.get("config")
+    if not isinstance(nested, dict):
+        return fields, str(file)
+    if "model_type" in fields:
+        nested = {"model_type": fields["model_type"], **nested}
+    return nested, f"{file} (under 'config')"
+
+
+def read_text(path: Path, error_type: type[Exception] = CheckpointError) -> str:
+    """A UTF-8 file of at most HEADER_LIMIT bytes."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(HEADER_LIMIT + 1)
+        if len(content) > HEADER_LIMIT:
+            raise error_type(f"{path}: larger than {HEADER_LIMIT} bytes, too large for this kind of file")
+        return content.decode()
+    except OSError as error:
+        raise error_type(f"{path}: cannot read the file: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise error_type(f"{path}: not UTF-8 text at byte {error.start}") from error
+
+
+def parse_json(text: bytes | str, what: str, error_type: type[Exception] = CheckpointError) -> dict:
+    """A JSON object without duplicate keys, or `error_type`."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        fields: dict = {}
+        for name, value in pairs:
+            if name in fields:
+                raise error_type(f"{what}: {shown(name)} occurs twice")
+            fields[name] = value
+        return fields
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # ValueError: syntax, encoding, a number too long
+        reason = str(error).splitlines()[0][:120]
+        raise error_type(f"{what} is not valid JSON: {reason}") from error
+    if not isinstance(value, dict):
+        raise error_type(f"{what} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _status(path: Path, what: str) -> str:
+    """"file" or "folder"; a path that is neither, or cannot be reached, is a `CheckpointError`."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{path}: cannot open the {what}: {reason}") from error
+    if stat.S_ISDIR(mode):
+        return "folder"
+    if stat.S_ISREG(mode):
+        return "file"
+    raise CheckpointError(f"{path}: the {what} is neither a file nor a folder")
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """The checkpoint that a folder holds; which one must be beyond doubt."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot list the folder: {error.strerror}") from error
+    for preferred in ("model.safetensors.index.json", "model.safetensors"):
+        if preferred in names:
+            return folder / preferred
+    candidates = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+    if len(candidates) == 1:
+        return folder / candidates[0]
+    if candidates:
+        raise CheckpointError(
+            f"{folder}: holds {len(candidates)} .safetensors files, {shown(', '.join(candidates))}, and "
+            "neither model.safetensors nor model.safetensors.index.json; name the file itself"
+        )
+    pickled = next((name for name in names if name.endswith(PICKLE_SUFFIXES)), None)
+    if pickled:
+        raise CheckpointError(
+            f"{folder}: holds {shown(pickled)}, no .safetensors file; convert it: thl convert {folder} OUT"
+        )
+    raise CheckpointError(f"{folder}: no .safetensors file in this folder")
+
+
+def _read_sharded(path: Path) -> CheckpointIndex:
+    folder = path.parent
+    weight_map = parse_json(read_text(path), str(path)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: expected an object 'weight_map' of tensor names to file names")
+    tensors: dict[str, TensorInfo] = {}
+    files = []
+    for shard in dict.fromkeys(_shard_name(path, name, shard) for name, shard in weight_map.items()):
+        file = folder / shard
+        _check_inside(path, file)
+        files.append(file)
+        for name, info in _read_header(file)[0].items():
+            if name in tensors:
+                raise CheckpointError(f"{file}: tensor {shown(name)} is in {tensors[name].file.name} as well")
+            if weight_map.get(name) != shard:
+                listed = f"under {shown(weight_map[name])}" if name in weight_map else "nowhere"
+                raise CheckpointError(f"{file}: holds tensor {shown(name)}, which {path.name} lists {listed}")
+            tensors[name] = info
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{folder / shard}: lacks tensor {shown(name)}, listed in {path.name}")
+    return CheckpointIndex(tensors, {}, tuple(files), folder)
+
+
+def _shard_name(path: Path, tensor: str, shard: object) -> str:
+    if not isinstance(shard, str) or not shard or shard in (".", "..") or any(c in shard for c in "/\\\0"):
+        raise CheckpointError(f"{path}: lists {shown(tensor)} under {shown(shard)}, expected a file name")
+    return shard
+
+
+def _check_inside(path: Path, file: Path) -> None:
+    """A shard must lie in the folder of its index, also when it is a symbolic link."""
+    folder = path.parent.resolve()
+    inside = [folder]
+    if folder.parent.name == "snapshots":  # the Hugging Face cache: snapshots/<revision>/x -> blobs/<hash>
+        inside.append(folder.parent.parent / "blobs")
+    try:
+        target = file.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise CheckpointError(f"{file}: cannot follow the link: {error}") from error
+    if target.parent not in inside:
+        raise CheckpointError(f"{path}: shard {shown(file.name)} is a link out of the folder, to {target}")
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of one safetensors file, every number checked."""
+    if _status(path, "checkpoint file") != "file":
+        raise CheckpointError(f"{path}: expected a file, found a folder")
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            _check_prefix(path, prefix, length, size)
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read the file: {error.strerror}") from error
+    if len(text) != length:
+        raise CheckpointError(f"{path}: the file ends after {len(text)} of the {length} bytes of its header")
+    header = parse_json(text, f"{path}: the header")
+    metadata = _check_metadata(path, header.pop("__metadata__", {}))
+    data = 8 + length
+    tensors = {name: _check_entry(path, name, entry, data, size - data) for name, entry in header.items()}
+    _check_coverage(path, tensors, data, size)
+    return tensors, metadata
+
+
+def _check_prefix(path: Path, prefix: bytes, length: int, size: int) -> None:
+    if size == 0:
+        raise CheckpointError(f"{path}: the file is empty")
+    if prefix.startswith(PICKLE_MAGIC) or path.suffix in PICKLE_SUFFIXES:
+        raise CheckpointError(
+            f"{path}: a torch.save file, expected safetensors; convert it: thl convert {path} OUT"
+        )
+    if prefix.startswith(b"GGUF"):
+        raise CheckpointError(f"{path}: a GGUF file, expected safetensors")
+    if size < 8:
+        raise CheckpointError(f"{path}: {size} bytes long, too short for a safetensors file (cut short?)")
+    if length > HEADER_LIMIT:
+        raise CheckpointError(
+            f"{path}: header length {length} is over the limit of {HEADER_LIMIT}; damaged, or not safetensors"
+        )
+    if 8 + length > size:
+        raise CheckpointError(f"{path}: header length {length}, but the file has {size} bytes (cut short?)")
+
+
+def _check_metadata(path: Path, metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path}: '__metadata__' is a {type(metadata).__name__}, expected an object")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            kind = type(value).__name__
+            raise CheckpointError(f"{path}: metadata {shown(key)} is a {kind}, expected a string")
+    return metadata
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_entry(path: Path, name: str, entry: object, data: int, available: int) -> TensorInfo:
+    where = f"{path}: tensor {shown(name)}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: expected an object with dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        known = "is not supported here" if dtype in UNSUPPORTED_DTYPES else "is unknown"
+        raise CheckpointError(f"{where}: dtype {shown(dtype)} {known}; supported: {' '.join(DTYPES)}")
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        raise CheckpointError(f"{where}: shape {shown(shape)}, expected a list of sizes")
+    count = 1
+    for size in shape:
+        count *= size
+        if count > ELEMENT_LIMIT:
+            raise CheckpointError(f"{where}: shape {shown(shape)} overflows the number of elements")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
+        raise CheckpointError(f"{where}: data_offsets {shown(offsets)}, expected [begin, end]")
+    begin, end = offsets
+    if begin > end:
+        raise CheckpointError(f"{where}: data_offsets [{shown(begin)}, {shown(end)}] end before they begin")
+    if end > available:
+        raise CheckpointError(
+            f"{where}: data ends at byte {shown(data + end)}, the file at {data + available} (cut short?)"
+        )
+    nbytes = count * DTYPES[dtype].itemsize
+    if end - begin != nbytes:
+        raise CheckpointError(
+            f"{where}: {dtype} {shown(shape)} takes {nbytes} bytes, data_offsets span {end - begin}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), path, data + begin, nbytes)
+
+
+def _check_coverage(path: Path, tensors: dict[str, TensorInfo], data: int, size: int) -> None:
+    """Tensors must follow each other without overlap or hole and fill the file."""
+    position, previous = data, "the header"
+    for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != position:
+            problem = "overlaps" if info.offset < position else "leaves a hole after"
+            raise CheckpointError(
+                f"{path}: tensor {shown(info.name)} at byte {info.offset} {problem} {previous}, "
+                f"which ends at {position}"
+            )
+        position, previous = info.offset + info.nbytes, f"tensor {shown(info.name)}"
+    if position != size:
+        raise CheckpointError(f"{path}: the last tensor ends at byte {position}, the file at {size}")

@@ -1,0 +1,165 @@
+"""Compiled CPU kernels on torch tensors; results go to tensors that the caller provides.
+
+Present where the C++ extension `thl_engine._native` was built: `available()` tells, and `reason()` why not. Every
+operation runs on the threads of `set_threads`, releases the interpreter lock, and gives the same bits on any number
+of threads and any instruction set. A row's result does not depend on the rest of the batch or matrix.
+
+All tensors are on the CPU, float32 where not said otherwise, with a contiguous last dimension; other strides are
+free except for small state tensors. Arguments that do not fit raise ValueError, naming argument, expected and found.
+Letters: B batch, C inputs, R outputs, H heads, J slots, d features, k entries read per head, W slots written.
+"""
+
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+try:
+    from thl_engine import _native
+
+    _reason = None
+except ImportError as error:
+    _native = None
+    _reason = f"the C++ extension is not built ({error}); reinstall where a C++20 compiler is found"
+
+PackedActivations = None if _native is None else _native.PackedActivations
+
+
+def available() -> bool:
+    """Whether the extension was built."""
+    return _native is not None
+
+
+def reason() -> str | None:
+    """Why the extension is not there; None where it is."""
+    return _reason
+
+
+def threads() -> int:
+    """Threads that share a call; at first one for each processor."""
+    return _native.threads()
+
+
+def set_threads(count: int) -> None:
+    """Sets the number of threads that share a call, 1 to 1024."""
+    _native.set_threads(count)
+
+
+def isa() -> str:
+    """The instruction set in use: "portable", "avx2", "avx512" or "avx512vnni"."""
+    return _native.isa()
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this processor runs, the best one last."""
+    return _native.available_isas()
+
+
+def set_isa(name: str) -> None:
+    """Uses another instruction set, for tests; results do not change."""
+    _native.set_isa(name)
+
+
+def memory_bandwidth(nbytes: int = 512 << 20, repeats: int = 7) -> float:
+    """Bytes per second at which `threads()` threads read nbytes of memory: the median of `repeats` plain passes."""
+    return _native.memory_bandwidth(nbytes, repeats)
+
+
+def pack_activations(x: Tensor, into: "PackedActivations | None" = None) -> "PackedActivations":
+    """x [B, C] as 16-bit integers with one scale a row, for `linear_int8`. Reuses the memory of `into`.
+
+    The rounding error is at most 1/65278 of the row's largest magnitude.
+    """
+    return _native.pack_activations(to_dlpack(x), into)
+
+
+def linear_int8(packed: "PackedActivations", w: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [B, R] = x times the transpose of w, int8 [R, C] with scales [R] or [R, ceil(C / 128)], plus bias [R]."""
+    _native.linear_int8(packed, to_dlpack(w), to_dlpack(scales), None if bias is None else to_dlpack(bias),
+                        to_dlpack(out))
+
+
+def linear_float(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [B, R] = x [B, C] times the transpose of w [R, C] (float32, bfloat16 or float16), plus bias [R]."""
+    _native.linear_float(to_dlpack(x), to_dlpack(w), None if bias is None else to_dlpack(bias), to_dlpack(out))
+
+
+def linear_int8_transposed(x: Tensor, w: Tensor, scales: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out [B, C] = x [B, R] times w, int8 [R, C] with scales as in `linear_int8`; added to out if `accumulate`.
+
+    Rows are added in ascending order, so a matrix may come in several calls without a change of bits.
+    """
+    _native.linear_transposed(to_dlpack(x), to_dlpack(w), to_dlpack(scales), to_dlpack(out), accumulate)
+
+
+def linear_float_transposed(x: Tensor, w: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out [B, C] = x [B, R] times w [R, C] (float32, bfloat16 or float16); like `linear_int8_transposed`."""
+    _native.linear_transposed(to_dlpack(x), to_dlpack(w), None, to_dlpack(out), accumulate)
+
+
+def gru_reset(reset: Tensor, state: Tensor, out: Tensor) -> None:
+    """out = sigmoid(reset) * state, all [B, d]."""
+    _native.gru_reset(to_dlpack(reset), to_dlpack(state), to_dlpack(out))
+
+
+def gru_update(update: Tensor, candidate: Tensor, state: Tensor) -> None:
+    """state = (1 - z) * state + z * tanh(candidate) with z = sigmoid(update), all [B, d]."""
+    _native.gru_update(to_dlpack(update), to_dlpack(candidate), to_dlpack(state))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
+    """Over the last axis of x [B, d], biased variance; weight and bias [d]."""
+    _native.layer_norm(to_dlpack(x), to_dlpack(weight), to_dlpack(bias), eps, to_dlpack(out))
+
+
+def window_scores_mix(query: Tensor, buffer: Tensor, valid: int, scale: float, out: Tensor) -> None:
+    """out [B, d] = the first `valid` entries of buffer [B, W, d], weighted by softmax(scale * query . entry)."""
+    _native.window_mix(to_dlpack(query), to_dlpack(buffer), valid, scale, to_dlpack(out))
+
+
+def slot_scores(query: Tensor, memory: Tensor, read_ema: Tensor, scale: float, load_penalty: float,
+                out: Tensor) -> None:
+    """out [B, H, J] = scale * query [B, H, d] . memory [B, J, d] - load_penalty * read_ema [B, J].
+
+    Equal slots get equal bits.
+    """
+    _native.slot_scores(to_dlpack(query), to_dlpack(memory), to_dlpack(read_ema), scale, load_penalty, to_dlpack(out))
+
+
+def slot_topk(scores: Tensor, k: int, indices: Tensor, alpha: Tensor, capacity: int = -1) -> None:
+    """The k best of scores [B, H, J]: indices int64 [B, H, k], lower index first among equals, and their softmax alpha.
+
+    capacity >= 0 limits how many entries of a batch row one slot serves, as THL publishes it: the rest weigh 0, and a
+    head that would lose everything keeps its weights.
+    """
+    if indices.shape[-1:] != (k,):
+        raise ValueError(f"indices: expected {k} entries in the last dimension, found shape {list(indices.shape)}")
+    _native.slot_topk(to_dlpack(scores), capacity, to_dlpack(indices), to_dlpack(alpha))
+
+
+def slot_mix(alpha: Tensor, indices: Tensor, memory: Tensor, out: Tensor) -> None:
+    """out [B, H, d] = sum over k of alpha [B, H, k] * the slots of memory [B, J, d] named by indices int64."""
+    _native.slot_mix(to_dlpack(alpha), to_dlpack(indices), to_dlpack(memory), to_dlpack(out))
+
+
+def read_metadata(alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, decay: float, t: int) -> None:
+    """Updates read_ema and last_read (int64), both [B, J], after a read of indices with weights alpha [B, H, k]."""
+    _native.read_metadata(to_dlpack(alpha), to_dlpack(indices), to_dlpack(read_ema), to_dlpack(last_read), decay, t)
+
+
+def slot_norms(memory: Tensor, out: Tensor) -> None:
+    """out [B, J] = Euclidean norms of memory [B, J, d], with the bits that `novelty_write` keeps up to date."""
+    _native.slot_norms(to_dlpack(memory), to_dlpack(out))
+
+
+def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Tensor, write_ema: Tensor,
+                  last_write: Tensor, t: int, vector: Tensor, gate: Tensor, novelty: Tensor, branch: Tensor,
+                  indices: Tensor, *, clip_max: float, theta: float, beta: float, decay: float, ema_decay: float,
+                  stale_weight: float, underuse_weight: float) -> None:
+    """THL's novelty-gated write of candidate [B, d] into memory [B, J, d] at step t.
+
+    Updated in place: memory, norms, write_ema, last_write (int64) [B, J]. Results: vector [B, d] (the clipped
+    candidate), gate, novelty [B], branch int64 [B] (0 familiar, 1 least useful, 2 empty slots), indices int64 [B, W].
+    """
+    _native.novelty_write(
+        to_dlpack(candidate), to_dlpack(memory), to_dlpack(norms), to_dlpack(read_ema), to_dlpack(write_ema),
+        to_dlpack(last_write), t, to_dlpack(vector), to_dlpack(gate), to_dlpack(novelty), to_dlpack(branch),
+        to_dlpack(indices), clip_max, theta, beta, decay, ema_decay, stale_weight, underuse_weight)

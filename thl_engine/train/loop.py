@@ -1,0 +1,266 @@
+"""The training run: update, evaluate, sample, save and resume."""
+
+import json
+import math
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thl_engine.config import parse_config
+from thl_engine.errors import CheckpointError, ConfigError, EngineError
+from thl_engine.sampler import Sampler, Sampling
+from thl_engine.tokenizer import Tokenizer, load_tokenizer
+from thl_engine.train import checkpoint, data
+from thl_engine.train.modules import TrainableModel, chunk_loss
+from thl_engine.train.options import TrainOptions, rate
+from thl_engine.train.progress import Progress
+
+RESUME_FILE = "training.safetensors"
+DEFAULT_VOCABULARY = 1024
+BETAS = (0.9, 0.99)
+SAME_WHEN_RESUMED = ("batch_size", "chunk", "carry", "seed", "held_out")  # the order of the data follows
+EVALUATION_CHUNK = 64  # tokens whose logits are in memory at a time
+SAMPLING = Sampling(temperature=0.8, top_k=50, seed=0)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss on held-out text: perplexity of a token, and bits per character of text."""
+
+    perplexity: float
+    bits_per_character: float
+
+
+@dataclass
+class Run:
+    """A training run between two updates.
+
+    held_out: int64 [n]. origin: what a resumed run must have in common with its beginning.
+    state: detached, None before the first update. best: the best evaluation so far.
+    """
+
+    options: TrainOptions
+    model: TrainableModel
+    optimizer: torch.optim.Optimizer
+    lanes: data.Lanes
+    held_out: Tensor
+    tokens_per_character: float
+    tokenizer: Tokenizer
+    tokenizer_text: str
+    origin: dict[str, Any]
+    step: int = 0
+    state: Any = None
+    best: Evaluation | None = None
+
+    def update(self) -> float:
+        """One update on the next chunk. Returns the chunk's loss in nats a token."""
+        options, model = self.options, self.model
+        inputs, targets = self.lanes.read(self.step)
+        if self.lanes.fresh(self.step):
+            self.state = model.init_state(options.batch_size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(options, self.step)
+        model.train()
+        logits, state = model(inputs, self.state)
+        loss = chunk_loss(logits, targets)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise EngineError(f"the loss is {value} at update {self.step + 1}; resume with a learning rate "
+                              f"below {options.learning_rate:g}")
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        self.optimizer.step()
+        self.state, self.step = state.detach(), self.step + 1
+        return value
+
+    def save(self) -> None:
+        """Writes the file that `restore` continues from."""
+        tensors = {"noise": self.model.noise.get_state()}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        tensors |= {f"state.{name}": value for name, value in self.state.to_dict().items()}
+        best = None if self.best is None else asdict(self.best)
+        record = {"step": self.step, "best": best, "origin": self.origin, "tokenizer": self.tokenizer_text}
+        checkpoint.save(self.options.out / RESUME_FILE, tensors, record)
+
+    def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Continues from what `save` wrote. Raises ConfigError where that was a different run."""
+        for key, value in self.origin.items():
+            was = record["origin"].get(key)
+            if was != value:
+                raise ConfigError(f"cannot resume {self.options.out}: {key} was {was} and is now {value}; "
+                                  f"give the same as before, or start a new run in another folder")
+        fields: dict[str, Tensor] = {}
+        named = dict(self.model.named_parameters())
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            if part == "model":
+                named[name].data.copy_(value)
+            elif part == "optimizer":
+                slot, _, name = name.partition(".")
+                self.optimizer.state[named[name]][slot] = value
+            elif part == "state":
+                fields[name] = value
+        self.state = self.model.state_from_dict(fields)
+        self.model.noise.set_state(tensors["noise"])
+        self.step = record["step"]
+        self.best = None if record["best"] is None else Evaluation(**record["best"])
+
+
+def train(options: TrainOptions) -> Evaluation:
+    """Trains a model and leaves a checkpoint folder in `options.out`.
+
+    config.json, model.safetensors and tokenizer.json are those of the update with the best evaluation;
+    training.safetensors is what `resume` continues from as if the run had not stopped. Progress goes to
+    stderr. Returns the best evaluation. Raises EngineError for files and options that cannot work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads or threads)
+    torch.set_flush_denormal(True)  # slots and states decay into denormals, which slow a CPU down
+    try:
+        return _train(prepare(options))
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+
+
+def _train(run: Run) -> Evaluation:
+    options = run.options
+    if run.step >= options.steps:
+        raise ConfigError(f"the run in {options.out} has made {run.step} updates already; ask for more than "
+                          f"{options.steps}")
+    progress = Progress(run)
+    while run.step < options.steps:
+        progress.update(run.update())
+        last = run.step == options.steps
+        if last or run.step % options.evaluate_every == 0:
+            found = evaluate(run.model, run.held_out, run.tokens_per_character, options.batch_size)
+            better = run.best is None or found.bits_per_character < run.best.bits_per_character
+            if better:
+                run.best = found
+                checkpoint.export(options.out, run.model.config.to_dict(), run.model.state_dict(),
+                                  run.tokenizer_text)
+            progress.evaluated(found, better, sample(run.model, run.tokenizer, options.sample_tokens))
+        if last or run.step % options.save_every == 0:
+            run.save()
+    assert run.best is not None  # the last update was evaluated
+    return run.best
+
+
+def prepare(options: TrainOptions) -> Run:
+    """Reads the files, makes the tokenizer and the model, and restores the run that is to be resumed."""
+    given = _read_config(options.config)
+    text = data.read_text(options.data)
+    training, held_out = data.split_text(text, options.held_out)
+    resumed = options.out / RESUME_FILE
+    if not options.resume and resumed.exists():
+        raise ConfigError(f"{options.out} holds a training run; resume it, or choose another folder")
+    tensors, record = checkpoint.load(resumed) if options.resume else ({}, {})
+    tokenizer_text, where = _tokenizer_text(options, given, training, record)
+    if options.vocab_size is not None:
+        given["vocab_size"] = options.vocab_size
+    elif "vocab_size" not in given:
+        given["vocab_size"] = load_tokenizer(tokenizer_text, data.LARGEST_VOCABULARY, where).vocab_size
+    config = parse_config(given, options.model_type, str(options.config))
+    tokenizer = load_tokenizer(tokenizer_text, config.vocab_size, where)
+    lanes = data.Lanes(data.encode(tokenizer, training), options.batch_size, options.chunk, options.carry,
+                       options.seed)
+    held_out_tokens = data.encode(tokenizer, held_out)
+    if len(held_out_tokens) < 2:
+        raise ConfigError(f"the text {options.data} is too short: its held-out part has only "
+                          f"{len(held_out_tokens)} tokens")
+    model = TrainableModel(config, options.seed, options.dropout, options.weight_dropout, options.precision)
+    matrices, others = model.decayed()
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+                                  lr=options.learning_rate, betas=BETAS, weight_decay=options.weight_decay,
+                                  fused=True)
+    origin = {"config": config.to_dict(), "text": f"CRC-32 {zlib.crc32(text.encode()):08x}",
+              **{name: getattr(options, name) for name in SAME_WHEN_RESUMED}}
+    run = Run(options, model, optimizer, lanes, held_out_tokens, len(held_out_tokens) / len(held_out),
+              tokenizer, tokenizer_text, origin)
+    if options.resume:
+        try:
+            run.restore(tensors, record)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{resumed}: cannot resume from it ({error}); start a new run") from None
+    else:
+        _make_folder(options.out)
+    return run
+
+
+@torch.no_grad()
+def evaluate(model: TrainableModel, tokens: Tensor, tokens_per_character: float,
+             lanes: int = 1) -> Evaluation:
+    """Loss of a text without router noise, the state carried from its beginning to its end.
+
+    tokens: int64 [n], at least 2. With several lanes the text is cut into as many parts, read side by side,
+    which is faster and a little pessimistic: each part starts from an empty state.
+    """
+    model.eval()
+    lanes = min(lanes, len(tokens) - 1)
+    length = (len(tokens) - 1) // lanes
+    inputs = tokens[: lanes * length].view(lanes, length)
+    targets = tokens[1 : lanes * length + 1].view(lanes, length)
+    state, total = model.init_state(lanes), 0.0
+    for start in range(0, length, EVALUATION_CHUNK):
+        part = slice(start, start + EVALUATION_CHUNK)
+        logits, state = model(inputs[:, part], state)
+        total += float(chunk_loss(logits, targets[:, part], "sum"))
+    nats = total / (lanes * length)
+    return Evaluation(math.exp(min(nats, 700.0)), nats * tokens_per_character / math.log(2))
+
+
+@torch.no_grad()
+def sample(model: TrainableModel, tokenizer: Tokenizer, length: int, prompt: str = "\n") -> str:
+    """`length` tokens of text that the model writes after `prompt`."""
+    model.eval()
+    sampler = Sampler(SAMPLING)
+    logits, state = model(torch.tensor([tokenizer.encode(prompt)]), model.init_state(1))
+    written: list[int] = []
+    for _ in range(length):
+        token, _ = sampler.sample(logits[0, -1])
+        written.append(int(token))
+        logits, state = model(token.view(1, 1), state)
+    return tokenizer.decode(written)
+
+
+def _tokenizer_text(options: TrainOptions, given: dict[str, Any], training: str,
+                    record: dict[str, Any]) -> tuple[str, str]:
+    """The tokenizer's JSON and where it came from: the run to be resumed, a file, or the training text."""
+    if record:
+        return record["tokenizer"], f"{options.out / RESUME_FILE}"
+    if options.tokenizer is not None:
+        return data.read_text(options.tokenizer), str(options.tokenizer)
+    if options.tokenizer_type == "char":
+        return data.character_vocabulary(training), "character vocabulary"
+    size = options.vocab_size or given.get("vocab_size", DEFAULT_VOCABULARY)
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ConfigError(f"{options.config}: vocab_size must be a whole number, found {size!r}")
+    return data.train_bpe(training, size), "trained tokenizer"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        given = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; give a JSON file") \
+            from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: expected a JSON object of fields, found {type(given).__name__}")
+    return given
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {path}: {error.strerror}; choose another") from None

@@ -1,0 +1,135 @@
+"""A trainable model: parameters under their published names; the maths stays in `thl_engine.models`.
+
+The step that generates text is the step that is trained. Only the weights differ (parameters instead of
+stored rows) and the ops: `TrainingOps` adds the published Gumbel noise to the router while training.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from thl_engine.models import architecture
+from thl_engine.ops import ReferenceOps, TrainingOps
+from thl_engine.schedule import Block
+from thl_engine.weights import Matrix, trainable
+
+
+class MixedOps(TrainingOps):
+    """Products with matrices in bfloat16, under autocast, and float32 for everything else.
+
+    States and gates stay in float32: a GRU's (1 - z) s would lose every z below 1/256.
+    """
+
+    name = "mixed"
+
+    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        return super().linear(x, matrix, bias).float()
+
+    def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
+        return super().linear_heads(x, matrix).float()
+
+    def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
+        return super().linear_transposed(x, matrix).float()
+
+    def linear_transposed_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
+        return super().linear_transposed_heads(x, matrix).float()
+
+    def window_mix(self, query: Tensor, buffer: Tensor, valid: int, scale: float) -> Tensor:
+        return super().window_mix(query, buffer, valid, scale).float()
+
+
+class TrainableModel(nn.Module):
+    """Parameters of a configuration, initialised as published; `state_dict()` is a published state dict.
+
+    dropout: share of the features entering the output head that are zeroed in training.
+    weight_dropout: share of the weights that are zeroed for a whole chunk in training, in every matrix but
+    the head's (after Merity et al. 2017, arXiv 1708.02182, who drop recurrent weights).
+    precision: of training; "bfloat16" computes the products with matrices in it, the rest in float32.
+    """
+
+    def __init__(self, config: Any, seed: int = 0, dropout: float = 0.0, weight_dropout: float = 0.0,
+                 precision: str = "float32") -> None:
+        super().__init__()
+        self.config = config
+        self.arch = architecture(config.model_type)
+        self.blocks: tuple[Block, ...] = self.arch.blocks(config)
+        self.dropout, self.weight_dropout = dropout, weight_dropout
+        self.noise = torch.Generator().manual_seed(seed)  # of the router and of both kinds of dropout
+        self._head = frozenset(self.arch.head(config))
+        self.mixed = precision == "bfloat16"
+        self._training_ops = (MixedOps if self.mixed else TrainingOps)(self.noise)
+        self._plain_ops = ReferenceOps()
+        drawn = torch.Generator().manual_seed(seed)
+        for block in self.blocks:
+            _insert(self, block.name, nn.Parameter(self.arch.initial(config, block, slice(None), drawn)))
+
+    def init_state(self, batch_size: int) -> Any:
+        """The empty state of `batch_size` fresh sequences."""
+        return self.arch.init_state(self.config, batch_size)
+
+    def state_from_dict(self, fields: Mapping[str, Tensor]) -> Any:
+        """The state that `state.to_dict()` described."""
+        return self.arch.state_from_dict(self.config, fields, self._plain_ops)
+
+    def forward(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Logits after each token of a chunk, and the state behind it.
+
+        tokens: int64 [B, T]. Returns float32 [B, T, vocab_size] and the next state, which is still part of
+        the graph: `state.detach()` truncates the backpropagation there.
+        """
+        # A cache of the cast weights would have their gradients summed over the steps in bfloat16.
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.training and self.mixed, cache_enabled=False):
+            return self._run(tokens, state)
+
+    def _run(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        ops = self._training_ops if self.training else self._plain_ops
+        weights = self._weights()
+        hidden = []
+        for column in tokens.unbind(dim=1):
+            features, state = self.arch.step(self.config, weights, ops, column, state)
+            hidden.append(features)
+        features = torch.stack(hidden, dim=1)  # [B, T, features]
+        if self.training and self.dropout:
+            features = features * self._mask(features.shape, self.dropout)
+        logits = self.arch.logits(self.config, weights, ops, features.flatten(0, 1))
+        return logits.unflatten(0, tokens.shape), state
+
+    def decayed(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters that weight decay applies to (matrices), and the other ones that are used."""
+        named = dict(self.named_parameters())
+        matrices = [named[b.name] for b in self.blocks if b.kind == "matrix"]
+        return matrices, [named[b.name] for b in self.blocks if b.kind in ("table", "vector")]
+
+    def _weights(self) -> dict[str, Any]:
+        return trainable(self.blocks, dict(self._dropped() if self.training and self.weight_dropout
+                                           else self.named_parameters()))
+
+    def _dropped(self) -> Iterator[tuple[str, Tensor]]:
+        named = dict(self.named_parameters())
+        for block in self.blocks:
+            value: Tensor = named[block.name]
+            if block.kind == "matrix" and block.name not in self._head:
+                value = value * self._mask(value.shape, self.weight_dropout)
+            yield block.name, value
+
+    def _mask(self, shape: torch.Size, share: float) -> Tensor:
+        """Zeros with probability `share`, elsewhere what keeps the expectation."""
+        return torch.rand(shape, generator=self.noise).ge_(share).div_(1.0 - share)
+
+
+def chunk_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats of the next tokens: logits [B, T, V], targets int64 [B, T]."""
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+def _insert(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Registers a parameter under a dotted name, which torch spells as modules within modules."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]
+    root.register_parameter(last, parameter)

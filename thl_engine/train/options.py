@@ -1,0 +1,83 @@
+"""What a training run can be told, and the learning rate that follows from it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thl_engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of a run. Raises ConfigError for values that cannot work.
+
+    config, data: JSON and UTF-8 text files. out: the folder that the run writes.
+    tokenizer: a file, or None to make one from the training part of the text, of `tokenizer_type` "bpe"
+      (byte-level) or "char". vocab_size: in place of the configuration's.
+    steps: updates. batch_size: sequences read side by side. chunk: tokens of each between two updates, which
+      is how far gradients flow. carry: tokens after which a sequence starts from an empty state again.
+    learning_rate: its peak; final_rate: the last rate as a share of it; warmup: updates before the peak.
+    weight_decay: of the matrices, none of the others. clip: largest norm of the gradient.
+    dropout, weight_dropout, precision: see `TrainableModel`.
+    held_out: share of the text, at its end, that is kept out of training and evaluated.
+    evaluate_every, save_every: updates between evaluations, and between saves for `resume`.
+    sample_tokens: length of the text written after an evaluation. threads: of the CPU; None: torch's choice.
+    resume: continue the run in `out`.
+    """
+
+    model_type: str
+    config: Path
+    data: Path
+    out: Path
+    tokenizer: Path | None = None
+    tokenizer_type: str = "bpe"
+    vocab_size: int | None = None
+    steps: int = 3000
+    batch_size: int = 64
+    chunk: int = 48
+    carry: int = 4096
+    learning_rate: float = 3e-3
+    final_rate: float = 0.02
+    warmup: int = 150
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    dropout: float = 0.1
+    weight_dropout: float = 0.1
+    precision: str = "float32"
+    held_out: float = 0.1
+    evaluate_every: int = 300
+    save_every: int = 100
+    sample_tokens: int = 120
+    seed: int = 0
+    threads: int | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "chunk", "carry", "evaluate_every", "save_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("warmup", "sample_tokens", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("learning_rate", "clip"):
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
+        for name in ("dropout", "weight_dropout", "weight_decay"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+        _require(0 <= self.final_rate <= 1, "final_rate", self.final_rate, "from 0 to 1")
+        _require(0 < self.held_out <= 0.5, "held_out", self.held_out, "above 0 and at most 0.5")
+        for name, choices in (("precision", ("float32", "bfloat16")), ("tokenizer_type", ("bpe", "char"))):
+            _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
+        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+
+
+def rate(options: TrainOptions, step: int) -> float:
+    """Learning rate of update `step`, from 0: linear warm-up, then half a cosine down to the final rate."""
+    if step < options.warmup:
+        return options.learning_rate * (step + 1) / options.warmup
+    progress = min(1.0, (step - options.warmup) / max(1, options.steps - options.warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return options.learning_rate * (options.final_rate + (1 - options.final_rate) * cosine)
+
+
+def _require(holds: bool, name: str, value: Any, needed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value}; it must be {needed}")
