@@ -94,6 +94,8 @@ def parse_config(given: Mapping[str, Any], model_type: str | None = None, where:
         raise ConfigError(f"{where}: expected a JSON object of fields, found {type(given).__name__}")
     values = dict(given)
     stated = values.pop("model_type", None)
+    if stated is not None and not isinstance(stated, str):
+        raise ConfigError(f"{where}: model_type must be a name, found {stated!r}")
     if model_type is not None and stated is not None and stated != model_type:
         raise ConfigError(f"{where}: model_type is {stated!r}, but {model_type!r} was asked for")
     name = model_type or stated or _recognise(values, where)

@@ -218,8 +218,8 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
         raise BudgetError(f"memory budget {size(budget)}: this {store.model_type} model {what} {size(amount)} "
                           f"({amount} bytes){hint}")
 
-    def divide(slots: int) -> Plan:
-        room = None if budget is None else budget - base - slots * slot_bytes
+    def divide(slots: int, limit: int | None) -> Plan:
+        room = None if limit is None else limit - base - slots * slot_bytes
         pinned = pins(schedule.uses(), pages, room)
         pinned_bytes = sum(pages[p] for p in pinned)
         resident = tuple(tables) if room is None or room - pinned_bytes >= sum(tables.values()) else ()
@@ -234,13 +234,12 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
             bandwidths=NOMINAL, least_budget=least), store, schedule)
 
     if not stream or (budget is not None and budget >= base + sum(pages.values())):
-        plan = divide(0)
+        plan = divide(0, budget)
     elif budget is None:
-        budget = least
-        plan = divide(LEAST_SLOTS)
+        plan = divide(LEAST_SLOTS, least)
     else:
         fitting = [n for n in SLOT_CHOICES if base + n * slot_bytes <= budget and n <= len(pages)]
-        plan = min((divide(n) for n in fitting or [LEAST_SLOTS]), key=lambda p: (p.seconds_per_token, p.slots))
+        plan = min((divide(n, budget) for n in fitting or [LEAST_SLOTS]), key=lambda p: (p.seconds_per_token, p.slots))
     schedule.pin(frozenset(plan.pinned))
     return plan
 
