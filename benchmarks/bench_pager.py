@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from thl_engine import Engine, pack
-from thl_engine.bench import disk_bandwidth, product_bandwidth
+from thl_engine.bench import disk_bandwidth, largest_matrix, product_bandwidth
 from thl_engine.config import THLConfig
 from thl_engine.convert import init_checkpoint
 from thl_engine.plan import Bandwidths
+from thl_engine.store import open_store
 
 MIB = 1 << 20
 CONFIG = THLConfig(vocab_size=4096, embedding_dim=4096, num_tiers=2, tier_dims=(4096, 4096), tier_timescales=(1, 1),
@@ -36,10 +37,13 @@ def test_stream_by_page_size(benchmark, tmp_path, monkeypatch, page_mib):
             seconds.append(time.perf_counter() - started)
 
         benchmark.pedantic(step, rounds=8, warmup_rounds=2)
-        rates = Bandwidths(disk=disk_bandwidth(path), memory=product_bandwidth(engine.ops))
+        with open_store(path) as store:
+            rates = Bandwidths(disk=disk_bandwidth(store),
+                               memory=product_bandwidth(engine.ops, engine.device, largest_matrix(store)))
         plan = engine.plan(rates)
         measured = 1 / statistics.median(seconds)
         benchmark.extra_info.update(
             tokens_per_second=measured, predicted_tokens_per_second=plan.tokens_per_second,
             streamed_bytes_per_second=plan.bytes_streamed_per_token * measured, disk_bandwidth=rates.disk,
-            share_of_disk=plan.bytes_streamed_per_token * measured / rates.disk, ring_bytes=plan.slots * plan.slot_bytes)
+            share_of_disk=plan.bytes_streamed_per_token * measured / rates.disk,
+            ring_bytes=plan.slots * plan.slot_bytes)

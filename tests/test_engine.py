@@ -202,6 +202,15 @@ def test_streaming_without_a_budget_takes_any_batch(small):
     assert torch.equal(engine.forward(TOKENS.repeat(3, 1))[0], expected)
 
 
+def test_results_are_ordinary_tensors_and_torch_keeps_its_threads(small, backend):
+    engine, before = make(small, backend=backend), torch.get_num_threads()
+    logits, state = engine.step(torch.tensor([1]), engine.new_state())
+    logits /= 0.7
+    (logits * torch.ones(1, requires_grad=True)).sum().backward()
+    state.memory.mul_(1.0)
+    assert torch.get_num_threads() == before
+
+
 def test_prompt_without_tokenizer(small):
     with pytest.raises(TokenizerError, match="tokenizer"):
         make(small).generate("hello")

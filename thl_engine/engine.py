@@ -5,9 +5,10 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,24 @@ class Trace:
     def record(self, name: str, value: Tensor) -> None:
         """Notes a value of the current step."""
         self.steps[-1][name] = value.detach().cpu().clone()
+
+
+def _computing(method: Callable) -> Callable:
+    """Runs a method without gradients, and leaves the processors to the backend: after an operation that torch shares
+    among threads, those spin for milliseconds on the cores that native kernels need next."""
+
+    @wraps(method)
+    def run(self: "Engine", *args: Any, **inputs: Any) -> Any:
+        threads = torch.get_num_threads()
+        if self.ops.has_threads:
+            torch.set_num_threads(1)
+        try:
+            with torch.no_grad():
+                return method(self, *args, **inputs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
 
 
 class Engine:
@@ -135,11 +154,11 @@ class Engine:
             needed = plan.peak_memory_bytes + (batch_size - 1) * self._state_bytes
             if needed > plan.budget:
                 state = size(batch_size * self._state_bytes)
-                raise BudgetError(f"a state of batch_size {batch_size} takes {state}; with it the memory budget must be "
-                                  f"at least {needed} bytes, and is {plan.budget}")
+                raise BudgetError(f"a state of batch_size {batch_size} takes {state}; with it the memory budget must "
+                                  f"be at least {needed} bytes, and is {plan.budget}")
         return self._model.init_state(self.config, batch_size, self.device)
 
-    @torch.inference_mode()
+    @_computing
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Feeds one token to each sequence of the batch.
 
@@ -158,7 +177,7 @@ class Engine:
         self._count(tokens.shape[0], started)
         return logits, state
 
-    @torch.inference_mode()
+    @_computing
     def prefill(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Feeds int64 [B, T] and returns the logits after the last token only, float32 [B, vocab_size]."""
         started = time.perf_counter()
@@ -172,7 +191,7 @@ class Engine:
         self._count(tokens.numel(), started)
         return logits, state
 
-    @torch.inference_mode()
+    @_computing
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """A whole sequence: int64 [B, T] -> logits after every token, float32 [B, T, vocab_size], and the state.
 
@@ -274,7 +293,7 @@ class Engine:
         logits, state = self.prefill(torch.tensor([ids]), state)
         history = list(ids)
         for i in range(count):
-            chosen, logprobs = sampler.sample(logits[0].cpu(), history)
+            chosen, logprobs = self._sample(sampler, logits[0].cpu(), history)
             token, logprob = int(chosen), float(logprobs)
             history.append(token)
             ends = i == count - 1 or (tokenizer is not None and token == tokenizer.eos_id)
@@ -286,6 +305,10 @@ class Engine:
             if ends or stopped:
                 return
             logits, state = self.step(chosen.view(1), state)
+
+    @_computing
+    def _sample(self, sampler: Sampler, logits: Tensor, history: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return sampler.sample(logits, history)
 
     def plan(self, bandwidths: Bandwidths = NOMINAL) -> Plan:
         """What is pinned and streamed within the budget, and the tokens/s that the given bandwidths allow."""

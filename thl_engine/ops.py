@@ -23,6 +23,7 @@ class ReferenceOps:
     """Plain torch on float32 values of the weights."""
 
     name = "reference"
+    has_threads = False  # besides torch's
 
     gru_reset = staticmethod(tier_cell.gru_reset)
     gru_update = staticmethod(tier_cell.gru_update)
@@ -94,6 +95,7 @@ class NativeOps(ReferenceOps):
     """Compiled C++ on CPU tensors, for inference; what is not overridden here is cheap in torch."""
 
     name = "native"
+    has_threads = True
 
     def scratch_bytes(self, page_elements: int) -> int:
         return 0  # kernels read the stored integers

@@ -33,10 +33,6 @@ def run_main(argv: Sequence[str] | None = None) -> int:
 
 def _execute(arguments: argparse.Namespace) -> int:
     module, _, function = arguments.command.partition(".")
-    if getattr(arguments, "backend", "reference") != "reference":
-        # After each of its operations torch's threads spin for milliseconds on processors that the native kernels need
-        # next: 28 ms a token in place of 10 (published THL, int8, two cores). Read when torch is loaded.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         with _notes(), _terminable():
             if isinstance(sys.stdout, io.TextIOWrapper):
