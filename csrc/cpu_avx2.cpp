@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kWidth = 8;
 constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kColumnBlock = 4096;  // more would overflow the 32-bit sums
 
 // Sums of 8 lanes as 64-bit integers.
 inline int64_t wide_sum(__m256i v) {
@@ -36,14 +37,14 @@ inline __m256i widen_int8(const int8_t* w, int64_t count) {
 // A lane gains at most 2 * 128 * 32639 in each step of 16 columns, less than 2^31 in kColumnBlock columns.
 template <int B>
 void int8_dot(const int8_t* w, const PackedActivations& x, int64_t b0, int64_t begin, int64_t end,
-              const int8_t* ahead, int64_t (&out)[B]) {
+              const int8_t* following, int64_t (&out)[B]) {
     const int64_t padded = x.padded, count = end - begin;
     const int16_t* q = x.q(b0) + begin;
     __m256i sum[B];
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) sum[b] = _mm256_setzero_si256();
     for (int64_t c = 0; c < count; c += 16) {
-        if (c % 64 == 0) _mm_prefetch(reinterpret_cast<const char*>(ahead + c), _MM_HINT_T0);
+        if (c % 64 == 0) _mm_prefetch(ahead(w, following, c, end - begin, kPrefetchBytes), _MM_HINT_T0);
         const __m256i weights = widen_int8(w + c, count - c);
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kWidth = 16;
 constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kColumnBlock = 4096;  // more would overflow the 32-bit sums
 
 inline int64_t wide_sum(__m512i v) {
     const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(v));
@@ -26,14 +27,14 @@ inline int64_t wide_sum(__m512i v) {
 // A lane gains at most 2 * 128 * 32639 in each step of 32 columns, less than 2^31 in kColumnBlock columns.
 template <int B>
 void int8_dot(const int8_t* w, const PackedActivations& x, int64_t b0, int64_t begin, int64_t end,
-              const int8_t* ahead, int64_t (&out)[B]) {
+              const int8_t* following, int64_t (&out)[B]) {
     const int64_t padded = x.padded, count = end - begin;
     const int16_t* q = x.q(b0) + begin;
     __m512i sum[B];
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) sum[b] = _mm512_setzero_si512();
     for (int64_t c = 0; c < count; c += 32) {
-        if (c % 64 == 0) _mm_prefetch(reinterpret_cast<const char*>(ahead + c), _MM_HINT_T0);
+        if (c % 64 == 0) _mm_prefetch(ahead(w, following, c, end - begin, kPrefetchBytes), _MM_HINT_T0);
         const __mmask32 present = count - c >= 32 ? ~0u : (1u << (count - c)) - 1;
         const __m512i weights = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(present, w + c));
 #pragma GCC unroll 4

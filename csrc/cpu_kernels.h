@@ -13,9 +13,12 @@ namespace thl {
 
 constexpr int64_t kGroup = 128;  // columns that share one scale where an int8 row has several
 constexpr int64_t kDigitBlock = 64;
-// Columns that an int8 product takes at a time: 32-bit sums of 16 columns of AVX2 hold 4096 columns, no more.
-constexpr int64_t kColumnBlock = 4096;
 constexpr float kLargestQ = 32639;  // 127 * 256 + 127
+
+// What lies `distance` bytes of reading behind position `c` of a piece of `count` weights and the one that follows it.
+inline const int8_t* ahead(const int8_t* w, const int8_t* following, int64_t c, int64_t count, int64_t distance) {
+    return c + distance < count ? w + c + distance : following + (c + distance - count);
+}
 
 // Activations x [batch, columns] as 16-bit integers: x is about scale * q, |q| <= 32639, q = 256 * high + low with
 // both digits signed int8. The error is at most half a step, scale / 2: for normally distributed x about 4e-5 of

@@ -1,9 +1,10 @@
 // The kernels, written once in 16 float lanes. Included by each cpu_<isa>.cpp, which before it defines
 //   kWidth                 floats in a native register: 4, 8 or 16
 //   kPrefetchBytes         how far ahead of a stream of weights to prefetch
-//   int8_dot<B>(w, x, b0, begin, end, ahead, out)
+//   kColumnBlock           columns that an int8 product of one row takes at a time
+//   int8_dot<B>(w, x, b0, begin, end, following, out)
 //                          out[b] = exact sum over columns [begin, end) of w and row b0 + b of x, for at most
-//                          kColumnBlock columns; `w` points to column `begin`, `ahead` to weights needed next
+//                          kColumnBlock columns; `w` points to column `begin`, `following` to the weights needed next
 // Everything has internal linkage, so that no other file can end up calling code of this instruction set.
 
 namespace thl {
@@ -205,23 +206,18 @@ THL_INLINE void finish_int8(const Int8Linear& a, int64_t row, int64_t b, double 
 
 // Rows [row, row + rows) of the weights times up to 8 rows of activations. Long rows are cut into columns blocks
 // whose activations stay in the first-level cache for all weight rows of the block.
-constexpr int64_t kRowBlock = 8, kBatchChunk = 8, kPiecesAhead = KPA;
+constexpr int64_t kRowBlock = 8, kBatchChunk = 8;
+constexpr int64_t kBatchColumnBlock = 2048;
 
 template <int B>
 THL_INLINE void int8_tile(const Int8Linear& a, int64_t row, int64_t rows, int64_t b0, int64_t begin, int64_t end,
-                          int64_t next, bool first, int64_t* dots) {
+                          int64_t next, int64_t* dots) {
     for (int64_t r = 0; r < rows; ++r) {
         const int8_t* w = a.w + (row + r) * a.w_stride + begin;
-        // Memory is read in pieces of rows, in this order: prefetch the piece after next, at the end of a block of
-        // columns that of the next block, unless rows are whole and simply follow each other.
-        const int8_t* ahead = w;
-        if (first) {
-            if (end - begin == a.x->columns) ahead = w + kPrefetchBytes;
-            else if (r + kPiecesAhead < rows) ahead = w + kPiecesAhead * a.w_stride;
-            else ahead = w + (kPiecesAhead - rows) * a.w_stride + next;
-        }
+        // After this piece of a row comes that of the row below, after the last row's the next block of columns.
+        const int8_t* following = r + 1 < rows ? w + a.w_stride : w - r * a.w_stride + next;
         int64_t partial[B];
-        int8_dot<B>(w, *a.x, b0, begin, end, ahead, partial);
+        int8_dot<B>(w, *a.x, b0, begin, end, following, partial);
         for (int b = 0; b < B; ++b) dots[r * kBatchChunk + b] += partial[b];
     }
 }
@@ -229,18 +225,17 @@ THL_INLINE void int8_tile(const Int8Linear& a, int64_t row, int64_t rows, int64_
 void int8_rows(const Int8Linear& a, int64_t row, int64_t rows, int64_t b0, int64_t batch) {
     int64_t dots[kRowBlock * kBatchChunk] = {};
     const int64_t columns = a.x->columns;
-    const int64_t block = batch == 1 ? kColumnBlock : kColumnBlock / 2;
+    const int64_t block = batch == 1 ? kColumnBlock : kBatchColumnBlock;
     for (int64_t begin = 0; begin < columns; begin += block) {
         const int64_t end = begin + block < columns ? begin + block : columns;
-        // How far it is to the piece of the same row that is read next; after the last one come the rows below.
+        // From the first row's piece to the one that is read after the last row's.
         const int64_t next = end < columns ? block : rows * a.w_stride - begin;
         for (int64_t b = 0; b < batch; b += kBatchBlock) {
-            const bool first = b0 + b == 0;
             switch (batch - b) {
-                case 1: int8_tile<1>(a, row, rows, b0 + b, begin, end, next, first, dots + b); break;
-                case 2: int8_tile<2>(a, row, rows, b0 + b, begin, end, next, first, dots + b); break;
-                case 3: int8_tile<3>(a, row, rows, b0 + b, begin, end, next, first, dots + b); break;
-                default: int8_tile<4>(a, row, rows, b0 + b, begin, end, next, first, dots + b);
+                case 1: int8_tile<1>(a, row, rows, b0 + b, begin, end, next, dots + b); break;
+                case 2: int8_tile<2>(a, row, rows, b0 + b, begin, end, next, dots + b); break;
+                case 3: int8_tile<3>(a, row, rows, b0 + b, begin, end, next, dots + b); break;
+                default: int8_tile<4>(a, row, rows, b0 + b, begin, end, next, dots + b);
             }
         }
     }
@@ -259,7 +254,7 @@ void int8_grouped(const Int8Linear& a, int64_t row, int64_t b0) {
     for (int64_t begin = 0; begin < columns; begin += kGroup) {
         const int64_t end = begin + kGroup < columns ? begin + kGroup : columns;
         int64_t dots[B];
-        int8_dot<B>(w + begin, *a.x, b0, begin, end, w + begin + kPrefetchBytes, dots);
+        int8_dot<B>(w + begin, *a.x, b0, begin, end, w + end, dots);
         for (int b = 0; b < B; ++b) sums[b] += static_cast<double>(dots[b]) * scales[begin / kGroup];
     }
     for (int b = 0; b < B; ++b) finish_int8(a, row, b0 + b, sums[b]);

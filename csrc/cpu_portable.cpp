@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kWidth = 4;
 constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kColumnBlock = 4096;
 
 template <int B>
 void int8_dot(const int8_t* w, const PackedActivations& x, int64_t b0, int64_t begin, int64_t end, const int8_t*,
