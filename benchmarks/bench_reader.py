@@ -27,8 +27,8 @@ from thl_engine.reader import CHUNK_BYTES, THREADS, Arena, Reader
 MIB = 1 << 20
 FILE_BYTES = 1024 * MIB
 PAGE_BYTES = 8 * MIB
-RING_PAGES = 6
-ROUNDS = 15
+RING_PAGES = 8
+ROUNDS = 25
 GRID = list(itertools.product((2, 3, 4, 8), (1 * MIB, 2 * MIB, 4 * MIB)))  # threads, chunk bytes
 
 

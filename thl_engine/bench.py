@@ -180,10 +180,13 @@ def _decode(engine: Engine, tokens: int, warmup: int, seed: int) -> dict[str, An
             resident = resident_bytes()
     after = engine.stats()
     total = sum(latencies)
-    ordered = sorted(latencies)
+    ordered, quarter = sorted(latencies), -(-tokens // 4)
     return {
         "tokens": tokens, "warmup": warmup, "seconds": total, "tokens_per_second": tokens / total,
         "latency_median": statistics.median(ordered), "latency_p95": ordered[int(0.95 * (tokens - 1))],
+        # Equal, if speed does not depend on the length of the context.
+        "latency_first_quarter": statistics.median(latencies[:quarter]),
+        "latency_last_quarter": statistics.median(latencies[-quarter:]),
         "bytes_streamed_per_token": (after["bytes_streamed"] - before["bytes_streamed"]) / tokens,
         "stall_share": (after["stall_seconds"] - before["stall_seconds"]) / total,
         "page_hits": after["page_hits"] - before["page_hits"],

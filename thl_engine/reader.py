@@ -28,12 +28,11 @@ except ImportError:  # installed without a compiler
 
 ALIGNMENT = 4096  # of file offsets, lengths and addresses of direct reads
 
-# Measured by benchmarks/bench_reader.py on a 2-core AMD EPYC VM (Zen 5, virtio disk, ext4), 8 MiB pages, medians
-# relative to the best bare direct read (3.0 GB/s), without and with checksums:
-#   threads x chunk   4 x 2 MiB     3 x 4         4 x 4         8 x 2         6 x 4
-#                     0.97 0.95     0.96 0.96     1.00 0.99     1.00 0.99     1.04 1.00
-# 16 MiB in flight suffice; larger chunks than 4 MiB would leave workers idle when few pages are queued.
-THREADS = 4
+# Measured by benchmarks/bench_reader.py on a 2-core AMD EPYC VM (Zen 5, virtio disk, ext4) with 8 MiB pages in a ring:
+# medians relative to the best bare direct read (3.1 GB/s), without and with checksums, noise about 0.015:
+#   threads x chunk   4 x 2 MiB     3 x 4         4 x 4         6 x 4         8 x 4
+#                     0.95 0.94     0.97 0.95     0.98 0.97     0.97 0.99     1.00 0.99
+THREADS = 8
 CHUNK_BYTES = 4 << 20
 
 _log = logging.getLogger("thl_engine")
