@@ -12,8 +12,9 @@ from torch import Tensor
 
 from thl_engine import native
 from thl_engine.errors import ConfigError
+from thl_engine.kernels import attention as attention_kernels
 from thl_engine.kernels import linear as linear_kernels
-from thl_engine.kernels import slot_memory, tier_cell, window_attention
+from thl_engine.kernels import norm, rotary, slot_memory, swiglu, tier_cell, window_attention
 from thl_engine.weights import Matrix, Part, Table
 
 LAYER_NORM_EPS = 1e-5
@@ -34,6 +35,10 @@ class ReferenceOps:
     slot_norms = staticmethod(slot_memory.slot_norms)
     read_metadata = staticmethod(slot_memory.read_metadata)
     novelty_write = staticmethod(slot_memory.novelty_write)
+    attention = staticmethod(attention_kernels.attention)
+    rms_norm = staticmethod(norm.rms_norm)
+    rotate = staticmethod(rotary.rotate)
+    swiglu = staticmethod(swiglu.swiglu)
 
     def scratch_bytes(self, page_elements: int) -> int:
         """Memory that a product needs beside its operands, for pages of up to `page_elements` weights."""
@@ -44,7 +49,7 @@ class ReferenceOps:
         return table.rows(ids)
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        """x [B, C] -> [B, R]."""
+        """x [..., C] -> [..., R]."""
         out = [linear_kernels.linear(x, _widen(part), None if bias is None else bias[part.start : part.stop])
                for part in matrix.parts()]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
@@ -73,7 +78,7 @@ class ReferenceOps:
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Over the last axis, biased variance."""
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+        return norm.layer_norm(x, weight, bias, LAYER_NORM_EPS)
 
 
 class TrainingOps(ReferenceOps):
@@ -99,6 +104,8 @@ class NativeOps(ReferenceOps):
         return 0  # kernels read the stored integers
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        if x.dim() != 2:
+            return self.linear(x.reshape(-1, x.shape[-1]), matrix, bias).view(*x.shape[:-1], -1)
         out = torch.empty(x.shape[0], matrix.shape[0])
         product = _Product(x)
         for part in matrix.parts():
@@ -130,9 +137,10 @@ class NativeOps(ReferenceOps):
         return out
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        native.layer_norm(x, weight, bias, LAYER_NORM_EPS, out)
-        return out
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(flat)
+        native.layer_norm(flat, weight, bias, LAYER_NORM_EPS, out)
+        return out.view(x.shape)
 
     def gru_reset(self, reset: Tensor, state: Tensor) -> Tensor:
         out = torch.empty_like(state)
