@@ -195,6 +195,13 @@ def test_batch_beyond_the_budget(small):
         engine.new_state(4)
 
 
+def test_streaming_without_a_budget_takes_any_batch(small):
+    engine = make(small, stream=True)
+    assert engine.stats()["memory_budget"] is None
+    expected, _ = make(small).forward(TOKENS.repeat(3, 1))
+    assert torch.equal(engine.forward(TOKENS.repeat(3, 1))[0], expected)
+
+
 def test_prompt_without_tokenizer(small):
     with pytest.raises(TokenizerError, match="tokenizer"):
         make(small).generate("hello")

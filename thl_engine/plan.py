@@ -42,8 +42,9 @@ class PageSchedule:
     """A model's walk in pages: which pages each step reads, which the logits read, and endless futures of both."""
 
     def __init__(self, store: Store, walk: Walk, head: tuple[str, ...]) -> None:
-        self._pages = {name: tuple(page.index for page in store.tensors[name].pages)
-                       for name in {*(name for name, _ in walk.clocked), *head}}
+        self._pages = {name: tuple(page.index for page in tensor.pages) for name, tensor in store.tensors.items()
+                       if tensor.kind == "matrix"}
+        self.may_stop = walk.may_stop
         self._walk = walk
         self.head = self._in_pages(head)
         self.period = walk.period
@@ -87,6 +88,10 @@ class PageSchedule:
             yield from self._streamed(self._walk.reads(t))
             yield from head
             t += 1
+
+    def once(self, names: tuple[str, ...]) -> Iterator[int]:
+        """Streamed pages of the named matrices, in order."""
+        return iter(self._streamed(names))
 
     def prompt(self, t: int, count: int) -> Iterator[int]:
         """The same with logits only after `count` steps, then decoding."""
@@ -218,8 +223,8 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
         raise BudgetError(f"memory budget {size(budget)}: this {store.model_type} model {what} {size(amount)} "
                           f"({amount} bytes){hint}")
 
-    def divide(slots: int) -> Plan:
-        room = None if budget is None else budget - base - slots * slot_bytes
+    def divide(slots: int, limit: int | None) -> Plan:
+        room = None if limit is None else limit - base - slots * slot_bytes
         pinned = pins(schedule.uses(), pages, room)
         pinned_bytes = sum(pages[p] for p in pinned)
         resident = tuple(tables) if room is None or room - pinned_bytes >= sum(tables.values()) else ()
@@ -234,13 +239,12 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
             bandwidths=NOMINAL, least_budget=least), store, schedule)
 
     if not stream or (budget is not None and budget >= base + sum(pages.values())):
-        plan = divide(0)
+        plan = divide(0, budget)
     elif budget is None:
-        budget = least
-        plan = divide(LEAST_SLOTS)
+        plan = divide(LEAST_SLOTS, least)
     else:
         fitting = [n for n in SLOT_CHOICES if base + n * slot_bytes <= budget and n <= len(pages)]
-        plan = min((divide(n) for n in fitting or [LEAST_SLOTS]), key=lambda p: (p.seconds_per_token, p.slots))
+        plan = min((divide(n, budget) for n in fitting or [LEAST_SLOTS]), key=lambda p: (p.seconds_per_token, p.slots))
     schedule.pin(frozenset(plan.pinned))
     return plan
 
