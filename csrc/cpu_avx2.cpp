@@ -38,7 +38,7 @@ template <int B>
 void int8_dot(const int8_t* w, const PackedActivations& x, int64_t b0, int64_t begin, int64_t end,
               const int8_t* ahead, int64_t (&out)[B]) {
     const int64_t padded = x.padded, count = end - begin;
-    const int16_t* q = x.q.data() + b0 * padded + begin;
+    const int16_t* q = x.q(b0) + begin;
     __m256i sum[B];
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) sum[b] = _mm256_setzero_si256();
@@ -47,7 +47,7 @@ void int8_dot(const int8_t* w, const PackedActivations& x, int64_t b0, int64_t b
         const __m256i weights = widen_int8(w + c, count - c);
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {
-            const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + b * padded + c));
+            const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(q + b * padded + c));
             sum[b] = _mm256_add_epi32(sum[b], _mm256_madd_epi16(weights, values));
         }
     }

@@ -28,7 +28,7 @@ template <int B>
 void int8_dot(const int8_t* w, const PackedActivations& x, int64_t b0, int64_t begin, int64_t end,
               const int8_t* ahead, int64_t (&out)[B]) {
     const int64_t padded = x.padded, count = end - begin;
-    const int16_t* q = x.q.data() + b0 * padded + begin;
+    const int16_t* q = x.q(b0) + begin;
     __m512i sum[B];
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) sum[b] = _mm512_setzero_si512();
@@ -38,7 +38,7 @@ void int8_dot(const int8_t* w, const PackedActivations& x, int64_t b0, int64_t b
         const __m512i weights = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(present, w + c));
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b)
-            sum[b] = _mm512_add_epi32(sum[b], _mm512_madd_epi16(weights, _mm512_loadu_si512(q + b * padded + c)));
+            sum[b] = _mm512_add_epi32(sum[b], _mm512_madd_epi16(weights, _mm512_load_si512(q + b * padded + c)));
     }
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) out[b] = wide_sum(sum[b]);

@@ -15,42 +15,51 @@ namespace thl {
 namespace {
 
 constexpr int kWidth = 16;
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kPrefetchBytes = KPF;
 
-inline int64_t wide_sum(__m512i v) {
-    const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(v));
-    const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1));
-    return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high));
+// The sums of the lanes of a, b, c and d.
+inline __m128i fold(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const __m512i abcd = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(abcd), _mm512_extracti64x4_epi64(abcd, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
 // vpdpbusd multiplies unsigned by signed bytes, so the weights are raised by 128 (their top bit flipped) and
-// 128 * sum of q is taken off the result. A lane gains at most 4 * 255 * 128 in each step of 64 columns.
+// 128 * sum of q is taken off the result. The sums over kColumnBlock columns, at most 4096 * 255 * 128, fit 32 bits.
 template <int B>
 void int8_dot(const int8_t* w, const PackedActivations& x, int64_t b0, int64_t begin, int64_t end,
               const int8_t* ahead, int64_t (&out)[B]) {
     const __m512i flip = _mm512_set1_epi8(-128);
-    const int64_t padded = x.padded, count = end - begin;
-    const int8_t* digits = x.digits.data() + 2 * (b0 * padded + begin);
+    const int64_t count = end - begin, blocks = x.padded / kDigitBlock;
+    const PackedActivations::Digits* digits = x.digits.data() + b0 * blocks + begin / kDigitBlock;
     __m512i high[B], low[B];
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) high[b] = low[b] = _mm512_setzero_si512();
 
-    const auto step = [&](int64_t c, __mmask64 present) __attribute__((always_inline)) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + c), _MM_HINT_T0);
-        const __m512i weights = _mm512_xor_si512(_mm512_maskz_loadu_epi8(present, w + c), flip);
+    const auto step = [&](int64_t i, __mmask64 present) __attribute__((always_inline)) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + kDigitBlock * i), _MM_HINT_T0);
+        const __m512i weights = _mm512_xor_si512(_mm512_maskz_loadu_epi8(present, w + kDigitBlock * i), flip);
 #pragma GCC unroll 4
         for (int b = 0; b < B; ++b) {
-            const int8_t* at = digits + 2 * (b * padded + c);
-            high[b] = _mm512_dpbusd_epi32(high[b], weights, _mm512_loadu_si512(at));
-            low[b] = _mm512_dpbusd_epi32(low[b], weights, _mm512_loadu_si512(at + kDigitBlock));
+            const PackedActivations::Digits& at = digits[b * blocks + i];
+            high[b] = _mm512_dpbusd_epi32(high[b], weights, _mm512_load_si512(at.high));
+            low[b] = _mm512_dpbusd_epi32(low[b], weights, _mm512_load_si512(at.low));
         }
     };
-    int64_t c = 0;
-    for (; c + 64 <= count; c += 64) step(c, ~__mmask64{0});
-    if (c < count) step(c, (__mmask64{1} << (count - c)) - 1);
+    const int64_t whole = count / kDigitBlock, rest = count % kDigitBlock;
+    for (int64_t i = 0; i < whole; ++i) step(i, ~__mmask64{0});
+    if (rest) step(whole, (__mmask64{1} << rest) - 1);
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b)
-        out[b] = 256 * wide_sum(high[b]) + wide_sum(low[b]) - 128 * x.sum(b0 + b, begin, end);
+    for (int b = 0; b < B; b += 2) {
+        const int second = b + 1 < B ? b + 1 : b;
+        const __m128i sums = fold(high[b], low[b], high[second], low[second]);
+        const int64_t first_dot = 256 * int64_t{_mm_extract_epi32(sums, 0)} + _mm_extract_epi32(sums, 1);
+        const int64_t second_dot = 256 * int64_t{_mm_extract_epi32(sums, 2)} + _mm_extract_epi32(sums, 3);
+        out[b] = first_dot - 128 * x.sum(b0 + b, begin, end);
+        if (second != b) out[second] = second_dot - 128 * x.sum(b0 + second, begin, end);
+    }
 }
 
 bool supported() { return kAvx512.supported() && __builtin_cpu_supports("avx512vnni"); }

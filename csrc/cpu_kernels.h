@@ -21,11 +21,18 @@ constexpr float kLargestQ = 32639;  // 127 * 256 + 127
 // both digits signed int8. The error is at most half a step, scale / 2: for normally distributed x about 4e-5 of
 // their norm. Columns are padded with zeros to a multiple of 128.
 struct PackedActivations {
+    // Cache lines, so that no load of 64 bytes takes two.
+    struct alignas(64) Integers { int16_t q[kDigitBlock]; };
+    struct alignas(64) Digits { int8_t high[kDigitBlock], low[kDigitBlock]; };
+
     int64_t batch = 0, columns = 0, padded = 0;
-    std::vector<int16_t> q;           // [batch, padded]
-    std::vector<int8_t> digits;       // [batch, padded / 64, 2, 64]: 64 high digits, then their low digits
+    std::vector<Integers> integers;   // [batch, padded / 64]
+    std::vector<Digits> digits;       // [batch, padded / 64]
     std::vector<int64_t> prefix;      // [batch, padded / 128 + 1]: sum of q over the groups before
     std::vector<float> scales;        // [batch]; NaN where the row holds a NaN or an infinity
+
+    int16_t* q(int64_t b) { return integers.data()->q + b * padded; }
+    const int16_t* q(int64_t b) const { return integers.data()->q + b * padded; }
 
     // Sum of q over columns [begin, end); begin is a multiple of 128, and so is end unless it is the last column.
     int64_t sum(int64_t b, int64_t begin, int64_t end) const {

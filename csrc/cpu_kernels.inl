@@ -163,7 +163,7 @@ void pack(const float* x, int64_t b, PackedActivations& packed) {
     const float inverse = usable ? kLargestQ / magnitude : 0.0f;
     packed.scales[b] = finite ? (usable ? magnitude / kLargestQ : 0.0f) : __builtin_nanf("");
 
-    int16_t* q = packed.q.data() + b * packed.padded;
+    int16_t* q = packed.q(b);
     if (usable) {
         for (int64_t c = 0; c < n; ++c) {
             // The sum is rounded to an integer, which then stands in its low 16 bits.
@@ -184,12 +184,14 @@ void pack(const float* x, int64_t b, PackedActivations& packed) {
         for (int64_t c = g * kGroup; c < (g + 1) * kGroup; ++c) sum += q[c];
         prefix[g + 1] = prefix[g] + sum;
     }
-    int8_t* digits = packed.digits.data() + 2 * b * packed.padded;
-    for (int64_t c = 0; c < packed.padded; c += kDigitBlock) {
+    const int64_t blocks = packed.padded / kDigitBlock;
+    for (int64_t block = 0; block < blocks; ++block) {
+        PackedActivations::Digits& digits = packed.digits[b * blocks + block];
         for (int64_t i = 0; i < kDigitBlock; ++i) {
-            const int high = (q[c + i] + 128) >> 8;
-            digits[2 * c + i] = static_cast<int8_t>(high);
-            digits[2 * c + kDigitBlock + i] = static_cast<int8_t>(q[c + i] - 256 * high);
+            const int value = q[block * kDigitBlock + i];
+            const int high = (value + 128) >> 8;
+            digits.high[i] = static_cast<int8_t>(high);
+            digits.low[i] = static_cast<int8_t>(value - 256 * high);
         }
     }
 }
@@ -203,18 +205,21 @@ THL_INLINE void finish_int8(const Int8Linear& a, int64_t row, int64_t b, double 
 
 // Rows [row, row + rows) of the weights times up to 8 rows of activations. Long rows are cut into columns blocks
 // whose activations stay in the first-level cache for all weight rows of the block.
-constexpr int64_t kRowBlock = 8, kBatchChunk = 8;
+constexpr int64_t kRowBlock = 8, kBatchChunk = 8, kPiecesAhead = KPA;
 
 template <int B>
 THL_INLINE void int8_tile(const Int8Linear& a, int64_t row, int64_t rows, int64_t b0, int64_t begin, int64_t end,
                           int64_t next, bool first, int64_t* dots) {
     for (int64_t r = 0; r < rows; ++r) {
         const int8_t* w = a.w + (row + r) * a.w_stride + begin;
-        // What follows this piece of a row in memory order of use: the next row, or the next block of columns.
-        const int8_t* ahead = !first                          ? w
-                              : a.x->columns <= kColumnBlock  ? w + kPrefetchBytes
-                              : r + 1 < rows                  ? w + a.w_stride
-                                                              : a.w + row * a.w_stride + next;
+        // Memory is read in pieces of rows, in this order: prefetch the piece after next, at the end of a block of
+        // columns that of the next block, unless rows are whole and simply follow each other.
+        const int8_t* ahead = w;
+        if (first) {
+            if (end - begin == a.x->columns) ahead = w + kPrefetchBytes;
+            else if (r + kPiecesAhead < rows) ahead = w + kPiecesAhead * a.w_stride;
+            else ahead = w + (kPiecesAhead - rows) * a.w_stride + next;
+        }
         int64_t partial[B];
         int8_dot<B>(w, *a.x, b0, begin, end, ahead, partial);
         for (int b = 0; b < B; ++b) dots[r * kBatchChunk + b] += partial[b];
@@ -224,11 +229,11 @@ THL_INLINE void int8_tile(const Int8Linear& a, int64_t row, int64_t rows, int64_
 void int8_rows(const Int8Linear& a, int64_t row, int64_t rows, int64_t b0, int64_t batch) {
     int64_t dots[kRowBlock * kBatchChunk] = {};
     const int64_t columns = a.x->columns;
-    const int64_t block = batch == 1 ? kColumnBlock : kColumnBlock / kBatchBlock;
+    const int64_t block = batch == 1 ? kColumnBlock : kColumnBlock / 2;
     for (int64_t begin = 0; begin < columns; begin += block) {
         const int64_t end = begin + block < columns ? begin + block : columns;
-        // After the last block of columns come the rows below.
-        const int64_t next = end < columns ? end : rows * a.w_stride;
+        // How far it is to the piece of the same row that is read next; after the last one come the rows below.
+        const int64_t next = end < columns ? block : rows * a.w_stride - begin;
         for (int64_t b = 0; b < batch; b += kBatchBlock) {
             const bool first = b0 + b == 0;
             switch (batch - b) {

@@ -24,8 +24,8 @@ void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t col
     packed.batch = batch;
     packed.columns = columns;
     packed.padded = (columns + kGroup - 1) / kGroup * kGroup;
-    packed.q.resize(batch * packed.padded);
-    packed.digits.resize(2 * batch * packed.padded);
+    packed.integers.resize(batch * packed.padded / kDigitBlock);
+    packed.digits.resize(batch * packed.padded / kDigitBlock);
     packed.prefix.resize(batch * (packed.padded / kGroup + 1));
     packed.scales.resize(batch);
     const Kernels& isa = kernels();

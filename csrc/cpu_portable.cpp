@@ -16,7 +16,7 @@ void int8_dot(const int8_t* w, const PackedActivations& x, int64_t b0, int64_t b
     // |w * q| <= 128 * 32639, so that 512 products fit 32 bits.
     constexpr int64_t kSpan = 512;
     for (int b = 0; b < B; ++b) {
-        const int16_t* q = x.q.data() + (b0 + b) * x.padded + begin;
+        const int16_t* q = x.q(b0 + b) + begin;
         out[b] = 0;
         for (int64_t from = 0; from < end - begin; from += kSpan) {
             const int64_t to = from + kSpan < end - begin ? from + kSpan : end - begin;

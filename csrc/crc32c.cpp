@@ -65,7 +65,7 @@ const Table kTable = make_table();
 // The instruction has a latency of three cycles and starts one each cycle, so three streams run side by side;
 // their sums are joined by appending zeros, four table look-ups for a fixed length.
 // Long runs make the joins rare, short runs serve what is left over.
-// Prefetching the next three long runs: 15 -> @PF@ GB/s from memory (one core of a 2-core AMD EPYC, Zen 5);
+// Prefetching the next three long runs: 15 -> 24 GB/s from memory (one core of a 2-core AMD EPYC, Zen 5);
 // from cache 27 either way. Pages come from memory: the device wrote them a moment ago.
 constexpr std::size_t kLong = 2048, kShort = 256;
 

@@ -27,6 +27,7 @@ public:
 class Reader {
 public:
     // Opens every file; throws ReadError where one cannot be opened, std::invalid_argument for bad arguments.
+    // `threads` reads of up to `chunk_bytes` are in flight at a time; one more thread computes checksums.
     // With `direct`, files are read with O_DIRECT; a file system that refuses gets plain reads, see direct().
     Reader(std::vector<std::string> paths, int threads, bool direct, std::int64_t chunk_bytes);
     ~Reader();
@@ -79,14 +80,26 @@ private:
         std::uint8_t* destination = nullptr;
         std::optional<std::uint32_t> crc;
         std::string label;
-        std::vector<std::uint32_t> chunk_crcs;  // one a chunk, each written by the worker that reads the chunk
+        std::vector<std::uint32_t> chunk_crcs;  // one a chunk, written by the checker
         std::size_t next_chunk = 0, chunks_left = 0;
         Failure failure;
         bool done = false;
     };
 
-    void work();
-    Failure read_chunk(Request& request, std::size_t chunk);
+    struct Chunk {
+        std::shared_ptr<Request> request;
+        std::size_t index = 0;
+    };
+
+    // File bytes of a chunk: [start, end) is read, both aligned; of these [first, last) were asked for.
+    struct Span {
+        std::int64_t start, end, first, last;
+    };
+
+    void read_chunks();
+    void check_chunks();
+    Span span(const Request& request, std::size_t chunk) const;
+    bool chunk_over(Request& request);
     Failure read_range(File& file, std::int64_t begin, std::int64_t end, std::int64_t needed_end, std::uint8_t* out);
     void finish(Request& request);
     void plain(File& file);
@@ -101,8 +114,9 @@ private:
     std::atomic<bool> refused_{false};
 
     std::mutex mutex_;  // guards everything below it, and every Request but its chunk_crcs and arena bytes
-    std::condition_variable work_ready_, read_over_;
-    std::deque<std::shared_ptr<Request>> queue_;
+    std::condition_variable read_ready_, check_ready_, read_over_;
+    std::deque<std::shared_ptr<Request>> queue_;  // to be read
+    std::deque<Chunk> unchecked_;                 // arrived, to be summed
     std::unordered_map<std::uint64_t, std::shared_ptr<Request>> tickets_;
     std::uint64_t next_ticket_ = 1;
     bool closed_ = false;

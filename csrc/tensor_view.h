@@ -98,7 +98,7 @@ struct TensorView {
 
     const TensorView& contiguous() const {
         int64_t expected = 1;
-        for (int i = ndim - 1; i >= 0; --i) {
+        for (int i = ndim - 1; i >= 0 && expected > 0; --i) {
             if (shape[i] > 1 && stride[i] != expected)
                 bad_argument(name, "a contiguous tensor", "strides " + shape_text(stride, ndim));
             expected *= shape[i];

@@ -1,15 +1,18 @@
 """Shared by the tests: the recorded cases, the backends that this machine has, and small random models."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from thl_engine import native
+from thl_engine.cli import main
 from thl_engine.config import THLConfig
+from thl_engine.convert import quantize_checkpoint
 from thl_engine.models import thl
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -69,3 +72,54 @@ SMALL = THLConfig(vocab_size=97, embedding_dim=24, num_tiers=3, tier_dims=(40, 2
 def small() -> tuple[dict, dict[str, torch.Tensor]]:
     """Configuration and weights of a small model with odd sizes."""
     return SMALL.to_dict(), random_weights(SMALL)
+
+
+CHARACTERS = ["\n", "é", *(chr(code) for code in range(32, 127))]  # as many as SMALL has ids
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory) -> Path:
+    """A checkpoint as published, with a character vocabulary."""
+    path = tmp_path_factory.mktemp("models") / "plain"
+    path.mkdir()
+    save_file(random_weights(SMALL), path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(SMALL.to_dict()))
+    (path / "vocab.json").write_text(json.dumps({char: i for i, char in enumerate(CHARACTERS)}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def packed(plain) -> Path:
+    """The same in int8, packed."""
+    path = plain.parent / "packed.safetensors"
+    quantize_checkpoint(plain, path)
+    return path
+
+
+@pytest.fixture
+def succeeds(capsys) -> Callable[..., str]:
+    """Runs a command that must succeed; returns what it printed."""
+    def run(*argv: object) -> str:
+        capsys.readouterr()
+        code = main([str(argument) for argument in argv])
+        found = capsys.readouterr()
+        run.err = found.err
+        assert code == 0, found.err
+        return found.out
+
+    return run
+
+
+@pytest.fixture
+def fails(capsys) -> Callable[..., str]:
+    """Runs a command that must fail with one line; returns that line."""
+    def run(*argv: object) -> str:
+        capsys.readouterr()
+        code = main([str(argument) for argument in argv])
+        found = capsys.readouterr()
+        lines = found.err.splitlines()
+        assert code == 1 and found.out == "", found
+        assert len(lines) == 1 and lines[0].startswith("thl: error: ") and "Traceback" not in lines[0], found.err
+        return lines[0]
+
+    return run

@@ -1,8 +1,9 @@
-"""Both readers, native and pure Python, against the bytes that were written; and the checksum against its definition."""
+"""Both readers, native and pure Python, against the bytes that were written; the checksum against its definition."""
 
 import logging
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -271,7 +272,9 @@ def test_dropped_reader_ends_its_threads(implementation, path):
     for _ in range(20):
         source.submit(0, 0, SIZE, arena, 0)
     del source
-    assert len(os.listdir("/proc/self/task")) <= tasks
+    deadline = time.monotonic() + 10  # the system lists a thread that was joined for a moment longer
+    while len(os.listdir("/proc/self/task")) > tasks:
+        assert time.monotonic() < deadline
 
 
 def test_memory_file_system(implementation, content):
@@ -320,12 +323,16 @@ def test_crc32c(version):
     else:
         crc32c = checksum.crc32c_numpy if version == "numpy" else checksum._native.crc32c_portable
 
-    def bit_by_bit(data, crc=0):
-        crc ^= 0xFFFFFFFF
+    table = []
+    for crc in range(256):
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+        table.append(crc)
+
+    def byte_by_byte(data):
+        crc = 0xFFFFFFFF
         for byte in data:
-            crc ^= byte
-            for _ in range(8):
-                crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+            crc = (crc >> 8) ^ table[(crc ^ byte) & 255]
         return crc ^ 0xFFFFFFFF
 
     assert crc32c(b"123456789") == 0xE3069283
@@ -333,9 +340,9 @@ def test_crc32c(version):
     assert crc32c(bytes(32)) == 0x8A9136AA and crc32c(b"\xff" * 32) == 0x62A8AB43  # RFC 3720 B.4
     data = np.random.default_rng(3).integers(0, 256, 30000, dtype=np.uint8)
     for start in (0, 1, 7):
-        for nbytes in (1, 7, 8, 255, 511, 512, 513, 767, 768, 2047, 4099, 24575, 24576, 24600, 29990):
+        for nbytes in (1, 7, 8, 255, 511, 512, 513, 767, 768, 2047, 6143, 6144, 12287, 12288, 18437, 29990):
             part = data[start : start + nbytes]
-            assert crc32c(part) == bit_by_bit(part.tolist())
+            assert crc32c(part) == byte_by_byte(part.tolist())
             assert crc32c(part[nbytes // 3 :], crc32c(part[: nbytes // 3])) == crc32c(part)
 
 

@@ -6,6 +6,8 @@ import resource
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -119,24 +121,23 @@ def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: in
     store = open_store(path)
     chosen, ops = choose_device(device), load_ops(backend, choose_device(device).type)
     schedule, plan = divide_memory(store, ops, chosen, stream, memory_budget)
-    bandwidths = Bandwidths(
-        disk=disk_bandwidth(store) if plan.streamed_pages else NOMINAL.disk,
-        memory=product_bandwidth(ops, chosen, largest_matrix(store)), link=link_bandwidth(chosen))
-    rates = [read_bandwidth(chosen) for _ in range(ROUNDS)]
+    rates = _Rates()
+    rates.measure(store, ops, chosen, plan.streamed_pages > 0)
     reset_peak()
-
     with Engine(store, device=str(chosen), backend=backend, stream=stream, memory_budget=memory_budget) as engine:
-        plan = engine.plan(bandwidths)
+        plan = engine.plan()
         found = _decode(engine, tokens, warmup, seed)
         found["peak_rss_bytes"] = peak_bytes()
         stats = engine.stats()
     del engine  # its memory goes with it
     gc.collect()
-    rates += [read_bandwidth(chosen) for _ in range(ROUNDS)]
+    rates.measure(store, ops, chosen, plan.streamed_pages > 0)
 
+    bandwidths = Bandwidths(statistics.mean(rates.disk), statistics.mean(rates.products), link_bandwidth(chosen))
+    plan = plan.at(bandwidths, store, schedule)
     steps = range(warmup, warmup + tokens)
     read = sum(store.pages[page].nbytes for t in steps for page in (*schedule.step(t), *schedule.head)) / tokens
-    measured = statistics.median(rates)
+    measured = statistics.median(rates.reading)
     achieved = read * found["tokens_per_second"]
     return {
         **found, "bytes_per_token": read, "achieved_bandwidth": achieved, "measured_bandwidth": measured,
@@ -147,8 +148,23 @@ def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: in
         "peak_device_bytes": stats["peak_device_bytes"], "memory_budget": plan.budget,
         "pinned_bytes": plan.pinned_bytes, "ring_slots": plan.slots, "backend": ops.name,
         "isa": native.isa() if ops.name == "native" else None, "device": str(chosen),
-        "threads": torch.get_num_threads(), "model_type": store.model_type, "path": str(path),
+        "threads": native.threads() if ops.name == "native" else torch.get_num_threads(),
+        "model_type": store.model_type, "path": str(path),
     }
+
+
+@dataclass
+class _Rates:
+    """Bytes per second, as often as they were measured."""
+
+    reading: list[float] = field(default_factory=list)
+    products: list[float] = field(default_factory=list)
+    disk: list[float] = field(default_factory=list)
+
+    def measure(self, store: Store, ops: ReferenceOps, device: torch.device, streams: bool) -> None:
+        self.reading += [read_bandwidth(device) for _ in range(ROUNDS)]
+        self.products.append(product_bandwidth(ops, device, largest_matrix(store)))
+        self.disk.append(disk_bandwidth(store) if streams else NOMINAL.disk)
 
 
 def _decode(engine: Engine, tokens: int, warmup: int, seed: int) -> dict[str, Any]:
@@ -211,7 +227,7 @@ def _filled(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
     return Arena(nbytes).tensor().view(dtype).fill_(1)
 
 
-def _seconds(work: Any, device: torch.device) -> float:
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Time that a call takes, with what it started on the device."""
     started = time.perf_counter()
     work()

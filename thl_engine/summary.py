@@ -1,4 +1,4 @@
-"""What is in a checkpoint: tensors, pages and schedule, as plain values and as text; and whether its pages are sound."""
+"""What is in a checkpoint: tensors, pages and schedule, as values and as text; and whether its pages are sound."""
 
 from collections import deque
 from typing import Any

@@ -6,6 +6,7 @@ seconds, so they are imported once the options are known to be right.
 """
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -32,9 +33,14 @@ def run_main(argv: Sequence[str] | None = None) -> int:
 
 def _execute(arguments: argparse.Namespace) -> int:
     module, _, function = arguments.command.partition(".")
+    if getattr(arguments, "backend", "reference") != "reference":
+        # After each of its operations torch's threads spin for milliseconds on processors that the native kernels need
+        # next: 28 ms a token in place of 10 (published THL, int8, two cores). Read when torch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         with _notes(), _terminable():
-            sys.stdout.reconfigure(encoding="utf-8")
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(encoding="utf-8")
             getattr(import_module(f"thl_engine.cli.{module}"), function)(arguments)
             sys.stdout.flush()
         return 0
@@ -48,19 +54,23 @@ def _execute(arguments: argparse.Namespace) -> int:
     except EngineError as error:
         return _fail(str(error))
     except MemoryError as error:
-        return _fail(f"out of memory: {error}; a smaller --memory-budget streams more" if str(error) else "out of memory")
+        return _fail(f"out of memory: {str(error) or 'the system has no more'}{_less(arguments)}")
     except OSError as error:
         return _fail(str(error))
     except RuntimeError as error:
         if "allocate" not in str(error):  # how torch reports that the host or a device has no memory left
             raise
-        return _fail(f"out of memory: {str(error).splitlines()[0]}")
+        return _fail(f"out of memory: {str(error).splitlines()[0]}{_less(arguments)}")
 
 
 def _fail(message: str) -> int:
     _discard_output(keep=True)
     print("thl: error: " + " ".join(message.split()), file=sys.stderr)
     return 1
+
+
+def _less(arguments: argparse.Namespace) -> str:
+    return "; a smaller --memory-budget keeps less in memory" if hasattr(arguments, "memory_budget") else ""
 
 
 def _discard_output(keep: bool = False) -> None:

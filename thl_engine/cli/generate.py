@@ -25,14 +25,14 @@ def run(arguments: Namespace) -> None:
             stream="auto" if arguments.stream is None else arguments.stream,
             memory_budget=arguments.memory_budget, threads=arguments.threads) as engine:
         if arguments.stats:
-            print(f"thl: {engine.model_type}, {backend(engine)}", file=sys.stderr)
+            print(f"thl: model {engine.model_type}, {_backend(engine)}", file=sys.stderr)
         state = engine.load_state(arguments.state) if arguments.state else engine.new_state()
         pieces, timing = _write(engine, prompt, state, arguments)
         if arguments.save_state:
             if pieces:
                 engine.step(torch.tensor([pieces[-1].id]), state)  # the last token has been written, not read
             engine.save_state(state, arguments.save_state)
-        stats = {**engine.stats(), **timing, "isa": _isa(engine), "threads": torch.get_num_threads()}
+        stats = {**engine.stats(), **timing, "isa": _isa(engine), "threads": _threads(engine)}
         if arguments.json:
             print(json.dumps({"text": "".join(piece.text for piece in pieces), "ids": [piece.id for piece in pieces],
                               "logprobs": [piece.logprob for piece in pieces], "stats": stats}, ensure_ascii=False))
@@ -46,7 +46,7 @@ def _write(engine: Engine, prompt: str, state: Any, arguments: Namespace) -> tup
     stream = engine.generate(
         prompt, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, top_k=arguments.top_k,
         top_p=arguments.top_p, repetition_penalty=arguments.repetition_penalty, seed=arguments.seed,
-        stop=arguments.stop, state=state)
+        stop=[_argument(text) for text in arguments.stop], state=state)
     pieces: list[Piece] = []
     started = time.perf_counter()
     read = prompted = None
@@ -74,35 +74,48 @@ def _write(engine: Engine, prompt: str, state: Any, arguments: Namespace) -> tup
 
 def _prompt(given: str | None) -> str:
     """The text to continue: as given, or from stdin, or a new line. stdin is not waited for unless piped or asked."""
-    if given is None:
-        mode = os.fstat(0).st_mode if _has_stdin() else 0
-        if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
-            return "\n"
-    elif given != "-":
-        return given
+    if given is not None and given != "-":
+        return _argument(given)
+    if given is None and not _piped():
+        return "\n"
     data = sys.stdin.buffer.read()
     try:
         return data.decode() or ("\n" if given is None else "")
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"the prompt on stdin is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+        raise TokenizerError(f"the prompt on stdin is not UTF-8 text (byte {error.start}); "
+                             "convert it to UTF-8") from None
 
 
-def _has_stdin() -> bool:
+def _argument(text: str) -> str:
+    """An argument's text: UTF-8 also where the locale says that arguments are ASCII."""
     try:
-        return sys.stdin is not None and sys.stdin.fileno() == 0
-    except (OSError, ValueError):
+        return os.fsencode(text).decode() if any("\udc80" <= char <= "\udcff" for char in text) else text
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"the argument {ascii(text)} is not UTF-8 text (byte {error.start})") from None
+
+
+def _piped() -> bool:
+    """Whether stdin is a pipe or a file: a terminal, or nothing at all, has no prompt in it."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or replaced by something that is no file
         return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def _isa(engine: Engine) -> str | None:
     return native.isa() if engine.ops.name == "native" else None
 
 
-def backend(engine: Engine) -> str:
+def _threads(engine: Engine) -> int:
+    return native.threads() if engine.ops.name == "native" else torch.get_num_threads()
+
+
+def _backend(engine: Engine) -> str:
     """What computes, for people."""
     isa = _isa(engine)
     return (f"backend {engine.ops.name}{f' ({isa})' if isa else ''} on {engine.device}, "
-            f"{torch.get_num_threads()} threads")
+            f"{_threads(engine)} threads")
 
 
 def _table(stats: dict[str, Any]) -> str:

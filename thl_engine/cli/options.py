@@ -98,10 +98,12 @@ def _convert(parser: argparse.ArgumentParser) -> None:
 
 def _init(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="files.init")
-    parser.add_argument("--model-type", metavar="T", help="architecture, such as thl (default: as the configuration says)")
+    parser.add_argument("--model-type", metavar="T",
+                        help="architecture, such as thl (default: as the configuration says)")
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration of the model")
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same weights (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="same seed, same weights (default: %(default)s)")
     parser.add_argument("--quantize", choices=("none", "int8"), default="none",
                         help="write float32 or int8 weights (default: %(default)s)")
 

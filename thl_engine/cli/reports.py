@@ -1,7 +1,6 @@
 """`thl plan`, `thl inspect` and `thl bench`: what a checkpoint is, what it would cost, and what it does cost."""
 
 import json
-import sys
 from argparse import Namespace
 from typing import Any
 
@@ -45,7 +44,6 @@ def inspect(arguments: Namespace) -> None:
 
 
 def bench(arguments: Namespace) -> None:
-    print("thl: measuring; anything else that runs now shows in the figures", file=sys.stderr)
     found = measure.benchmark(
         arguments.path, tokens=arguments.tokens, warmup=arguments.warmup, seed=arguments.seed, device=arguments.device,
         backend=arguments.backend, stream="auto" if arguments.stream is None else arguments.stream,
