@@ -23,6 +23,10 @@ ALLOWED = {
     "pager": {"checksum", "errors", "reader", "store", "transfer", "weights"},
     "plan": {"errors", "pager", "schedule", "store"},
     "models.thl": {"config", "errors", "schedule"},
+    "models.hrm": {"config", "errors", "schedule"},
+    "models.inl": {"config", "errors", "kernels", "models", "schedule"},
+    "models.inl_modules": {"schedule"},
+    "models.kv_cache": set(),
 }
 
 

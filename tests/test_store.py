@@ -203,7 +203,7 @@ def changed(**tensors):
 NAME = "router.W_q.weight"
 WRONG = [
     (changed(**{NAME: None}), ["'router.W_q.weight' [24, 223] is missing"]),
-    (changed(**{NAME: None, UNUSED: None}), ["(and 1 more) is missing"]),
+    (changed(**{NAME: None, "router.W_k.weight": None}), ["(and 1 more) is missing"]),
     (changed(**{NAME: None, "router.W_Q.weight": WEIGHTS[NAME]}), ["'router.W_Q.weight'", "nearest", NAME]),
     (changed(extra=torch.zeros(2)), ["'extra' is no part of this thl model"]),
     (changed(**{NAME: WEIGHTS[NAME][:5]}), [NAME, "shape [5, 223]", "needs [24, 223]"]),

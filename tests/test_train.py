@@ -73,8 +73,8 @@ def test_forward_is_the_step_repeated() -> None:
         weights, ops = trainable(thl.blocks(config), model.state_dict()), ReferenceOps()
         state = thl.init_state(config, 3)
         for t in range(9):
-            hidden, state = thl.step(config, weights, ops, tokens[:, t], state)
-            torch.testing.assert_close(got[:, t], thl.logits(config, weights, ops, hidden))
+            hidden, state = thl.advance(config, weights, ops, tokens[:, t : t + 1], state)
+            torch.testing.assert_close(got[:, t], thl.logits(config, weights, ops, hidden[:, 0]))
     for name, value in state.to_dict().items():
         assert torch.equal(value, end.to_dict()[name]), name
 

@@ -14,6 +14,12 @@ from thl_engine.errors import ConfigError
 _LARGEST = 1 << 31  # no size field of a real model comes near; keeps products of a few sizes within 64 bits
 
 
+def _require(holds: bool, name: str, value: Any, needed: str) -> None:
+    if not holds:
+        shown = list(value) if isinstance(value, tuple) else value
+        raise ConfigError(f"{name} is {shown}; it must be {needed}")
+
+
 @dataclass(frozen=True)
 class THLConfig:
     """Hierarchical recurrent tiers with a slot memory (THL 0.2.0). Sizes are counts of features unless noted."""
@@ -81,7 +87,164 @@ class THLConfig:
                                                   for k, v in asdict(self).items()}}
 
 
-CONFIGS: dict[str, type] = {cls.model_type: cls for cls in (THLConfig,)}
+@dataclass(frozen=True)
+class HRMConfig:
+    """Two recurrent transformer modules with adaptive halting (HRM-text). `expansion` sets the inner width."""
+
+    model_type: ClassVar[str] = "hrm"
+    signature: ClassVar[frozenset[str]] = frozenset({"L_layers", "H_layers", "hidden_size"})
+    # The published model reads none of these; the last three say what a checkpoint is to be grown to.
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {"max_seq_len", "halt_exploration_prob", "forward_dtype", "new_vocab_size", "new_L_layers", "new_H_layers"}
+    )
+
+    vocab_size: int = 100
+    hidden_size: int = 256
+    num_heads: int = 8
+    L_layers: int = 3
+    H_layers: int = 3
+    expansion: float = 2.5
+    halt_max_steps: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_heads", "L_layers", "H_layers", "halt_max_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.hidden_size % self.num_heads == 0, "hidden_size", self.hidden_size,
+                 f"a multiple of num_heads ({self.num_heads})")
+        _require(self.head_dim % 2 == 0, "hidden_size", self.hidden_size,
+                 f"an even number of features for each of num_heads ({self.num_heads}), not {self.head_dim}: the "
+                 "rotary embedding pairs them")
+        _require(self.expansion > 0 and 1 <= self.expansion * self.hidden_size * 2 / 3 < _LARGEST, "expansion",
+                 self.expansion, f"large enough for one inner feature of hidden_size ({self.hidden_size}) and no "
+                 "larger than any real model")
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def inner_size(self) -> int:
+        """Inner features of the feed-forward parts: two thirds of `expansion`, rounded up to a multiple of 256."""
+        return 256 * -(-int(self.expansion * self.hidden_size * 2 / 3) // 256)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values, `model_type` first."""
+        return {"model_type": self.model_type, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class INLConfig:
+    """Attention plus integrator dynamics (INL-LLM V2 2.0.0). The defaults are the published small size."""
+
+    model_type: ClassVar[str] = "inl"
+    signature: ClassVar[frozenset[str]] = frozenset({"d_model", "num_iterations_per_layer"})
+    # Dropout and checkpointing act in published training only; the sparsity is accepted there and not used.
+    ignored: ClassVar[frozenset[str]] = frozenset({"dropout", "use_gradient_checkpointing", "excitation_sparsity"})
+
+    vocab_size: int = 50000
+    d_model: int = 512
+    num_layers: int = 6
+    num_heads: int = 8
+    num_iterations_per_layer: int = 5
+    feedforward_dim: int | None = None
+    max_seq_len: int = 2048
+    use_lowrank_embeddings: bool = True
+    lowrank_ratio: float = 0.125
+    use_shared_controllers: bool = True
+    use_adaptive_stopping: bool = True
+    adaptive_convergence_threshold: float = 0.001
+    hierarchical_group_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_iterations_per_layer", "max_seq_len",
+                     "hierarchical_group_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        inner = self.feedforward_dim
+        _require(inner is None or inner >= 1, "feedforward_dim", inner, "null (four times d_model) or at least 1")
+        _require(self.d_model % self.num_heads == 0, "d_model", self.d_model,
+                 f"a multiple of num_heads ({self.num_heads})")
+        _require(0.0 <= self.lowrank_ratio <= 1.0, "lowrank_ratio", self.lowrank_ratio, "between 0 and 1")
+        _require(self.adaptive_convergence_threshold >= 0.0, "adaptive_convergence_threshold",
+                 self.adaptive_convergence_threshold, "0 (never stop early) or more")
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return self.d_model // self.num_heads
+
+    @property
+    def inner_size(self) -> int:
+        """Inner features of the feed-forward parts."""
+        return 4 * self.d_model if self.feedforward_dim is None else self.feedforward_dim
+
+    @property
+    def embedding_rank(self) -> int:
+        """Features of a low-rank embedding row."""
+        return max(64, int(self.d_model * self.lowrank_ratio))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values, `model_type` first."""
+        return {"model_type": self.model_type, **asdict(self)}
+
+
+HIM_POSITIONS = 512  # rows of the published position table, whatever max_seq_len is
+
+
+@dataclass(frozen=True)
+class HIMConfig:
+    """An encoder with shared memory that answers many positions at once (HIM). The defaults are the 7M model's sizes."""
+
+    model_type: ClassVar[str] = "him"
+    signature: ClassVar[frozenset[str]] = frozenset({"mem_slots", "reasoning_tokens"})
+    ignored: ClassVar[frozenset[str]] = frozenset({"dropout"})  # acts in published training only
+
+    vocab_size: int = 32000
+    embed_dim: int = 160
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    num_encoder_layers: int = 10
+    dim_feedforward: int = 320
+    max_answer_len: int = 64
+    mem_slots: int = 16
+    mem_rank: int = 16
+    reasoning_tokens: int = 64
+    max_seq_len: int = HIM_POSITIONS
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_heads", "num_kv_heads", "num_encoder_layers", "dim_feedforward",
+                     "max_answer_len", "mem_slots", "mem_rank", "reasoning_tokens", "max_seq_len"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.embed_dim >= 64 and self.embed_dim % 2 == 0, "embed_dim", self.embed_dim,
+                 "even and at least 64, the features that reasoning reads")
+        _require(self.embed_dim % self.num_heads == 0, "embed_dim", self.embed_dim,
+                 f"a multiple of num_heads ({self.num_heads})")
+        _require(self.num_heads % self.num_kv_heads == 0, "num_heads", self.num_heads,
+                 f"a multiple of num_kv_heads ({self.num_kv_heads})")
+        _require(self.mem_rank <= self.embed_dim, "mem_rank", self.mem_rank, f"at most embed_dim ({self.embed_dim})")
+        _require(self.max_seq_len <= HIM_POSITIONS, "max_seq_len", self.max_seq_len,
+                 f"at most {HIM_POSITIONS}, the positions that the model has")
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return self.embed_dim // self.num_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values, `model_type` first."""
+        return {"model_type": self.model_type, **asdict(self)}
+
+
+CONFIGS: dict[str, type] = {cls.model_type: cls for cls in (THLConfig, HRMConfig, INLConfig, HIMConfig)}
+
+# The published sizes of INL-LLM V2: d_model, layers, heads, iterations; the feed-forward width is four times d_model.
+_INL_SIZES = {"inl-small": (512, 6, 8, 5), "inl-medium": (768, 12, 12, 7), "inl-5b": (4096, 32, 32, 10),
+              "inl-10b": (5120, 40, 40, 12)}
+PRESETS: dict[str, Any] = {
+    name: INLConfig(d_model=width, num_layers=layers, num_heads=heads, num_iterations_per_layer=steps,
+                    feedforward_dim=4 * width)
+    for name, (width, layers, heads, steps) in _INL_SIZES.items()
+}
 
 
 def parse_config(given: Mapping[str, Any], model_type: str | None = None, where: str = "config") -> Any:
@@ -126,12 +289,16 @@ def _recognise(values: Mapping[str, Any], where: str) -> str:
 
 
 def _coerce(value: Any, field: Any, where: str) -> Any:
-    """Checks one JSON value against a field's annotation. int, float, `int | None` and tuple[int, ...] occur."""
+    """Checks one JSON value against a field's annotation: bool, int, float, `int | None` or tuple[int, ...]."""
     kind = field.type
     if kind == (int | None):
         if value is None:
             return None
         kind = int
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{where} must be true or false, found {value!r}")
+        return value
     if kind is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{where} must be a whole number, found {value!r}")
@@ -150,12 +317,6 @@ def _coerce(value: Any, field: Any, where: str) -> Any:
         if isinstance(item, bool) or not isinstance(item, int) or not -_LARGEST < item < _LARGEST:
             raise ConfigError(f"{where} must be a list of whole numbers, found {item!r} in it")
     return tuple(value)
-
-
-def _require(holds: bool, name: str, value: Any, needed: str) -> None:
-    if not holds:
-        shown = list(value) if isinstance(value, tuple) else value
-        raise ConfigError(f"{name} is {shown}; it must be {needed}")
 
 
 def defaults(cls: type) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class Engine:
         self.tokenizer = _tokenizer(store, self.config.vocab_size)
         self._model = architecture(store.model_type)
         self._store = store
-        self._schedule, self._plan = divide_memory(store, self.ops, self.device, stream, memory_budget)
+        schedule, self._plan = divide_memory(store, self.ops, self.device, stream, memory_budget)
+        self._schedules: dict[tuple, PageSchedule] = {(): schedule}  # by the options that a state was made with
         self._state_bytes = self._plan.state_bytes
         self._streams = self._plan.streamed_pages > 0
 
@@ -97,7 +98,7 @@ class Engine:
         reader = Reader(store.files, direct=store.descriptor is None or self._streams)
         self._pager = Pager(store, reader, vectors, (*self._plan.pinned, *tables), self._plan.slots,
                             self._plan.slot_bytes, self._plan.horizon, self.device)
-        self._weights = paged_weights(store, self._pager, vectors, self._plan.resident_tables)
+        self._weights = paged_weights(store, self._pager, vectors)
         if not self._streams and self._plan.resident_tables:
             self.close()  # all is in memory: nothing needs the file any more
         self._trace: Trace | None = None
@@ -145,8 +146,11 @@ class Engine:
         """One of the architectures' names."""
         return self._store.model_type
 
-    def new_state(self, batch_size: int = 1) -> Any:
-        """The empty state of `batch_size` sequences. Raises BudgetError if the memory budget has no room for it."""
+    def new_state(self, batch_size: int = 1, **options: Any) -> Any:
+        """The empty state of `batch_size` sequences, with the options that the model has (HRM: `cycles`).
+
+        Raises BudgetError if the memory budget has no room for it.
+        """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
         plan = self._plan
@@ -156,7 +160,12 @@ class Engine:
                 state = size(batch_size * self._state_bytes)
                 raise BudgetError(f"a state of batch_size {batch_size} takes {state}; with it the memory budget must "
                                   f"be at least {needed} bytes, and is {plan.budget}")
-        return self._model.init_state(self.config, batch_size, self.device)
+        try:
+            return self._model.init_state(self.config, batch_size, self.device, self._weights, **options)
+        except TypeError:
+            if not options:
+                raise
+            raise ConfigError(f"new_state: a {self.model_type} model has no option {', '.join(options)}") from None
 
     @_computing
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -169,11 +178,9 @@ class Engine:
         if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[1] == 1:
             tokens = tokens[:, 0]
         tokens = self._check_tokens(tokens, 1, state.batch_size)
-        t = state.timestep
-        self._pager.begin(self._key(t), lambda: self._schedule.decode(t))
-        hidden, state = self._advance(tokens, state)
-        logits = self._logits(hidden)
-        self._pager.end(self._key(t + 1))
+        hidden = self._run(tokens[:, None], state)[-1]
+        logits = self._logits(hidden[:, -1])
+        self._end(state)
         self._count(tokens.shape[0], started)
         return logits, state
 
@@ -182,52 +189,103 @@ class Engine:
         """Feeds int64 [B, T] and returns the logits after the last token only, float32 [B, vocab_size]."""
         started = time.perf_counter()
         tokens = self._check_tokens(tokens, 2, state.batch_size)
-        t, count = state.timestep, tokens.shape[1]
-        self._pager.begin(("prompt", t, count), lambda: self._schedule.prompt(t, count))
-        for i in range(count):
-            hidden, state = self._advance(tokens[:, i], state)
-        logits = self._logits(hidden)
-        self._pager.end(self._key(t + count))
+        for hidden in self._run(tokens, state):
+            last = hidden[:, -1]
+        logits = self._logits(last)
+        self._end(state)
         self._count(tokens.numel(), started)
         return logits, state
 
     @_computing
-    def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """A whole sequence: int64 [B, T] -> logits after every token, float32 [B, T, vocab_size], and the state.
+    def forward(self, tokens: Tensor, state: Any = None, **inputs: Any) -> tuple[Tensor, Any]:
+        """A whole sequence: int64 [B, T] -> logits float32 [B, T, vocab_size] after every token, and the state.
 
-        `state` defaults to a fresh one.
+        `state` defaults to a fresh one. Further inputs by model, INL: attention_mask; HRM: cycles; HIM: mask and
+        reconstruction (without which its logits are those of the answer, [B, max_answer_len, vocab_size]).
         """
         started = time.perf_counter()
         if state is None:
-            state = self.new_state(tokens.shape[0] if tokens.dim() == 2 and tokens.shape[0] else 1)
-        tokens = self._check_tokens(tokens, 2, state.batch_size)
+            state = self.new_state(tokens.shape[0] if isinstance(tokens, Tensor) and tokens.dim() == 2
+                                   and tokens.shape[0] else 1)
+        whole = hasattr(self._model, "forward")  # such a model knows which batches its state takes
+        tokens = self._check_tokens(tokens, 2, None if whole else state.batch_size)
+        if whole:
+            logits = self._forward_whole(tokens, state, inputs)
+        elif inputs:
+            raise ConfigError(f"forward: a {self.model_type} model has no input {', '.join(inputs)}")
+        else:
+            logits = self._forward_chained(tokens, state)
+        self._count(tokens.numel(), started)
+        return logits, state
+
+    def _forward_whole(self, tokens: Tensor, state: Any, inputs: dict[str, Any]) -> Tensor:
+        inputs = {**getattr(state, "options", {}), **inputs}
+        try:
+            walk = self._model.forward_walk(self.config, tuple(tokens.shape), **inputs)
+        except TypeError:
+            raise ConfigError(f"forward: a {self.model_type} model has no input {', '.join(inputs)}") from None
+        names = walk.reads(0)
+        self._pager.begin(None, lambda: self._schedules[()].once(names), walk.may_stop)
+        logits, following = self._model.forward(self.config, self._weights, self.ops, tokens, state, self._recorder(),
+                                                **inputs)
+        state.become(following)
+        self._pager.end(None)
+        return logits
+
+    def _forward_chained(self, tokens: Tensor, state: Any) -> Tensor:
         batch, length = tokens.shape
         out = torch.empty(batch, length, self.config.vocab_size, device=self.device)
         for first in range(0, length, FORWARD_CHUNK):
-            chunk = tokens[:, first : first + FORWARD_CHUNK]
-            t, count = state.timestep, chunk.shape[1]
-            self._pager.begin(("prompt", t, count), lambda t=t, count=count: self._schedule.prompt(t, count))
-            hidden = []
-            for i in range(count):
-                one, state = self._advance(chunk[:, i], state)
-                hidden.append(one)
-            logits = self._logits(torch.stack(hidden, dim=1).flatten(0, 1))
-            out[:, first : first + count] = logits.view(batch, count, -1)
-            self._pager.end(self._key(t + count))
-        self._count(tokens.numel(), started)
-        return out, state
+            hidden = torch.cat(list(self._run(tokens[:, first : first + FORWARD_CHUNK], state)), dim=1)
+            count = hidden.shape[1]
+            out[:, first : first + count] = self._logits(hidden.flatten(0, 1)).view(batch, count, -1)
+            self._end(state)
+        return out
 
-    def _key(self, t: int) -> tuple[str, int]:
-        return "decode", t % self._schedule.period
+    def _run(self, tokens: Tensor, state: Any) -> list[Tensor]:
+        """Feeds [B, n] in as many passes as the model needs; the hidden states of each. Logits are to follow."""
+        size = self._model.chunk(self.config)
+        passes = -(-tokens.shape[1] // size)
+        schedule, t = self._schedule(state), self._starts_at(state, tokens.shape[1])
+        if passes == 1:
+            self._pager.begin(self._key(state, t), lambda: schedule.decode(t), schedule.may_stop)
+        else:
+            self._pager.begin(("prompt", t, passes), lambda: schedule.prompt(t, passes), schedule.may_stop)
+        hidden = []
+        for first in range(0, tokens.shape[1], size):
+            one, following = self._model.advance(self.config, self._weights, self.ops, tokens[:, first : first + size],
+                                                 state, self._recorder())
+            state.become(following)  # ops update tensors in place: the caller's object must not lag behind them
+            hidden.append(one)
+        return hidden
 
-    def _advance(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        record = None
-        if self._trace is not None:
-            self._trace.steps.append({})
-            record = self._trace.record
-        hidden, following = self._model.step(self.config, self._weights, self.ops, tokens, state, record)
-        state.become(following)  # ops update tensors in place: the caller's object must not lag behind them
-        return hidden, state
+    def _end(self, state: Any) -> None:
+        """Announces the next step."""
+        self._pager.end(self._key(state, self._starts_at(state, 1)))
+
+    def _starts_at(self, state: Any, count: int) -> int:
+        """Step of the schedule at which the next `count` tokens begin."""
+        starts_at = getattr(self._model, "starts_at", None)
+        return state.timestep if starts_at is None else starts_at(self.config, state, count)
+
+    def _schedule(self, state: Any) -> PageSchedule:
+        options = getattr(state, "options", {})
+        key = tuple(sorted(options.items()))
+        if key not in self._schedules:
+            walk = self._model.walk(self.config, **options)
+            self._schedules[key] = PageSchedule(self._store, walk, self._model.head(self.config))
+            self._schedules[key].pin(frozenset(self._plan.pinned))
+        return self._schedules[key]
+
+    def _key(self, state: Any, t: int) -> tuple:
+        schedule = self._schedule(state)
+        return "decode", id(schedule), t % schedule.period
+
+    def _recorder(self) -> Any:
+        if self._trace is None:
+            return None
+        self._trace.steps.append({})
+        return self._trace.record
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self._model.logits(self.config, self._weights, self.ops, hidden)
@@ -235,12 +293,12 @@ class Engine:
             self._trace.record("logits", logits)
         return logits
 
-    def _check_tokens(self, tokens: Tensor, rank: int, batch: int) -> Tensor:
+    def _check_tokens(self, tokens: Tensor, rank: int, batch: int | None) -> Tensor:
         form = "[B] or [B, 1]" if rank == 1 else "[B, T] with T of at least 1"
         if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.dim() != rank or not tokens.numel():
             found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ConfigError(f"tokens: expected an int64 tensor {form}, found {found}")
-        if tokens.shape[0] != batch:
+        if batch is not None and tokens.shape[0] != batch:
             raise ConfigError(f"tokens: batch of {tokens.shape[0]}, but the state holds {batch} sequences")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.config.vocab_size:
@@ -312,7 +370,7 @@ class Engine:
 
     def plan(self, bandwidths: Bandwidths = NOMINAL) -> Plan:
         """What is pinned and streamed within the budget, and the tokens/s that the given bandwidths allow."""
-        return self._plan.at(bandwidths, self._store, self._schedule)
+        return self._plan.at(bandwidths, self._store, self._schedules[()])
 
     def stats(self) -> dict[str, Any]:
         """Counters since the engine started; sizes in bytes, times in seconds."""

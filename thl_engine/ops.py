@@ -12,8 +12,9 @@ from torch import Tensor
 
 from thl_engine import native
 from thl_engine.errors import ConfigError
+from thl_engine.kernels import attention as attention_kernels
+from thl_engine.kernels import integrator, norm, rotary, shared_memory, slot_memory, swiglu, tier_cell, window_attention
 from thl_engine.kernels import linear as linear_kernels
-from thl_engine.kernels import slot_memory, tier_cell, window_attention
 from thl_engine.weights import Matrix, Part, Table
 
 LAYER_NORM_EPS = 1e-5
@@ -35,6 +36,14 @@ class ReferenceOps:
     slot_norms = staticmethod(slot_memory.slot_norms)
     read_metadata = staticmethod(slot_memory.read_metadata)
     novelty_write = staticmethod(slot_memory.novelty_write)
+    attention = staticmethod(attention_kernels.attention)
+    rms_norm = staticmethod(norm.rms_norm)
+    rotary_tables = staticmethod(rotary.rotary_tables)
+    rotate = staticmethod(rotary.rotate)
+    swiglu = staticmethod(swiglu.swiglu)
+    prefix_read = staticmethod(shared_memory.prefix_read)
+    erase_then_add = staticmethod(shared_memory.erase_then_add)
+    reasoning_update = staticmethod(shared_memory.reasoning_update)
 
     def scratch_bytes(self, page_elements: int) -> int:
         """Memory that a product needs beside its operands, for pages of up to `page_elements` weights."""
@@ -45,7 +54,7 @@ class ReferenceOps:
         return table.rows(ids)
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        """x [B, C] -> [B, R]."""
+        """x [..., C] -> [..., R]."""
         out = [linear_kernels.linear(x, _widen(part), None if bias is None else bias[part.start : part.stop])
                for part in matrix.parts()]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
@@ -72,9 +81,16 @@ class ReferenceOps:
             out[h] = out[h] + linear_kernels.linear_transposed(values, _widen(part))
         return torch.stack(out, dim=1)
 
+    def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
+                  second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
+                  together: bool = False, trajectory: bool = False) -> integrator.Integration:
+        """INL's integrator with the controller's two matrices, each read once whatever the number of steps."""
+        return integrator.integrate(x, context, _whole(first), first_bias, _whole(second), second_bias, mu, steps=steps,
+                                    threshold=threshold, together=together, trajectory=trajectory)
+
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Over the last axis, biased variance."""
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+        return norm.layer_norm(x, weight, bias, LAYER_NORM_EPS)
 
 
 class TrainingOps(ReferenceOps):
@@ -101,6 +117,8 @@ class NativeOps(ReferenceOps):
         return 0  # kernels read the stored integers
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        if x.dim() != 2:
+            return self.linear(x.reshape(-1, x.shape[-1]), matrix, bias).view(*x.shape[:-1], -1)
         out = torch.empty(x.shape[0], matrix.shape[0])
         product = _Product(x)
         for part in matrix.parts():
@@ -132,9 +150,10 @@ class NativeOps(ReferenceOps):
         return out
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        native.layer_norm(x, weight, bias, LAYER_NORM_EPS, out)
-        return out
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(flat)
+        native.layer_norm(flat, weight, bias, LAYER_NORM_EPS, out)
+        return out.view(x.shape)
 
     def gru_reset(self, reset: Tensor, state: Tensor) -> Tensor:
         out = torch.empty_like(state)
@@ -221,6 +240,12 @@ def _transposed_into(out: Tensor, x: Tensor, part: Part) -> None:
 
 def _widen(part: Part) -> Tensor:
     return linear_kernels.widen(part.data, part.scales, part.group)
+
+
+def _whole(matrix: Matrix) -> Tensor:
+    """float32 [R, C] in memory of its own, for an op that uses a matrix again after its parts have been let go."""
+    parts = [_widen(part).clone() if part.data.dtype == torch.float32 else _widen(part) for part in matrix.parts()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _by_head(matrix: Matrix, heads: int):

@@ -30,9 +30,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import gcd, prod
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -55,6 +56,9 @@ CHUNK_ELEMENTS = 8 << 20  # elements converted at a time, 32 MiB as float32, if 
 PADDING = "__padding__."
 SCALE_SUFFIX = ".scale"
 FLOATS = ("F64", "F32", "F16", "BF16")
+INTEGERS = ("I64", "I32")  # of published counters, which are vectors like any other once loaded
+
+T = TypeVar("T")
 
 Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
 
@@ -132,7 +136,7 @@ def write_store(
     path = Path(path)
     plan = plan_pack(config, sources, quantize=quantize, group=group, tokenizer=tokenizer, where=str(path))
     with replacing(path, plan.file_bytes) as descriptor:
-        plan.write(descriptor, sources, progress)
+        plan.write(descriptor, progress)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ class PackPlan:
     """Where everything goes, known before anything is written."""
 
     where: str
+    sources: Mapping[str, Source] = field(repr=False)
     quantized: bool
     config: str
     tokenizer: str | None
@@ -185,19 +190,19 @@ class PackPlan:
             )
         return len(text).to_bytes(8, "little") + text
 
-    def write(self, descriptor: int, sources: Mapping[str, Source], progress: Progress | None) -> None:
+    def write(self, descriptor: int, progress: Progress | None = None) -> None:
         """Fills an empty file. The header comes last, so that an unfinished file is not readable."""
         data = len(self.header({}))
         os.ftruncate(descriptor, data + self.data_bytes)
         checksums: dict[str, list[int]] = {}
         done = 0
-        scale_entries = {e.name: e for e in self.entries if e.name not in sources}
+        scale_entries = {e.name: e for e in self.entries if e.name not in self.sources}
         with ThreadPoolExecutor(1, "pack-source") as ahead:
             for entry in self.entries:
                 if entry.name in scale_entries:
                     continue  # written with the tensor that they scale
                 sums, scale_parts = [], []
-                for start, rows in _chunks(entry, sources[entry.name], ahead):
+                for start, rows in _chunks(entry, self.sources[entry.name], ahead):
                     stored, scales = _encode(rows, entry, start, self)
                     scale_parts.append(scales)
                     buffer = as_bytes(stored)
@@ -229,15 +234,30 @@ def plan_pack(
         raise ConfigError(f"group is {group!r}, expected {GROUP} together with quantize 'int8', or none")
     parsed = parse_config(config, where=where)
     blocks = architecture(parsed.model_type).blocks(parsed)
+    sources = without_aliases(parsed, sources)
     check_tensors(blocks, sources, parsed.model_type, where)
+    blocks = [block for block in blocks if block.name in sources]
     return _lay_out(blocks, sources, quantize, group, json.dumps(parsed.to_dict()), tokenizer, where)
 
 
+def without_aliases(config: Any, found: Mapping[str, T]) -> dict[str, T]:
+    """Tensors by the names of the model's blocks: published checkpoints repeat shared ones under further names."""
+    aliases = getattr(architecture(config.model_type), "aliases", lambda config: {})(config)
+    out = {name: value for name, value in found.items() if name not in aliases}
+    for alias, name in aliases.items():
+        if alias in found:
+            out.setdefault(name, found[alias])
+    return out
+
+
 def check_tensors(blocks: Sequence[Block], found: Mapping[str, object], model_type: str, where: str) -> None:
-    """`found`, values with `dtype` and `shape`, must be the model's tensors; floats, where used."""
+    """`found`, values with `dtype` and `shape`, must be the model's tensors; floats, where used.
+
+    Unused ones may be missing.
+    """
     expected = {block.name: block for block in blocks}
     extra = [name for name in found if name not in expected]
-    missing = [name for name in expected if name not in found]
+    missing = [name for name, block in expected.items() if name not in found and block.kind != "unused"]
     if extra:
         near = difflib.get_close_matches(extra[0], missing or expected, n=1, cutoff=0)
         hint = f"; nearest expected name: {shown(near[0])}" if near else ""
@@ -248,12 +268,15 @@ def check_tensors(blocks: Sequence[Block], found: Mapping[str, object], model_ty
         shape = list(expected[missing[0]].shape)
         raise CheckpointError(f"{where}: tensor {shown(missing[0])} {shape}{_and_more(missing)} is missing")
     for name, block in expected.items():
+        if name not in found:
+            continue
         dtype, shape = found[name].dtype, tuple(found[name].shape)
         if shape != block.shape:
             raise CheckpointError(
                 f"{where}: tensor {shown(name)} has shape {list(shape)}, the config needs {list(block.shape)}"
             )
-        if dtype not in FLOATS and block.kind != "unused":
+        counter = block.kind == "vector" and dtype in INTEGERS
+        if dtype not in FLOATS and block.kind != "unused" and not counter:
             expected_dtypes = " ".join(FLOATS)
             raise CheckpointError(f"{where}: tensor {shown(name)} has dtype {dtype}, expected one of {expected_dtypes}")
 
@@ -316,7 +339,7 @@ def _lay_out(
     if position % ALIGNMENT:
         padding.append((position, -position % ALIGNMENT))
         position += -position % ALIGNMENT
-    return PackPlan(where, quantize == "int8", config, tokenizer, tuple(placed), tuple(padding), position)
+    return PackPlan(where, sources, quantize == "int8", config, tokenizer, tuple(placed), tuple(padding), position)
 
 
 def _entry(name: str, kind: str, dtype: str, shape: tuple[int, ...]) -> Entry:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thl_engine.kernels.linear import widen
 from thl_engine.pager import Pager
-from thl_engine.store import Page, Store
+from thl_engine.store import Store
 from thl_engine.weights import Part
 
 
@@ -23,26 +23,31 @@ class PagedMatrix:
     def parts(self) -> Iterator[Part]:
         return self.pager.parts(self.name)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [n, C] of int64 ids [n], on the device of the ids: for tables that are also the output head."""
+        return _gather(self.pager, self.name, self.shape[1], ids)
+
 
 @dataclass(frozen=True)
 class PagedTable:
     """A table of which the pager holds all pages, or reads those with the rows asked for."""
 
+    name: str
     shape: tuple[int, int]
-    pages: tuple[Page, ...]
-    resident: bool
     pager: Pager
 
     def rows(self, ids: Tensor) -> Tensor:
-        """float32 [n, C] of int64 ids [n], on the device of the ids."""
-        per_page = self.pages[0].stop
-        out = torch.empty(len(ids), self.shape[1], device=ids.device)
-        for i, row in enumerate(ids.tolist()):
-            page = self.pages[row // per_page]
-            part = self.pager.pinned_part(page) if self.resident else self.pager.read_page(page)
-            here = slice(row - page.start, row - page.start + 1)
-            out[i] = widen(part.data[here], None if part.scales is None else part.scales[here], part.group)[0]
-        return out
+        """float32 [n, C] of int64 ids, on their device."""
+        return _gather(self.pager, self.name, self.shape[1], ids)
+
+
+def _gather(pager: Pager, name: str, columns: int, ids: Tensor) -> Tensor:
+    out = torch.empty(*ids.shape, columns, device=ids.device)
+    flat = out.view(-1, columns)
+    for i, row in enumerate(ids.flatten().tolist()):
+        part = pager.row(name, row)
+        flat[i] = widen(part.data, part.scales, part.group)[0]
+    return out
 
 
 def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -51,8 +56,7 @@ def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, 
             for name, tensor in store.tensors.items() if tensor.kind == "vector"}
 
 
-def paged_weights(store: Store, pager: Pager, vectors: Mapping[str, Tensor],
-                  resident_tables: tuple[str, ...]) -> dict[str, Tensor | PagedMatrix | PagedTable]:
+def paged_weights(store: Store, pager: Pager, vectors: Mapping[str, Tensor]) -> dict[str, Tensor | PagedMatrix | PagedTable]:
     """Every tensor that takes part in the model, under its published name."""
     weights: dict[str, Tensor | PagedMatrix | PagedTable] = {}
     for name, tensor in store.tensors.items():
@@ -61,5 +65,5 @@ def paged_weights(store: Store, pager: Pager, vectors: Mapping[str, Tensor],
         elif tensor.kind == "matrix":
             weights[name] = PagedMatrix(name, tensor.shape, pager)
         elif tensor.kind == "table":
-            weights[name] = PagedTable(tensor.shape, tensor.pages, name in resident_tables, pager)
+            weights[name] = PagedTable(name, tensor.shape, pager)
     return weights

@@ -7,7 +7,7 @@ files, and used unchanged by the plan to count bytes beforehand. `Pager` adds th
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,15 +88,34 @@ class Ring:
             expected = self._ahead[0] if self._ahead else None
             raise RuntimeError(f"page {page} was asked for, but the schedule says page {expected}")
         slot = self.resident[page]
-        self._ahead.popleft()
+        self._pass()
+        self._held[page] = self._held.get(page, 0) + 1
+        self._look()
+        return slot
+
+    def _pass(self) -> None:
+        page = self._ahead.popleft()
         due = self._due[page]
         due.popleft()
         if not due:
             del self._due[page]
         self._position += 1
-        self._held[page] = self._held.get(page, 0) + 1
-        self._look()
-        return slot
+
+    def expects(self, page: int) -> bool:
+        """Whether the page is the next one to be used."""
+        return bool(self._ahead) and self._ahead[0] == page
+
+    def skip_to(self, page: int) -> None:
+        """Leaves out the uses before the next one of this page: a run that depends on the data has ended early.
+
+        Nothing may be on its way, since what is skipped loses its claim to its slot.
+        """
+        while not self.expects(page):
+            if not self._ahead:
+                raise RuntimeError(f"page {page} was asked for, but is not expected any more")
+            self._pass()
+            self._look()
+        self._fetched = max(self._fetched, self._position)
 
     def release(self, page: int) -> None:
         """Ends a use."""
@@ -150,6 +169,7 @@ class Pager:
         self._fresh: set[int] = set()  # fetched and not used yet
         self._checked: set[int] = set()  # pages whose checksum was or is being verified
         self._key: Hashable = None
+        self._may_stop = False
         self._failure: Exception | None = None
         self.traffic = Traffic()
         for index, place in places.items():
@@ -158,18 +178,21 @@ class Pager:
             self._finish(place)
         self._pinned = {index: self._part(store.pages[index], place) for index, place in places.items()}
 
-    def begin(self, key: Hashable, future: Callable[[], Iterator[int]]) -> None:
-        """Starts a run of uses. Unless `key` is what the last `end` announced, `future()` replaces the expectation.
+    def begin(self, key: Hashable, future: Callable[[], Iterator[int]], may_stop: bool = False) -> None:
+        """Starts a run of uses. Unless `key` is what the last `end` announced, and not None, `future()` replaces the
+        expectation.
 
-        The future names every use of a page in order, pinned ones left out.
+        The future names every use of a page in order, pinned ones left out. `may_stop`: uses may be left out where the
+        data say so; what follows them is found by looking ahead.
         """
         if self._failure is not None:
             raise self._failure
-        if key != self._key:
+        if key is None or key != self._key:
             self._land()
             self._ring.follow(future())
             self._prefetch()
         self._key = None
+        self._may_stop = may_stop
 
     def end(self, key: Hashable) -> None:
         """Announces which run comes next if nothing unforeseen happens: the one already being prefetched."""
@@ -183,6 +206,10 @@ class Pager:
                 self.traffic.page_hits += 1
                 yield part
                 continue
+            if self._may_stop and not self._ring.expects(page.index):
+                self._land()
+                self._ring.skip_to(page.index)
+                self._prefetch()
             place = self._ring_base + self._ring.use(page.index) * self._slot_bytes
             self._await(page.index)
             try:
@@ -192,12 +219,25 @@ class Pager:
                 self._ring.release(page.index)
                 self._prefetch()
 
-    def pinned_part(self, page: Page) -> Part:
-        """The part of a pinned page."""
-        return self._pinned[page.index]
+    def row(self, name: str, row: int) -> Part:
+        """One row of a table or matrix, outside of the schedule: from a pinned page, or read at once.
 
-    def read_page(self, page: Page) -> Part:
-        """A small page read at once, outside of the schedule, into memory of its own."""
+        A table's page is small and read whole, which verifies it; of a matrix's only the row itself is read.
+        """
+        tensor = self._store.tensors[name]
+        page = tensor.pages[row // tensor.pages[0].stop]
+        part = self._pinned.get(page.index)
+        if part is None and tensor.kind == "table":
+            part = self._read_page(page)
+        if part is None:
+            part = self._read_page(replace(page, start=row, stop=row + 1, nbytes=tensor.row_bytes, crc=None,
+                                           offset=page.offset + (row - page.start) * tensor.row_bytes))
+        here = slice(row - part.start, row - part.start + 1)
+        scales = None if part.scales is None else part.scales[here]
+        return Part(row, row + 1, part.data[here], scales, part.group)
+
+    def _read_page(self, page: Page) -> Part:
+        """A few rows read at once into memory of their own."""
         raw = self._reader.read_now(page.file, page.offset, page.nbytes)
         if page.crc is not None and page.index not in self._checked:
             found = crc32c(raw.numpy())

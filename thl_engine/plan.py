@@ -42,8 +42,9 @@ class PageSchedule:
     """A model's walk in pages: which pages each step reads, which the logits read, and endless futures of both."""
 
     def __init__(self, store: Store, walk: Walk, head: tuple[str, ...]) -> None:
-        self._pages = {name: tuple(page.index for page in store.tensors[name].pages)
-                       for name in {*(name for name, _ in walk.clocked), *head}}
+        self._pages = {name: tuple(page.index for page in tensor.pages) for name, tensor in store.tensors.items()
+                       if tensor.kind == "matrix"}
+        self.may_stop = walk.may_stop
         self._walk = walk
         self.head = self._in_pages(head)
         self.period = walk.period
@@ -87,6 +88,10 @@ class PageSchedule:
             yield from self._streamed(self._walk.reads(t))
             yield from head
             t += 1
+
+    def once(self, names: tuple[str, ...]) -> Iterator[int]:
+        """Streamed pages of the named matrices, in order."""
+        return iter(self._streamed(names))
 
     def prompt(self, t: int, count: int) -> Iterator[int]:
         """The same with logits only after `count` steps, then decoding."""

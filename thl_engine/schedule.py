@@ -37,10 +37,11 @@ class Block:
 class Walk:
     """The matrices that steps read, in order: `clocked` holds (name, clock); step t reads those whose clock divides t.
 
-    A name that a step reads several times appears several times.
+    A name that a step reads several times appears several times. `may_stop`: a step may end before the last of them.
     """
 
     clocked: tuple[tuple[str, int], ...]
+    may_stop: bool = False
 
     @property
     def period(self) -> int:

@@ -80,7 +80,7 @@ def _spool(
         else:
             with tempfile.TemporaryFile() as file:
                 descriptor = os.dup(file.fileno())
-        plan.write(descriptor, sources, None)
+        plan.write(descriptor)
         # The file has no name, but its descriptor has: readers open it as they would any other.
         store = open_store(Path(f"/proc/self/fd/{descriptor}"))
     except BaseException as error:

@@ -7,7 +7,7 @@ depend on the file alone, never on a memory budget, so every sum has the same or
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -39,6 +39,7 @@ from thl_engine.pack import (
     check_tensors,
     metadata_checksum,
     page_rows,
+    without_aliases,
 )
 from thl_engine.quant import GROUP, dequantize_rows, scale_shape
 from thl_engine.schedule import Block
@@ -216,6 +217,7 @@ def tokenizer_beside(folder: Path) -> str | None:
 def _open_plain(path: Path, index: CheckpointIndex) -> Store:
     fields, where = find_config(index)
     config = parse_config(fields, where=where)
+    index = replace(index, tensors=without_aliases(config, index.tensors))
     blocks = architecture(config.model_type).blocks(config)
     groups = _check_stored(path, index, blocks, config.model_type, None)
     for block in blocks:
@@ -275,6 +277,7 @@ def _check_stored(
         if not name.startswith(PADDING) and name.removesuffix(SCALE_SUFFIX) not in scaled or name in scaled
     }
     check_tensors(blocks, found, model_type, str(path))
+    blocks = [block for block in blocks if block.name in found]
     kinds: dict[str, tuple[str, int | None]] = {}
     for block in blocks:
         scale = scaled.get(block.name)

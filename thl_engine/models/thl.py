@@ -133,6 +133,11 @@ def head(config: THLConfig) -> tuple[str, ...]:
     return ("output_head.weight",)
 
 
+def chunk(config: THLConfig) -> int:
+    """The most tokens that one `advance` takes: the next one's step needs the state after this one."""
+    return 1
+
+
 def initial(config: THLConfig, block: Block, rows: slice, generator: torch.Generator) -> Tensor:
     """Rows of a freshly initialised tensor, float32.
 
@@ -149,8 +154,8 @@ def initial(config: THLConfig, block: Block, rows: slice, generator: torch.Gener
     return torch.rand(shape, generator=generator).mul_(2.0 * bound).sub_(bound)
 
 
-def init_state(config: THLConfig, batch_size: int, device: torch.device | str = "cpu") -> State:
-    """The empty state of `batch_size` fresh sequences."""
+def init_state(config: THLConfig, batch_size: int, device: torch.device | str = "cpu", weights: Any = None) -> State:
+    """The empty state of `batch_size` fresh sequences; it takes nothing from the weights."""
     c = config
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -188,15 +193,15 @@ def state_from_dict(config: THLConfig, values: Mapping[str, Tensor], ops: Any,
                  last_write=taken["last_write"], local_buffer=taken["local_buffer"], local_valid=valid)
 
 
-def step(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
-         record: Record | None = None) -> tuple[Tensor, State]:
+def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
+            record: Record | None = None) -> tuple[Tensor, State]:
     """One step of every sequence in the batch.
 
-    tokens: int64 [B]. Returns the normalised tier states [B, Σ d_k], which `logits` projects to the vocabulary, and
-    the next state; ops may update the given state's tensors in place. `record` receives named intermediates.
+    tokens: int64 [B, 1]. Returns the normalised tier states [B, 1, Σ d_k], which `logits` projects to the vocabulary,
+    and the next state; ops may update the given state's tensors in place. `record` receives named intermediates.
     """
     c, t = config, state.timestep
-    embedded = ops.gather(weights["embedding.weight"], tokens)
+    embedded = ops.gather(weights["embedding.weight"], tokens[:, 0])
     local, buffer, valid = _read_window(c, weights, ops, embedded, state)
     read, read_ema, last_read = _read_memory(c, weights, ops, embedded, state, record)
 
@@ -222,13 +227,14 @@ def step(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State
         record("write_indices", written.indices)
 
     hidden = ops.layer_norm(torch.cat(tiers, dim=-1), weights["layer_norm.weight"], weights["layer_norm.bias"])
-    return hidden, State(timestep=t + 1, tiers=tiers, memory=written.memory, norms=written.norms, read_ema=read_ema,
-                         write_ema=written.write_ema, last_read=last_read, last_write=written.last_write,
-                         local_buffer=buffer, local_valid=valid)
+    following = State(timestep=t + 1, tiers=tiers, memory=written.memory, norms=written.norms, read_ema=read_ema,
+                      write_ema=written.write_ema, last_read=last_read, last_write=written.last_write,
+                      local_buffer=buffer, local_valid=valid)
+    return hidden[:, None], following
 
 
 def logits(config: THLConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
-    """Scores of the next token. hidden [N, Σ d_k] as returned by `step` -> float32 [N, vocab_size]."""
+    """Scores of the next token. hidden [N, Σ d_k] as returned by `advance` -> float32 [N, vocab_size]."""
     return ops.linear(hidden, weights["output_head.weight"], weights["output_head.bias"])
 
 

@@ -89,9 +89,9 @@ class TrainableModel(nn.Module):
         weights = self._weights()
         hidden = []
         for column in tokens.unbind(dim=1):
-            features, state = self.arch.step(self.config, weights, ops, column, state)
+            features, state = self.arch.advance(self.config, weights, ops, column[:, None], state)
             hidden.append(features)
-        features = torch.stack(hidden, dim=1)  # [B, T, features]
+        features = torch.cat(hidden, dim=1)  # [B, T, features]
         if self.training and self.dropout:
             features = features * self._mask(features.shape, self.dropout)
         logits = self.arch.logits(self.config, weights, ops, features.flatten(0, 1))

@@ -1,0 +1,25 @@
+"""Scaled dot-product attention with grouped key/value heads (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+import torch
+from torch import Tensor
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: Tensor | None = None) -> Tensor:
+    """softmax(scale * query keyᵀ) value for each head.
+
+    query [B, A, T, d]; key, value [B, A_k, S, d], A a multiple of A_k: query head h uses key/value head h·A_k // A.
+    blocked: bool, broadcastable to [B, A, T, S], True where a key must not be seen. Returns [B, A, T, d].
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(-1, -2)) * scale
+    if blocked is not None:
+        scores = scores.masked_fill(blocked, float("-inf"))
+    return torch.softmax(scores, dim=-1) @ value
+
+
+def causal(rows: int, past: int, device: torch.device | str = "cpu") -> Tensor:
+    """bool [rows, past + rows]: which keys the last `rows` positions of a sequence must not see."""
+    here = torch.arange(past, past + rows, device=device)
+    return torch.arange(past + rows, device=device)[None, :] > here[:, None]

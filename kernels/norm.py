@@ -1,0 +1,15 @@
+"""Normalisations over the last axis."""
+
+import torch
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, biased variance (Ba et al. 2016, arXiv 1607.06450)."""
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+    return x if weight is None else x * weight

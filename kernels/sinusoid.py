@@ -1,0 +1,18 @@
+"""Sinusoidal position encoding (Vaswani et al. 2017, arXiv 1706.03762)."""
+
+from math import log
+
+import torch
+from torch import Tensor
+
+
+def sinusoid(positions: int, width: int, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """float32 [positions, width] from `start` on: sin(p · 10000^(-2i/width)) at 2i, the cosine of the same at 2i + 1.
+
+    Angles are taken in float32 as published models do; in float64 the table would differ by up to 2e-5. The rates'
+    exponents are float32 too, but the exponential is rounded from float64: processors differ in the last bit of it.
+    """
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) * (-log(10000.0) / width)
+    rates = exponents.double().exp().float()
+    angles = torch.arange(start, start + positions, dtype=torch.float32, device=device)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]

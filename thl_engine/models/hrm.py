@@ -1,0 +1,347 @@
+"""HRM-text: two transformer modules, a fast L and a slow H, that refine two states until a halting head says stop.
+
+Notation: B batch, T positions, h hidden size, A heads of d features, z_L and z_H [B, T, h] the two states. A segment
+with cycles (N, T) makes N·T updates z_L = L(z_L + z_H + x) and, after every T-th, z_H = H(z_H + z_L). Segments go on
+from each other until every row of the batch wants to halt, or `halt_max_steps` of them have run.
+
+Attention sees the whole window in both directions, so a new token changes every position: each step runs the last
+64 tokens from the start. Nothing but those tokens passes from one step to the next.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import e, erf, pi, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thl_engine.config import HRMConfig
+from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.schedule import Block, Walk
+
+Record = Callable[[str, Tensor], None]
+
+WINDOW = 64  # tokens that a step sees; positions count from the oldest of them
+RMS_EPS = 1e-5
+ROTARY_BASE = 10000.0
+PRESETS = {"fast": (1, 1), "normal": (2, 2), "deep": (3, 2), "thorough": (4, 3), "extreme": (6, 4)}
+NORMAL = PRESETS["normal"]
+LARGEST_CYCLES = 64  # bounds the length of a walk, which lists every revisit
+Q_HEAD_BIAS = -5.0  # of a fresh model; equal for both outputs, so that it never halts early
+
+
+def parse_cycles(value: str | Sequence[int]) -> tuple[int, int]:
+    """(N, T) from a preset's name or from two numbers. Raises ConfigError."""
+    if isinstance(value, str) and value in PRESETS:
+        return PRESETS[value]
+    pair = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= LARGEST_CYCLES
+                             for n in pair):
+        raise ConfigError(f"cycles is {value!r}; it must be one of {', '.join(PRESETS)}, or (N, T) with whole numbers "
+                          f"from 1 to {LARGEST_CYCLES}")
+    return pair
+
+
+@dataclass
+class State:
+    """The last tokens of a batch of sequences, all that a step needs of the past.
+
+    window: int64 [B, 64], oldest first, `valid` entries in use. cycles: (N, T) of each segment. timestep: tokens read.
+    """
+
+    timestep: int
+    window: Tensor
+    valid: int
+    cycles: tuple[int, int]
+
+    @property
+    def batch_size(self) -> int:
+        return self.window.shape[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `walk` needs to know of the state."""
+        return {"cycles": self.cycles}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the state occupies on its device."""
+        return self.window.numel() * self.window.element_size()
+
+    def clone(self) -> "State":
+        """An independent copy: stepping one leaves the other as it is."""
+        return State(self.timestep, self.window.clone(), self.valid, self.cycles)
+
+    def become(self, other: "State") -> None:
+        """Takes over the other's values without copying them."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(other, field.name))
+
+    def named(self) -> dict[str, Tensor]:
+        """The fields as tensors, not copied."""
+        return {"timestep": torch.tensor(self.timestep), "window": self.window, "valid": torch.tensor(self.valid),
+                "cycles": torch.tensor(self.cycles)}
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Copies of the fields on the CPU, enough to restart anywhere."""
+        return {name: value.detach().cpu().clone() for name, value in self.named().items()}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every update of a run reads: embedded tokens x [B, T, h] and the rotary tables [T, d]."""
+
+    embedded: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+def blocks(config: HRMConfig) -> tuple[Block, ...]:
+    """All tensors of the published state dict, those that a step reads first in the order of reading.
+
+    The halting head's two rows stay float32: they decide how long every token takes.
+    """
+    c = config
+    out = [Block("input_embedding.embedding_weight", (c.vocab_size, c.hidden_size), "table"),
+           Block("z0_L", (1, 1, c.hidden_size), "vector"), Block("z0_H", (1, 1, c.hidden_size), "vector")]
+    for module, layers in (("L", c.L_layers), ("H", c.H_layers)):
+        for j in range(layers):
+            prefix = f"{module}_module.layers.{j}."
+            out += [
+                Block(f"{prefix}attention.qkv_proj.weight", (3 * c.hidden_size, c.hidden_size), "matrix"),
+                Block(f"{prefix}attention.o_proj.weight", (c.hidden_size, c.hidden_size), "matrix"),
+                Block(f"{prefix}norm1.weight", (c.hidden_size,), "vector"),
+                Block(f"{prefix}feed_forward.gate_up_proj.weight", (2 * c.inner_size, c.hidden_size), "matrix"),
+                Block(f"{prefix}feed_forward.down_proj.weight", (c.hidden_size, c.inner_size), "matrix"),
+                Block(f"{prefix}norm2.weight", (c.hidden_size,), "vector"),
+            ]
+    out += [
+        Block("q_head.weight", (2, c.hidden_size), "vector"),
+        Block("q_head.bias", (2,), "vector"),
+        Block("output_head.weight", (c.vocab_size, c.hidden_size), "matrix"),
+        Block("rope.inv_freq", (c.head_dim // 2,), "unused"),  # the configuration gives the same numbers
+    ]
+    return tuple(out)
+
+
+def walk(config: HRMConfig, cycles: str | Sequence[int] = NORMAL) -> Walk:
+    """Matrices read by a step of as many segments as there can be, in the order of all revisits.
+
+    Every step reads the same; halting ends a step after any of its segments.
+    """
+    n, t = parse_cycles(cycles)
+    of = {module: [block.name for block in blocks(config)
+                   if block.kind == "matrix" and block.name.startswith(f"{module}_module.")] for module in "LH"}
+    segment_reads = (of["L"] * t + of["H"]) * n
+    return Walk(tuple((name, 1) for name in segment_reads * config.halt_max_steps), may_stop=True)
+
+
+def forward_walk(config: HRMConfig, tokens_shape: Sequence[int], cycles: str | Sequence[int] = NORMAL) -> Walk:
+    """Matrices read by `forward`, the head included: as many as for one step, however many the tokens are."""
+    return Walk((*walk(config, cycles).clocked, *((name, 1) for name in head(config))), may_stop=True)
+
+
+def head(config: HRMConfig) -> tuple[str, ...]:
+    """Matrices that only the logits need."""
+    return ("output_head.weight",)
+
+
+def chunk(config: HRMConfig) -> int:
+    """Tokens that one `advance` takes: any number, since they only join the window."""
+    return 1 << 30
+
+
+def truncated_normal(shape: Sequence[int], std: float, generator: torch.Generator) -> Tensor:
+    """float32 values of standard deviation `std`, normal but for the tails beyond two standard deviations.
+
+    The distribution is cut at ±2c with c about 1.137 std, which gives what is left the deviation asked for.
+    """
+    bound = erf(sqrt(2.0))
+    scale = std / sqrt(1.0 - 4.0 * e**-2 / sqrt(2.0 * pi) / bound)
+    uniform = torch.rand(*shape, generator=generator).mul_(2.0 * bound).sub_(bound)
+    return uniform.erfinv_().mul_(sqrt(2.0) * scale).clamp_(-2.0 * scale, 2.0 * scale)
+
+
+def initial(config: HRMConfig, block: Block, rows: slice, generator: torch.Generator) -> Tensor:
+    """Rows of a freshly initialised tensor, float32, as published.
+
+    Matrices and tables are truncated normal with deviation 1/√(inputs), starting states with deviation 1, norms one;
+    the halting head is zero with equal biases.
+    """
+    if block.name == "rope.inv_freq":
+        return inverse_frequencies(config)[rows]
+    shape = (len(range(*rows.indices(block.shape[0]))), *block.shape[1:])
+    if block.name == "q_head.weight":
+        return torch.zeros(shape)
+    if block.name == "q_head.bias":
+        return torch.full(shape, Q_HEAD_BIAS)
+    if block.name.startswith("z0_"):
+        return truncated_normal(shape, 1.0, generator)
+    if block.kind == "vector":
+        return torch.ones(shape)
+    return truncated_normal(shape, 1.0 / sqrt(block.shape[1]), generator)
+
+
+def inverse_frequencies(config: HRMConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Angle per position of each rotated pair: float32 [d / 2]."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    return 1.0 / ROTARY_BASE**exponents
+
+
+def init_state(config: HRMConfig, batch_size: int, device: torch.device | str = "cpu",
+               weights: Mapping[str, Any] | None = None, *, cycles: str | Sequence[int] = NORMAL) -> State:
+    """The state of `batch_size` sequences without a token yet, to be read with these cycles."""
+    window = torch.zeros(batch_size, WINDOW, dtype=torch.int64, device=device)
+    return State(timestep=0, window=window, valid=0, cycles=parse_cycles(cycles))
+
+
+def state_from_dict(config: HRMConfig, values: Mapping[str, Tensor], ops: Any = None,
+                    device: torch.device | str = "cpu") -> State:
+    """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong value."""
+    window = values.get("window")
+    batch = window.shape[0] if window is not None and window.dim() == 2 else 1
+    expected = init_state(config, batch, "meta").named()
+    for name in values.keys() - expected.keys():
+        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
+    taken: dict[str, Tensor] = {}
+    for name, like in expected.items():
+        if name not in values:
+            raise CheckpointError(f"state: field {name!r} is missing")
+        if values[name].shape != like.shape:
+            raise CheckpointError(f"state: field {name!r} has shape {list(values[name].shape)}, expected "
+                                  f"{list(like.shape)}")
+        if values[name].dtype != torch.int64:
+            raise CheckpointError(f"state: field {name!r} is {values[name].dtype}, expected torch.int64")
+        taken[name] = values[name].detach().to(device=device, copy=True).contiguous()
+    count, valid = int(taken["timestep"]), int(taken["valid"])
+    if valid != min(count, WINDOW) or count < 0:
+        raise CheckpointError(f"state: timestep {count} and valid {valid} do not agree; valid is the number of tokens "
+                              f"read, at most {WINDOW}")
+    window = taken["window"]
+    if window.numel() and not 0 <= int(window.min()) <= int(window.max()) < config.vocab_size:
+        raise CheckpointError(f"state: field 'window' holds ids outside the vocabulary of {config.vocab_size}")
+    try:
+        cycles = parse_cycles(tuple(taken["cycles"].tolist()))
+    except ConfigError as error:
+        raise CheckpointError(f"state: {error}") from None
+    return State(timestep=count, window=window, valid=valid, cycles=cycles)
+
+
+def advance(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
+            record: Record | None = None) -> tuple[Tensor, State]:
+    """Appends tokens, int64 [B, n], and thinks about the last 64 anew.
+
+    Returns z_H of the last position, [B, 1, h], which `logits` projects to the vocabulary, and the next state.
+    """
+    seen = _append(state, tokens)
+    following = _remember(state, seen, tokens.shape[1])
+    high = _think(config, weights, ops, seen[:, -WINDOW:], state.cycles, record)
+    return high[:, -1:], following
+
+
+def logits(config: HRMConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
+    """Scores of the next token. hidden [N, h] as returned by `advance` -> float32 [N, vocab_size]."""
+    return ops.linear(hidden, weights["output_head.weight"])
+
+
+def forward(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None,
+            cycles: str | Sequence[int] | None = None) -> tuple[Tensor, State]:
+    """A whole sequence at once: int64 [B, T] -> logits at every position, float32 [B, T, vocab_size], and the state.
+
+    Tokens that the state holds come first and are seen too. No window applies within the call. `cycles` replaces the
+    state's.
+    """
+    if cycles is not None:
+        state = State(state.timestep, state.window, state.valid, parse_cycles(cycles))
+    seen = _append(state, tokens)
+    high = _think(config, weights, ops, seen, state.cycles, record)[:, -tokens.shape[1]:]
+    out = logits(config, weights, ops, high.flatten(0, 1)).view(*tokens.shape, -1)
+    return out, _remember(state, seen, tokens.shape[1])
+
+
+def begin(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[Inputs, Tensor, Tensor]:
+    """The inputs of a run over int64 [B, T], and z_H and z_L [B, T, h] before its first segment."""
+    embedded = ops.gather(weights["input_embedding.embedding_weight"], tokens.flatten())
+    embedded = embedded.view(*tokens.shape, -1) * sqrt(config.hidden_size)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    cos, sin = ops.rotary_tables(positions, inverse_frequencies(config, tokens.device))
+    high, low = (weights[name].expand_as(embedded) for name in ("z0_H", "z0_L"))
+    return Inputs(embedded, cos, sin), high, low
+
+
+def segment(config: HRMConfig, weights: Any, ops: Any, inputs: Inputs, high: Tensor, low: Tensor,
+            cycles: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """One segment from z_H and z_L [B, T, h] to the next (z_H, z_L).
+
+    Only the last update of each module builds a graph; that is the published gradient, which takes the states before
+    it as constants.
+    """
+    n, t = cycles
+    high, low = high.detach(), low.detach()
+    with torch.no_grad():
+        for i in range(1, n * t):
+            low = _module(config, weights, ops, "L", low + high + inputs.embedded, inputs)
+            if i % t == 0:
+                high = _module(config, weights, ops, "H", high + low, inputs)
+    low = _module(config, weights, ops, "L", low + high + inputs.embedded, inputs)
+    return _module(config, weights, ops, "H", high + low, inputs), low
+
+
+def q_values(weights: Any, high: Tensor) -> tuple[Tensor, Tensor]:
+    """How much each row wants to halt and to continue, both [B], from z_H [B, T, h]."""
+    both = high.mean(dim=1) @ weights["q_head.weight"].T + weights["q_head.bias"]
+    return both[:, 0], both[:, 1]
+
+
+def _append(state: State, tokens: Tensor) -> Tensor:
+    return torch.cat([state.window[:, : state.valid], tokens], dim=1)
+
+
+def _remember(state: State, seen: Tensor, new: int) -> State:
+    """The state behind the tokens `seen`, of which the last `new` are new."""
+    kept = seen[:, -WINDOW:]
+    window = torch.nn.functional.pad(kept, (0, WINDOW - kept.shape[1]))
+    return State(state.timestep + new, window, kept.shape[1], state.cycles)
+
+
+def _think(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, cycles: tuple[int, int],
+           record: Record | None) -> Tensor:
+    """Segments over int64 [B, T] until all rows want to halt: the last z_H [B, T, h]."""
+    inputs, high, low = begin(config, weights, ops, tokens)
+    for s in range(config.halt_max_steps):
+        high, low = segment(config, weights, ops, inputs, high, low, cycles)
+        halt, proceed = q_values(weights, high)
+        values = {"q_halt_logits": halt, "q_continue_logits": proceed, "z_H": high, "z_L": low}
+        if record is not None:
+            for name, value in values.items():
+                record(f"segment{s}.{name}", value)
+        if bool((halt > proceed).all()):
+            break
+    if record is not None:
+        for name, value in values.items():
+            record(name, value)
+        record("num_segments", torch.tensor(s + 1))
+        record("steps_taken", torch.full((len(tokens),), s + 1, dtype=torch.int32))
+    return high
+
+
+def _module(c: HRMConfig, weights: Any, ops: Any, module: str, x: Tensor, inputs: Inputs) -> Tensor:
+    """The blocks of module L or H on x [B, T, h]: normalisation comes after each residual sum."""
+    for j in range(c.L_layers if module == "L" else c.H_layers):
+        prefix = f"{module}_module.layers.{j}."
+        mixed = _attention(c, weights, ops, f"{prefix}attention.", x, inputs)
+        x = ops.rms_norm(x + mixed, weights[f"{prefix}norm1.weight"], RMS_EPS)
+        gate, up = ops.linear(x, weights[f"{prefix}feed_forward.gate_up_proj.weight"]).chunk(2, dim=-1)
+        inner = ops.linear(ops.swiglu(gate, up), weights[f"{prefix}feed_forward.down_proj.weight"])
+        x = ops.rms_norm(x + inner, weights[f"{prefix}norm2.weight"], RMS_EPS)
+    return x
+
+
+def _attention(c: HRMConfig, weights: Any, ops: Any, prefix: str, x: Tensor, inputs: Inputs) -> Tensor:
+    """Attention of every position to every position, later ones included: [B, T, h] -> [B, T, h]."""
+    heads = ops.linear(x, weights[f"{prefix}qkv_proj.weight"]).unflatten(-1, (3, c.num_heads, c.head_dim))
+    query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [B, A, T, d]
+    query, key = (ops.rotate(part, inputs.cos, inputs.sin) for part in (query, key))
+    mixed = ops.attention(query, key, value, 1.0 / sqrt(c.head_dim))
+    return ops.linear(mixed.transpose(1, 2).flatten(2), weights[f"{prefix}o_proj.weight"])

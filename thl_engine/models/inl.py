@@ -1,0 +1,367 @@
+"""INL: causal attention, an integrator iterated to its equilibrium, and a feed-forward part (INL-LLM V2 2.0.0).
+
+Notation: B batch, T tokens, D d_model, A heads of d features, N = B * T rows of the integrator.
+The published rule stops a layer's integrator for all tokens of the batch together, so that a token depends on later
+ones. `forward` follows it. `advance`, which keeps past tokens as they are, stops each token by itself, by the same
+threshold.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from thl_engine.config import INLConfig
+from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.kernels.attention import causal
+from thl_engine.kernels.sinusoid import sinusoid
+from thl_engine.models import kv_cache
+from thl_engine.models.inl_modules import CONTROLLER, SharedController
+from thl_engine.models.kv_cache import KVCache
+from thl_engine.schedule import Block, Walk
+
+Record = Callable[[str, Tensor], None]
+CHUNK = 64  # tokens of a prompt that share one pass over the weights
+
+
+@dataclass
+class State:
+    """Context of a batch of sequences: their cache, and the counters that a checkpoint carries on.
+
+    avg_iterations float32, num_forwards int64 [layers]: running mean of the integrator's steps, and passes counted in
+    it; without entries where the model does not stop early.
+    """
+
+    timestep: int
+    cache: KVCache
+    avg_iterations: Tensor
+    num_forwards: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        return self.cache.batch_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the state occupies on its device now; the cache grows with the context."""
+        return self.cache.nbytes + 4 * self.avg_iterations.numel() + 8 * self.num_forwards.numel()
+
+    def clone(self) -> "State":
+        """An independent copy: advancing one leaves the other as it is."""
+        return State(self.timestep, self.cache.clone(), self.avg_iterations.clone(), self.num_forwards.clone())
+
+    def become(self, other: "State") -> None:
+        """Takes over the other's values without copying them."""
+        vars(self).update(vars(other))
+
+    def detach(self) -> "State":
+        """The same state: `forward` in training neither reads nor writes it."""
+        return self
+
+    def named(self) -> dict[str, Tensor]:
+        """The fields, not copied; the counters under their published names."""
+        out = {"timestep": torch.tensor(self.timestep)}
+        for i, (keys, values) in enumerate(zip(self.cache.keys, self.cache.values, strict=True)):
+            out[f"layers.{i}.attention.keys"] = keys[:, :, : self.timestep]
+            out[f"layers.{i}.attention.values"] = values[:, :, : self.timestep]
+            if len(self.num_forwards):
+                out[f"layers.{i}.inl.avg_iterations"] = self.avg_iterations[i]
+                out[f"layers.{i}.inl.num_forwards"] = self.num_forwards[i]
+        return out
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Copies of the fields on the CPU, enough to restart anywhere."""
+        return {name: value.detach().cpu().clone() for name, value in self.named().items()}
+
+
+def blocks(config: INLConfig) -> tuple[Block, ...]:
+    """All tensors of the published state dict, those that a pass reads first in the order of reading."""
+    c, d = config, config.d_model
+    if c.use_lowrank_embeddings:
+        out = [Block("token_embedding.embed_low.weight", (c.vocab_size, c.embedding_rank), "table"),
+               Block("token_embedding.project_up.weight", (d, c.embedding_rank), "matrix")]
+    else:
+        out = [Block("token_embedding.weight", (c.vocab_size, d), "table")]
+
+    def add(name: str, *shape: int) -> None:
+        out.append(Block(name, shape, "matrix" if len(shape) == 2 else "vector"))
+
+    def add_norm(name: str) -> None:
+        add(f"{name}.weight", d)
+        add(f"{name}.bias", d)
+
+    for i in range(c.num_layers):
+        layer, integrator = f"layers.{i}.", _integrator(c, i)
+        add_norm(f"{layer}norm_attn")
+        add(f"{layer}attention.in_proj_weight", 3 * d, d)
+        add(f"{layer}attention.in_proj_bias", 3 * d)
+        add(f"{layer}attention.out_proj.weight", d, d)
+        add(f"{layer}attention.out_proj.bias", d)
+        add_norm(f"{layer}norm1")
+        add(f"{integrator}controller.0.weight", CONTROLLER, 3 * d)
+        add(f"{integrator}controller.0.bias", CONTROLLER)
+        add(f"{integrator}controller.2.weight", 3 * d, CONTROLLER)
+        add(f"{integrator}controller.2.bias", 3 * d)
+        add(f"{integrator}mu_global")
+        add(f"{integrator}mu_local_offsets", -(-d // c.hierarchical_group_size))
+        if c.use_adaptive_stopping:
+            add(f"{layer}inl.avg_iterations")
+            add(f"{layer}inl.num_forwards")
+        add_norm(f"{layer}norm2")
+        add(f"{layer}ff.0.weight", c.inner_size, d)
+        add(f"{layer}ff.0.bias", c.inner_size)
+        add(f"{layer}ff.3.weight", d, c.inner_size)
+        add(f"{layer}ff.3.bias", d)
+    add_norm("final_norm")
+    add("lm_head.weight", c.vocab_size, d)
+    out.append(Block("pos_encoding.pe", (1, c.max_seq_len, d), "unused"))  # computed where it is needed
+    if c.use_shared_controllers:  # held by published models and used by none
+        out += [Block(f"shared_controller.{block.name}", block.shape, "unused") for block in _shared(c).blocks()]
+    return tuple(out)
+
+
+def aliases(config: INLConfig) -> dict[str, str]:
+    """Names that published checkpoints repeat, and the tensors that they repeat."""
+    if not config.use_shared_controllers:
+        return {}
+    names = [f"shared_controller.{block.name}" for block in _shared(config).blocks()]
+    return {f"layers.{i}.{name}": name for i in range(config.num_layers) for name in names}
+
+
+def walk(config: INLConfig) -> Walk:
+    """Matrices read by one pass, however many tokens or iterations it makes."""
+    names = ["token_embedding.project_up.weight"] if config.use_lowrank_embeddings else []
+    for i in range(config.num_layers):
+        layer, integrator = f"layers.{i}.", _integrator(config, i)
+        names += [f"{layer}attention.in_proj_weight", f"{layer}attention.out_proj.weight",
+                  f"{integrator}controller.0.weight", f"{integrator}controller.2.weight",
+                  f"{layer}ff.0.weight", f"{layer}ff.3.weight"]
+    return Walk(tuple((name, 1) for name in names))
+
+
+def head(config: INLConfig) -> tuple[str, ...]:
+    """Matrices that only the logits need."""
+    return ("lm_head.weight",)
+
+
+def chunk(config: INLConfig) -> int:
+    """The most tokens that one `advance` takes."""
+    return CHUNK
+
+
+def initial(config: INLConfig, block: Block, rows: slice, generator: torch.Generator) -> Tensor:
+    """Rows of a freshly initialised tensor, float32.
+
+    No initialisation is recorded, so it is that of torch: uniform within 1 / sqrt(inputs) for linear layers and their
+    biases, Xavier-uniform for in_proj, standard normal for embeddings. Biases of attention and all of mu are zero.
+    """
+    shape = block.shape if not block.shape else (len(range(*rows.indices(block.shape[0]))), *block.shape[1:])
+    module, _, last = block.name.rpartition(".")
+    if block.kind == "table":
+        return torch.randn(shape, generator=generator)
+    if block.name == "pos_encoding.pe":
+        return sinusoid(config.max_seq_len, config.d_model)[None][rows]
+    if last == "layer_scalers" or (last == "weight" and "norm" in module.rpartition(".")[2]):
+        return torch.ones(shape)
+    if last == "in_proj_weight":
+        bound = math.sqrt(6.0 / sum(block.shape))
+    elif last == "weight":
+        bound = 1.0 / math.sqrt(block.shape[1])
+    elif last == "bias" and not module.endswith(("out_proj", "norm", "norm1", "norm2", "norm_attn")):
+        bound = 1.0 / math.sqrt(_inputs(config, f"{module}.weight"))
+    else:
+        return torch.zeros(shape)
+    return torch.rand(shape, generator=generator).mul_(2.0 * bound).sub_(bound)
+
+
+def init_state(config: INLConfig, batch_size: int, device: torch.device | str = "cpu",
+               weights: Mapping[str, Any] | None = None, capacity: int | None = None) -> State:
+    """The state of `batch_size` fresh sequences.
+
+    weights: where the counters start; None for zeros. capacity: positions of the cache that are allocated at once,
+    at most max_seq_len; more are allocated as the context grows.
+    """
+    c = config
+    positions_held = kv_cache.capacity(capacity or 1, c.max_seq_len)
+    cache = kv_cache.empty(c.num_layers, batch_size, c.num_heads, c.head_dim, positions_held, device)
+    layers = c.num_layers if c.use_adaptive_stopping else 0
+    average, count = torch.zeros(layers, device=device), torch.zeros(layers, dtype=torch.int64, device=device)
+    if weights is not None:
+        for i in range(layers):
+            average[i], count[i] = weights[f"layers.{i}.inl.avg_iterations"], weights[f"layers.{i}.inl.num_forwards"]
+    return State(0, cache, average, count)
+
+
+def state_from_dict(config: INLConfig, values: Mapping[str, Tensor], ops: Any,
+                    device: torch.device | str = "cpu") -> State:
+    """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong shape."""
+    first = values.get("layers.0.attention.keys")
+    batch, length = (first.shape[0], first.shape[2]) if first is not None and first.dim() == 4 else (1, 0)
+    if length > config.max_seq_len:
+        raise CheckpointError(f"state: {length} positions, but max_seq_len is {config.max_seq_len}")
+    state = init_state(config, max(batch, 1), device, capacity=length)
+    state.timestep = length
+    expected = state.named()
+    for name in values.keys() - expected.keys():
+        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
+    for name, own in expected.items():
+        if name not in values:
+            raise CheckpointError(f"state: field {name!r} is missing")
+        value = values[name]
+        if tuple(value.shape) != tuple(own.shape):
+            raise CheckpointError(f"state: field {name!r} has shape {list(value.shape)}, expected {list(own.shape)}")
+        own.copy_(value.detach())  # views of the state's own memory, apart from `timestep`
+    if int(values["timestep"]) != length:
+        raise CheckpointError(f"state: timestep is {int(values['timestep'])}, but the keys are of {length} positions")
+    return state
+
+
+def advance(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
+            record: Record | None = None) -> tuple[Tensor, State]:
+    """Feeds int64 [B, n] to the sequences of the batch; each token stops its integrators by itself.
+
+    Returns the normalised features [B, n, D], which `logits` projects to the vocabulary, and the next state, which
+    shares the given one's cache. `record` receives named intermediates. Raises ConfigError beyond max_seq_len.
+    """
+    rows, past = tokens.shape[1], state.timestep
+    _check_length(config, past + rows)
+    blocked = causal(rows, past, tokens.device) if rows > 1 else None
+    return _run(config, weights, ops, tokens, state, blocked, together=False, record=record)
+
+
+def forward(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None, *,
+            attention_mask: Tensor | None = None, training: bool = False) -> tuple[Tensor, State]:
+    """A whole sequence int64 [B, T] behind what the state holds: logits [B, T, vocab_size] and the next state.
+
+    All tokens stop a layer's integrator together, as published. attention_mask: bool [T, past + T], True where a
+    position must not be seen, instead of the causal mask. training: no stopping, the tokens are a sequence of their
+    own, `record` receives the trajectories as part of the graph, and the state is returned as it was.
+    """
+    rows, past = tokens.shape[1], 0 if training else state.timestep
+    _check_length(config, past + rows)
+    blocked = causal(rows, past, tokens.device) if attention_mask is None else attention_mask
+    if not isinstance(blocked, Tensor) or blocked.dtype != torch.bool or tuple(blocked.shape) != (rows, past + rows):
+        found = f"{blocked.dtype} {list(blocked.shape)}" if isinstance(blocked, Tensor) else type(blocked).__name__
+        raise ConfigError(f"attention_mask: expected a bool tensor [{rows}, {past + rows}], True where a position must "
+                          f"not be seen; found {found}")
+    hidden, state = _run(config, weights, ops, tokens, state, blocked.to(tokens.device), together=True, record=record,
+                         training=training)
+    return logits(config, weights, ops, hidden.flatten(0, 1)).unflatten(0, tokens.shape), state
+
+
+def forward_walk(config: INLConfig, tokens_shape: tuple[int, ...], **inputs: Any) -> Walk:
+    """Matrices that one `forward` reads, those of the logits included."""
+    return Walk((*walk(config).clocked, *((name, 1) for name in head(config))))
+
+
+def logits(config: INLConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
+    """Scores of the next token. hidden [N, D] as returned by `advance` -> float32 [N, vocab_size]."""
+    return ops.linear(hidden, weights["lm_head.weight"])
+
+
+def _run(c: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, blocked: Tensor | None, *, together: bool,
+         record: Record | None, training: bool = False) -> tuple[Tensor, State]:
+    """Every layer over tokens [B, T]: features after the final norm [B, T, D], and the next state."""
+    past = 0 if training else state.timestep
+    x = _embed(c, weights, ops, tokens) + sinusoid(tokens.shape[1], c.d_model, past, tokens.device)
+    used = []
+    for i in range(c.num_layers):
+        attended = _attend(c, weights, ops, i, x, None if training else state, blocked)
+        x = x + attended
+        x, iterations = _settle(c, weights, ops, i, x, attended, together, training, record)
+        x = _feed_forward(weights, ops, i, x)
+        used.append(iterations)
+        if record is not None:
+            record(f"layer{i}.block_output", x)
+    hidden = _norm(weights, ops, "final_norm", x)
+    if training:
+        return hidden, state
+    averages, counts = state.avg_iterations, state.num_forwards
+    if len(counts):
+        averages, counts = 0.99 * averages + 0.01 * torch.stack(used).float().mean(dim=1), counts + 1
+    if record is not None:
+        for i in range(len(counts)):
+            record(f"layer{i}.avg_iterations_after", averages[i])
+            record(f"layer{i}.num_forwards_after", counts[i])
+    return hidden, State(past + tokens.shape[1], state.cache, averages, counts)
+
+
+def _embed(c: INLConfig, weights: Any, ops: Any, tokens: Tensor) -> Tensor:
+    name = "token_embedding.embed_low.weight" if c.use_lowrank_embeddings else "token_embedding.weight"
+    x = ops.gather(weights[name], tokens.reshape(-1))
+    if c.use_lowrank_embeddings:
+        x = ops.linear(x, weights["token_embedding.project_up.weight"])
+    return x.unflatten(0, tokens.shape)
+
+
+def _attend(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, state: State | None,
+            blocked: Tensor | None) -> Tensor:
+    """Attention of x [B, T, D] over itself and what the state's cache holds, the output projection included."""
+    prefix = f"layers.{i}.attention."
+    qkv = ops.linear(_norm(weights, ops, f"layers.{i}.norm_attn", x), weights[f"{prefix}in_proj_weight"],
+                     weights[f"{prefix}in_proj_bias"])
+    query, key, value = qkv.unflatten(-1, (3, c.num_heads, c.head_dim)).permute(2, 0, 3, 1, 4)  # each [B, A, T, d]
+    if state is not None:
+        key, value = state.cache.append(i, state.timestep, key, value, c.max_seq_len)
+    mixed = ops.attention(query, key, value, 1.0 / math.sqrt(c.head_dim), blocked)
+    return ops.linear(mixed.transpose(1, 2).flatten(2), weights[f"{prefix}out_proj.weight"],
+                      weights[f"{prefix}out_proj.bias"])
+
+
+def _settle(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, context: Tensor, together: bool, training: bool,
+            record: Record | None) -> tuple[Tensor, Tensor]:
+    """x [B, T, D] plus where the integrator takes its norm, and the iterations of each row, int64 [B * T]."""
+    prefix = _integrator(c, i)
+    offsets = weights[f"{prefix}mu_local_offsets"]
+    mu = weights[f"{prefix}mu_global"] + offsets[:, None].expand(-1, c.hierarchical_group_size).flatten()[: c.d_model]
+    stops = c.use_adaptive_stopping and not training
+    out = ops.integrate(
+        _norm(weights, ops, f"layers.{i}.norm1", x).flatten(0, 1), context.flatten(0, 1),
+        weights[f"{prefix}controller.0.weight"], weights[f"{prefix}controller.0.bias"],
+        weights[f"{prefix}controller.2.weight"], weights[f"{prefix}controller.2.bias"], mu,
+        steps=c.num_iterations_per_layer, threshold=c.adaptive_convergence_threshold if stops else None,
+        together=together, trajectory=training and record is not None)
+    if record is not None:
+        record(f"layer{i}.mu", mu)
+        record(f"layer{i}.x_final", out.x)
+        record(f"layer{i}.v_final", out.v)
+        record(f"layer{i}.iterations_used", out.iterations)
+        record(f"layer{i}.steps_taken", torch.tensor(out.steps))
+        if out.x_trajectory is not None:
+            record(f"layer{i}.x_trajectory", out.x_trajectory)
+            record(f"layer{i}.v_trajectory", out.v_trajectory)
+    return x + out.x.view_as(x), out.iterations
+
+
+def _feed_forward(weights: Any, ops: Any, i: int, x: Tensor) -> Tensor:
+    prefix = f"layers.{i}.ff."
+    inner = ops.linear(_norm(weights, ops, f"layers.{i}.norm2", x), weights[f"{prefix}0.weight"],
+                       weights[f"{prefix}0.bias"])
+    return x + ops.linear(functional.gelu(inner), weights[f"{prefix}3.weight"], weights[f"{prefix}3.bias"])
+
+
+def _norm(weights: Any, ops: Any, name: str, x: Tensor) -> Tensor:
+    return ops.layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+
+def _integrator(c: INLConfig, i: int) -> str:
+    """Prefix of a layer's integrator; one that stops early is wrapped once more."""
+    return f"layers.{i}.inl.inl." if c.use_adaptive_stopping else f"layers.{i}.inl."
+
+
+def _shared(c: INLConfig) -> SharedController:
+    return SharedController(c.d_model, c.d_model, c.num_layers, CONTROLLER)
+
+
+def _inputs(c: INLConfig, weight: str) -> int:
+    """Input features of the linear layer with that weight."""
+    return next(block.shape[1] for block in blocks(c) if block.name == weight)
+
+
+def _check_length(c: INLConfig, length: int) -> None:
+    if length > c.max_seq_len:
+        raise ConfigError(f"the context would be {length} tokens long; the model's max_seq_len is {c.max_seq_len}")
