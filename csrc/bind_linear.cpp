@@ -106,6 +106,12 @@ double memory_bandwidth(int64_t nbytes, int repeats) {
     return thl::memory_bandwidth(nbytes, repeats);
 }
 
+double read_seconds(py::handle memory_capsule) {
+    const TensorView memory = view(memory_capsule, "memory").with_dtype(DType::f32).with_shape({-1});
+    py::gil_scoped_release release;
+    return thl::read_seconds(memory.as<float>(), memory.shape[0]);
+}
+
 }  // namespace
 
 void bind_linear(py::module_& m) {
@@ -116,6 +122,7 @@ void bind_linear(py::module_& m) {
     m.def("available_isas", &thl::available_isas);
     m.def("set_isa", [](const std::string& name) { thl::set_isa(name.c_str()); });
     m.def("memory_bandwidth", &memory_bandwidth);
+    m.def("read_seconds", &read_seconds);
 
     py::class_<thl::PackedActivations, std::shared_ptr<thl::PackedActivations>>(m, "PackedActivations")
         .def_readonly("batch", &thl::PackedActivations::batch)

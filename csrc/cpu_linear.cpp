@@ -60,22 +60,25 @@ void linear_transposed(Weight type, const Transposed& arguments, int64_t columns
                                         [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
+double read_seconds(const float* data, int64_t count) {
+    const Kernels& isa = kernels();
+    std::atomic<float> sink{0.0f};
+    const auto start = std::chrono::steady_clock::now();
+    ThreadPool::instance().parallel_for(
+        count, 1024, [&](int64_t begin, int64_t end) { sink = isa.read(data + begin, end - begin); });
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 double memory_bandwidth(int64_t nbytes, int repeats) {
     const Arena arena(nbytes);
     auto* data = reinterpret_cast<float*>(arena.data());
     const int64_t count = nbytes / static_cast<int64_t>(sizeof(float));
-    const Kernels& isa = kernels();
     ThreadPool& pool = ThreadPool::instance();
     // Untouched memory is one shared page of zeros: write it, each thread the part that it will read.
     pool.parallel_for(count, 1024, [&](int64_t begin, int64_t end) { std::fill(data + begin, data + end, 1.0f); });
 
-    std::atomic<float> sink{0.0f};
     std::vector<double> seconds(repeats);
-    for (double& time : seconds) {
-        const auto start = std::chrono::steady_clock::now();
-        pool.parallel_for(count, 1024, [&](int64_t begin, int64_t end) { sink = isa.read(data + begin, end - begin); });
-        time = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    }
+    for (double& time : seconds) time = read_seconds(data, count);
     std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
     return static_cast<double>(count * sizeof(float)) / seconds[repeats / 2];
 }

@@ -14,6 +14,9 @@ void linear_int8(const Int8Linear& arguments, int64_t rows);
 void linear_float(Weight type, const FloatLinear& arguments, int64_t rows);
 void linear_transposed(Weight type, const Transposed& arguments, int64_t columns);
 
+// Seconds that the pool's threads take to read `count` floats once.
+double read_seconds(const float* data, int64_t count);
+
 // Bytes per second at which the pool's threads read `nbytes` of memory once: the median of `repeats` passes.
 double memory_bandwidth(int64_t nbytes, int repeats);
 

@@ -63,6 +63,11 @@ def memory_bandwidth(nbytes: int = 512 << 20, repeats: int = 7) -> float:
     return _native.memory_bandwidth(nbytes, repeats)
 
 
+def read_seconds(memory: Tensor) -> float:
+    """Seconds that `threads()` threads take to read float32 [n] once: the ceiling for whatever computes from it."""
+    return _native.read_seconds(to_dlpack(memory))
+
+
 def pack_activations(x: Tensor, into: "PackedActivations | None" = None) -> "PackedActivations":
     """x [B, C] as 16-bit integers with one scale a row, for `linear_int8`. Reuses the memory of `into`.
 
