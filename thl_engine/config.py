@@ -193,7 +193,7 @@ HIM_POSITIONS = 512  # rows of the published position table, whatever max_seq_le
 
 @dataclass(frozen=True)
 class HIMConfig:
-    """An encoder with shared memory that answers many positions at once (HIM). The defaults are the 7M model's sizes."""
+    """An encoder with shared memory that answers many positions at once (HIM). Defaults: the 7M model."""
 
     model_type: ClassVar[str] = "him"
     signature: ClassVar[frozenset[str]] = frozenset({"mem_slots", "reasoning_tokens"})

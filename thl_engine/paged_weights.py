@@ -56,7 +56,8 @@ def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, 
             for name, tensor in store.tensors.items() if tensor.kind == "vector"}
 
 
-def paged_weights(store: Store, pager: Pager, vectors: Mapping[str, Tensor]) -> dict[str, Tensor | PagedMatrix | PagedTable]:
+def paged_weights(store: Store, pager: Pager,
+                  vectors: Mapping[str, Tensor]) -> dict[str, Tensor | PagedMatrix | PagedTable]:
     """Every tensor that takes part in the model, under its published name."""
     weights: dict[str, Tensor | PagedMatrix | PagedTable] = {}
     for name, tensor in store.tensors.items():
