@@ -6,7 +6,7 @@ field's name; nothing is guessed.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from thl_engine.errors import ConfigError
@@ -317,8 +317,3 @@ def _coerce(value: Any, field: Any, where: str) -> Any:
         if isinstance(item, bool) or not isinstance(item, int) or not -_LARGEST < item < _LARGEST:
             raise ConfigError(f"{where} must be a list of whole numbers, found {item!r} in it")
     return tuple(value)
-
-
-def defaults(cls: type) -> dict[str, Any]:
-    """The published defaults of a configuration class, for presets and `--help`."""
-    return {field.name: field.default for field in fields(cls) if field.default is not MISSING}

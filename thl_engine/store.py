@@ -113,19 +113,11 @@ class Store:
     tokenizer_json: str | None
     index: CheckpointIndex = field(repr=False)
     descriptor: int | None = field(default=None, repr=False)  # keeps a file without a name alive
-    _scales: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def vector_bytes(self) -> int:
         """Bytes of all vectors and scales as float32, which stay in memory."""
         return sum(4 * prod(t.shape) for t in self.tensors.values() if t.kind == "vector")
-
-    def scales(self, name: str) -> torch.Tensor | None:
-        """float32 scales [R] or [R, groups] of an int8 tensor, read once and kept; None for floats."""
-        scales = self.tensors[name].scales
-        if scales is not None and scales not in self._scales:
-            self._scales[scales] = self.read(scales)
-        return None if scales is None else self._scales[scales]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows [start, stop) as stored, on the CPU. Pages read whole are checked against their checksum."""
