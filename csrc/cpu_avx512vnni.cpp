@@ -74,9 +74,10 @@ bool supported() { return kAvx512.supported() && __builtin_cpu_supports("avx512v
 }  // namespace thl
 
 #include "cpu_kernels.inl"
+#include "cpu_gemm.inl"
 
 namespace thl {
-const Kernels kAvx512Vnni = table("avx512vnni", supported);
+const Kernels kAvx512Vnni = table("avx512vnni", supported, int8_product);
 }
 THL_TARGET_END
 #endif

@@ -404,7 +404,8 @@ float read(const float* x, int64_t n) {
     return total(sum[0]);
 }
 
-constexpr Kernels table(const char* name, bool (*supported)()) {
+constexpr Kernels table(const char* name, bool (*supported)(),
+                        decltype(Kernels::int8_product) int8_product = nullptr) {
     return {name,
             supported,
             pack,
@@ -421,7 +422,8 @@ constexpr Kernels table(const char* name, bool (*supported)()) {
             layer_norm,
             gru_reset,
             gru_update,
-            read};
+            read,
+            int8_product};
 }
 
 }  // namespace

@@ -16,6 +16,36 @@ constexpr int64_t kGrainBytes = 32 * 1024;
 
 int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
 
+// From this many rows of activations on, the products outweigh the rearrangement of the weights.
+constexpr int64_t kManyRows = 8;
+// A thread gets at least this many products there, again about 2 us, and parts that begin at a register's rows.
+constexpr int64_t kGrainProducts = 256 * 1024, kGrainRows = 16;
+// Rows of activations that repay a second rearrangement of the same weights, where threads outnumber weight rows.
+constexpr int64_t kLeastShare = 24;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Threads share the rows of the weights, and where these are few, the rows of activations too: part p of `shares`
+// takes activations [batch * p / shares, batch * (p + 1) / shares).
+void int8_product(const Kernels& isa, const Int8Linear& arguments, int64_t rows) {
+    ThreadPool& pool = ThreadPool::instance();
+    const int64_t batch = arguments.x->batch;
+    const int64_t units = ceil_div(rows, kGrainRows);
+    const int64_t work = batch * rows * std::max<int64_t>(1, arguments.x->columns);
+    const int64_t parts = std::clamp<int64_t>(work / kGrainProducts, 1, pool.threads());
+    const int64_t shares = std::clamp<int64_t>(parts / units, 1, std::max<int64_t>(1, batch / kLeastShare));
+    // One sequence of work: all units of rows for the first share of activations, then for the next.
+    pool.parallel_for(units * shares, ceil_div(units * shares, parts), [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+            const int64_t share = begin / units, first = begin % units;
+            const int64_t last = std::min(units, first + end - begin);
+            isa.int8_product(arguments, first * kGrainRows, std::min(rows, last * kGrainRows), batch * share / shares,
+                             batch * (share + 1) / shares);
+            begin += last - first;
+        }
+    });
+}
+
 int64_t weight_bytes(Weight type) { return type == Weight::i8 ? 1 : type == Weight::f32 ? 4 : 2; }
 
 }  // namespace
@@ -29,13 +59,18 @@ void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t col
     packed.prefix.resize(batch * (packed.padded / kGroup + 1));
     packed.scales.resize(batch);
     const Kernels& isa = kernels();
-    ThreadPool::instance().parallel_for(batch, grain_rows(columns * 4), [&](int64_t begin, int64_t end) {
+    // Packing 4 bytes takes about as long as reading one of weights from memory.
+    ThreadPool::instance().parallel_for(batch, grain_rows(columns), [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) isa.pack(x + b * stride, b, packed);
     });
 }
 
 void linear_int8(const Int8Linear& arguments, int64_t rows) {
     const Kernels& isa = kernels();
+    if (isa.int8_product && arguments.x->batch >= kManyRows && rows > 0 && !arguments.grouped) {
+        int8_product(isa, arguments, rows);
+        return;
+    }
     ThreadPool::instance().parallel_for(rows, grain_rows(arguments.x->columns), [&](int64_t begin, int64_t end) {
         isa.linear_int8(arguments, begin, end);
     });

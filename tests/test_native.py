@@ -179,6 +179,42 @@ def test_rows_do_not_depend_on_company(isa, columns):
         assert all(torch.equal(whole_float[b : b + 1], linear_float(x[b : b + 1], w)) for b in range(11))
 
 
+@pytest.mark.parametrize("batch", [7, 8, 9, 13, 64, 97, 130])
+def test_many_rows(batch):
+    """Every instruction set, number of threads and part of the rows gives the bits of one row at a time."""
+    for rows, columns in [(1, 1), (15, 3), (16, 63), (17, 160), (33, 255), (47, 512), (81, 513), (5, 1100)]:
+        q, scales, w = int8_weights(rows, columns)
+        x, bias = torch.randn(batch, columns), torch.randn(rows)
+        x[batch // 2] *= 1e6
+        native.set_isa("portable")
+        expected = torch.cat([linear_int8(x[b : b + 1], q, scales, bias) for b in range(batch)])
+        close(expected, x.double() @ w.T + bias.double(), 1e-4)
+        for name in ISAS:
+            native.set_isa(name)
+            for threads in (1, 2, 5):
+                native.set_threads(threads)
+                assert torch.equal(linear_int8(x, q, scales, bias), expected)
+            cut = rows // 2
+            assert torch.equal(torch.cat([linear_int8(x, q[:cut], scales[:cut], bias[:cut]),
+                                          linear_int8(x, q[cut:], scales[cut:], bias[cut:])], 1), expected)
+            wide = poisoned(batch, rows + 9)
+            native.linear_int8(native.pack_activations(x), q, scales, None, wide[:, 4 : 4 + rows])
+            assert torch.equal(wide[:, 4 : 4 + rows], linear_int8(x, q, scales, torch.zeros(rows)))
+            assert wide[:, :4].isnan().all() and wide[:, 4 + rows :].isnan().all()
+
+
+@pytest.mark.parametrize("rows,threads", [(5, 8), (40, 7), (700, 3)])
+def test_many_rows_on_many_threads(isa, rows, threads):
+    """Large enough to be shared: by rows of the weights and, where these are few, by rows of activations."""
+    q, scales, _ = int8_weights(rows, 2500)
+    x = torch.randn(130, 2500)
+    native.set_threads(1)
+    expected = linear_int8(x, q, scales)
+    assert torch.equal(expected, torch.cat([linear_int8(x[b : b + 1], q, scales) for b in range(130)]))
+    native.set_threads(threads)
+    assert torch.equal(linear_int8(x, q, scales), expected)
+
+
 def test_int8_extremes(isa):
     """The largest sums stay exact; zeros, tiny, infinite and NaN activations stay in their rows."""
     q, scales = torch.full((2, 100_000), -128, dtype=torch.int8), torch.tensor([1.0, 0.5])
@@ -187,10 +223,12 @@ def test_int8_extremes(isa):
     x[2] = 1e-38
     x[3, 7] = float("inf")
     x[4, 99_999] = float("nan")
-    found = linear_int8(x, q, scales, torch.tensor([0.25, 0.5]))
-    assert torch.allclose(found[0], torch.tensor([-38_400_000.0, -19_200_000.0]), rtol=1e-6)
-    assert torch.equal(found[1:3], torch.tensor([[0.25, 0.5]] * 2))
-    assert found[3:].isnan().all()
+    for copies in (1, 2):  # 5 rows, and enough for the products of many rows
+        found = linear_int8(x.repeat(copies, 1), q, scales, torch.tensor([0.25, 0.5]))
+        for part in found.split(5):
+            assert torch.allclose(part[0], torch.tensor([-38_400_000.0, -19_200_000.0]), rtol=1e-6)
+            assert torch.equal(part[1:3], torch.tensor([[0.25, 0.5]] * 2))
+            assert part[3:].isnan().all()
 
 
 def test_packing_is_reused():
@@ -229,6 +267,9 @@ def test_nothing_is_touched_beyond_the_end(isa, guarded, columns):
     q, scales, _ = int8_weights(3, columns)
     x = guarded(torch.randn(3, columns))
     linear_int8(x, guarded(q), guarded(scales))
+    out = guarded(torch.zeros(9, 3))
+    native.linear_int8(native.pack_activations(guarded(torch.randn(9, columns))), guarded(q), guarded(scales),
+                       guarded(torch.randn(3)), out)
     transposed(guarded(torch.randn(2, 3)), guarded(q), scales, guarded(torch.zeros(2, columns)))
     for dtype in FLOATS:
         w = guarded(torch.randn(3, columns).to(dtype))
