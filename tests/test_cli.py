@@ -200,11 +200,22 @@ def test_a_closed_pipe_is_no_error(packed):
     assert child.stderr.read() == b"" and child.wait(timeout=60) == 0
 
 
+def interrupted(child: subprocess.Popen) -> tuple[bytes, bytes]:
+    """Output of a process that is interrupted, and again if the first time came while C code dropped exceptions."""
+    for _ in range(12):
+        child.send_signal(signal.SIGINT)
+        try:
+            return child.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            pass
+    child.kill()
+    return child.communicate()
+
+
 def test_an_interrupt_is_quiet(packed):
     child = process("run", "--model", packed, "--prompt", "x", "--max-new-tokens", 1_000_000)
     assert child.stdout.read(3)
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
+    out, err = interrupted(child)
     assert child.returncode == 130 and err == b"" and out.endswith(b"\n")
 
 
