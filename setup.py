@@ -18,6 +18,7 @@ FLAGS = [
     "-pthread",
     "-fvisibility=hidden",
     "-fno-math-errno",
+    "-Wno-psabi",  # vectors stay within one translation unit, so how they are passed does not matter
     # Every instruction set must round alike, so a*b+c is never fused behind our back.
     "-ffp-contract=off",
 ]

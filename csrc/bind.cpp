@@ -4,10 +4,12 @@
 void bind_io(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_state(pybind11::module_& module);
+void bind_transformer(pybind11::module_& module);
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Native CPU kernels and file reader of thl_engine.";
     bind_io(module);
     bind_linear(module);
     bind_state(module);
+    bind_transformer(module);
 }

@@ -18,6 +18,10 @@ constexpr int kWidth = 8;
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kColumnBlock = 4096;  // more would overflow the 32-bit sums
 
+inline __m256 int8_floats(const int8_t* x) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+}
+
 // Sums of 8 lanes as 64-bit integers.
 inline int64_t wide_sum(__m256i v) {
     const __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(v));

@@ -18,6 +18,10 @@ constexpr int kWidth = 16;
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kColumnBlock = 4096;  // more would overflow the 32-bit sums
 
+inline __m512 int8_floats(const int8_t* x) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
+
 inline int64_t wide_sum(__m512i v) {
     const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(v));
     const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(v, 1));

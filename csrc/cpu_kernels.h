@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu_transformer_kernels.h"
+
 namespace thl {
 
 constexpr int64_t kGroup = 128;  // columns that share one scale where an int8 row has several
@@ -105,6 +107,7 @@ struct Kernels {
     void (*gru_update)(const float* update, const float* candidate, int64_t n, float* state);
     // Sum of n floats read once, in 16 lanes: the plain read that bandwidth is measured with.
     float (*read)(const float* x, int64_t n);
+    TransformerKernels transformer;
     // Rows [begin, end) of the weights, with one scale each, times rows [first, last) of many activations; same bits
     // as linear_int8. Null where that is as fast.
     void (*int8_product)(const Int8Linear&, int64_t begin, int64_t end, int64_t first, int64_t last);

@@ -2,6 +2,7 @@
 //   kWidth                 floats in a native register: 4, 8 or 16
 //   kPrefetchBytes         how far ahead of a stream of weights to prefetch
 //   kColumnBlock           columns that an int8 product of one row takes at a time
+//   int8_floats(x)         a register of floats from as many int8; compilers convert them one by one
 //   int8_dot<B>(w, x, b0, begin, end, following, out)
 //                          out[b] = exact sum over columns [begin, end) of w and row b0 + b of x, for at most
 //                          kColumnBlock columns; `w` points to column `begin`, `following` to the weights needed next
@@ -17,7 +18,6 @@ constexpr int kBatchBlock = 4;  // rows of activations that share one load of we
 typedef float FloatV __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t UintV __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t HalfV __attribute__((vector_size(2 * kWidth)));
-typedef int8_t ByteV __attribute__((vector_size(kWidth)));
 
 struct Bf16 { uint16_t bits; };
 struct F16 { uint16_t bits; };
@@ -59,11 +59,7 @@ THL_INLINE FloatV widen(const F16* x) {
     return reinterpret_cast<FloatV>(reinterpret_cast<UintV>(value) | special | ((bits & 0x8000) << 16));
 }
 
-THL_INLINE FloatV widen(const int8_t* x) {
-    ByteV bytes;
-    __builtin_memcpy(&bytes, x, sizeof bytes);
-    return __builtin_convertvector(bytes, FloatV);
-}
+THL_INLINE FloatV widen(const int8_t* x) { return int8_floats(x); }
 
 template <typename T>
 THL_INLINE Lanes load(const T* x) {
@@ -404,6 +400,14 @@ float read(const float* x, int64_t n) {
     return total(sum[0]);
 }
 
+}  // namespace
+}  // namespace thl
+
+#include "cpu_transformer.inl"
+
+namespace thl {
+namespace {
+
 constexpr Kernels table(const char* name, bool (*supported)(),
                         decltype(Kernels::int8_product) int8_product = nullptr) {
     return {name,
@@ -423,6 +427,7 @@ constexpr Kernels table(const char* name, bool (*supported)(),
             gru_reset,
             gru_update,
             read,
+            transformer_table(),
             int8_product};
 }
 

@@ -11,6 +11,13 @@ constexpr int kWidth = 4;
 constexpr int64_t kPrefetchBytes = 1024;
 constexpr int64_t kColumnBlock = 4096;
 
+typedef float FloatQuad __attribute__((vector_size(16)));
+
+inline FloatQuad int8_floats(const int8_t* x) {
+    return FloatQuad{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]),
+                     static_cast<float>(x[3])};
+}
+
 template <int B>
 void int8_dot(const int8_t* w, const PackedActivations& x, int64_t b0, int64_t begin, int64_t end, const int8_t*,
               int64_t (&out)[B]) {

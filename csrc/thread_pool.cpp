@@ -30,6 +30,8 @@ void wait_for_change(std::atomic<T>& value, T old) {
             if (value.load(std::memory_order_acquire) != old) return;
             relax();
         }
+        // Where other programs keep the processors busy, the thread waited for may be queued behind this one.
+        std::this_thread::yield();
     } while (std::chrono::steady_clock::now() < deadline);
     value.wait(old, std::memory_order_acquire);
 }

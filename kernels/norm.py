@@ -13,3 +13,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
     x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
     return x if weight is None else x * weight
+
+
+def add_rms_norm(x: Tensor, addend: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """`rms_norm` of x + addend, both [..., D]: a residual sum with the normalisation behind it."""
+    return rms_norm(x + addend, weight, eps)

@@ -444,7 +444,8 @@ def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream:
     schedule = PageSchedule(store, model.walk(config), model.head(config))
     largest = max(page.nbytes // tensor.dtype.itemsize for tensor in store.tensors.values()
                   if tensor.kind == "matrix" for page in tensor.pages)
-    workspace = WORKSPACE_LOGITS * 4 * config.vocab_size + ops.scratch_bytes(largest)
+    reused = model.reused(config) if hasattr(model, "reused") else 0
+    workspace = WORKSPACE_LOGITS * 4 * config.vocab_size + ops.scratch_bytes(largest, reused)
     limit = None if memory_budget is None else parse_bytes(memory_budget)
     state_bytes = model.init_state(config, 1, "meta").nbytes
 

@@ -168,3 +168,50 @@ def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Te
         to_dlpack(candidate), to_dlpack(memory), to_dlpack(norms), to_dlpack(read_ema), to_dlpack(write_ema),
         to_dlpack(last_write), t, to_dlpack(vector), to_dlpack(gate), to_dlpack(novelty), to_dlpack(branch),
         to_dlpack(indices), clip_max, theta, beta, decay, ema_decay, stale_weight, underuse_weight)
+
+
+def rms_norm(x: Tensor, addend: Tensor | None, weight: Tensor | None, eps: float, out: Tensor) -> None:
+    """out [B, d] = s / sqrt(mean(s²) + eps) * weight [d], for s = x [B, d], plus addend [B, d] where there is one."""
+    _native.rms_norm(to_dlpack(x), None if addend is None else to_dlpack(addend),
+                     None if weight is None else to_dlpack(weight), eps, to_dlpack(out))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """out = x [B, A, T, d] rotated by the tables [T, d] of its positions; out must not share memory with x."""
+    _native.rotate(to_dlpack(x), to_dlpack(cos), to_dlpack(sin), to_dlpack(out))
+
+
+def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    """out = silu(gate) * up, all [B, d]."""
+    _native.swiglu(to_dlpack(gate), to_dlpack(up), to_dlpack(out))
+
+
+def gelu(x: Tensor, out: Tensor) -> None:
+    """out = x times the standard normal distribution function of x, both [B, d]."""
+    _native.gelu(to_dlpack(x), to_dlpack(out))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: Tensor | None, out: Tensor) -> None:
+    """out [B, A, T, d] = softmax(scale * query keyᵀ) value for query [B, A, T, d], key and value [B, A_k, S, d].
+
+    Query head h uses key head h·A_k // A. blocked: uint8 [B, A, T, S], not 0 where a key must not be seen; a row that
+    sees none is NaN. Leading dimensions of the inputs may repeat (stride 0), and none is copied.
+    """
+    _native.attention(to_dlpack(query), to_dlpack(key), to_dlpack(value), scale,
+                      None if blocked is None else to_dlpack(blocked), to_dlpack(out))
+
+
+def integrate(x: Tensor, context: Tensor, first: tuple[Tensor, Tensor | None], first_bias: Tensor,
+              second: tuple[Tensor, Tensor | None], second_bias: Tensor, mu: Tensor, steps: int, first_check: int,
+              threshold: float | None, together: bool, values: Tensor, iterations: Tensor) -> int:
+    """INL's integrator from x [N, D] at rest; returns the number of steps made.
+
+    Matrices [C, 3 D] and [3 D, C] with their scales: int8 with one a row, or float32 with None. values [N, 2 D] takes
+    the final positions and velocities, iterations int64 [N] the steps of each row. Rules as in kernels/integrator.py:
+    convergence is tested from step `first_check` on, counted from 0.
+    """
+    scales = [None if s is None else to_dlpack(s) for _, s in (first, second)]
+    return _native.integrate(to_dlpack(x), to_dlpack(context), to_dlpack(first[0]), scales[0], to_dlpack(first_bias),
+                             to_dlpack(second[0]), scales[1], to_dlpack(second_bias), to_dlpack(mu), steps, first_check,
+                             -1.0 if threshold is None else threshold, together, to_dlpack(values),
+                             to_dlpack(iterations))

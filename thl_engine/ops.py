@@ -13,7 +13,17 @@ from torch import Tensor
 from thl_engine import native
 from thl_engine.errors import ConfigError
 from thl_engine.kernels import attention as attention_kernels
-from thl_engine.kernels import integrator, norm, rotary, shared_memory, slot_memory, swiglu, tier_cell, window_attention
+from thl_engine.kernels import (
+    gelu,
+    integrator,
+    norm,
+    rotary,
+    shared_memory,
+    slot_memory,
+    swiglu,
+    tier_cell,
+    window_attention,
+)
 from thl_engine.kernels import linear as linear_kernels
 from thl_engine.weights import Matrix, Part, Table
 
@@ -38,6 +48,8 @@ class ReferenceOps:
     novelty_write = staticmethod(slot_memory.novelty_write)
     attention = staticmethod(attention_kernels.attention)
     rms_norm = staticmethod(norm.rms_norm)
+    add_rms_norm = staticmethod(norm.add_rms_norm)
+    gelu = staticmethod(gelu.gelu)
     rotary_tables = staticmethod(rotary.rotary_tables)
     rotate = staticmethod(rotary.rotate)
     swiglu = staticmethod(swiglu.swiglu)
@@ -45,9 +57,13 @@ class ReferenceOps:
     erase_then_add = staticmethod(shared_memory.erase_then_add)
     reasoning_update = staticmethod(shared_memory.reasoning_update)
 
-    def scratch_bytes(self, page_elements: int) -> int:
-        """Memory that a product needs beside its operands, for pages of up to `page_elements` weights."""
-        return 2 * 4 * page_elements  # the page as float32, and the product of its integers on the way there
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0) -> int:
+        """Memory that ops need beside their operands, for pages of up to `page_elements` weights.
+
+        reused_elements: weights that one op reads again after their parts have been let go (`integrate`).
+        """
+        # The page as float32, and the product of its integers on the way there.
+        return 2 * 4 * page_elements + 4 * reused_elements
 
     def gather(self, table: Table, ids: Tensor) -> Tensor:
         """Rows of a table: int64 [B] -> float32 [B, C]."""
@@ -113,8 +129,10 @@ class NativeOps(ReferenceOps):
     name = "native"
     has_threads = True
 
-    def scratch_bytes(self, page_elements: int) -> int:
-        return 0  # kernels read the stored integers
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0) -> int:
+        # Kernels read the stored weights. Of two matrices used again, copies and the second one transposed; as int8
+        # these take a quarter.
+        return 4 * reused_elements * 3 // 2
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         if x.dim() != 2:
@@ -154,6 +172,64 @@ class NativeOps(ReferenceOps):
         out = torch.empty_like(flat)
         native.layer_norm(flat, weight, bias, LAYER_NORM_EPS, out)
         return out.view(x.shape)
+
+    def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        out = torch.empty(x.shape)
+        native.rms_norm(_flat(x), None, weight, eps, _flat(out))
+        return out
+
+    def add_rms_norm(self, x: Tensor, addend: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        out = torch.empty(x.shape)
+        native.rms_norm(_flat(x), _flat(addend), weight, eps, _flat(out))
+        return out
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = torch.empty(x.shape)
+        lead = (1,) * (4 - x.dim())
+        native.rotate(x.view(*lead, *x.shape), cos, sin, out.view(*lead, *x.shape))
+        return out
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        out = torch.empty(gate.shape)
+        native.swiglu(_flat(gate), _flat(up), _flat(out))
+        return out
+
+    def gelu(self, x: Tensor) -> Tensor:
+        out = torch.empty(x.shape)
+        native.gelu(_flat(x), _flat(out))
+        return out
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
+                  blocked: Tensor | None = None) -> Tensor:
+        batch, heads, rows, width = query.shape
+        # Positions before heads: what follows joins the heads of a position, which then are in one row already.
+        out = torch.empty(batch, rows, heads, width).transpose(1, 2)
+        if blocked is not None:
+            blocked = blocked.expand(*blocked.shape[:-1], key.shape[2])
+            if blocked.stride(-1) != 1:
+                blocked = blocked.contiguous()
+            blocked = blocked.view(torch.uint8).expand(batch, heads, rows, -1)
+        native.attention(query, key, value, scale, blocked, out)
+        return out
+
+    def prefix_read(self, query: Tensor, rows: Tensor, scale: float) -> Tensor:
+        prefixes = rows[:, None, :, : query.shape[-1]].expand(query.shape[0], -1, -1, -1)
+        return self.attention(query[:, None], prefixes, prefixes, scale)[:, 0]
+
+    def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
+                  second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
+                  together: bool = False, trajectory: bool = False) -> integrator.Integration:
+        if trajectory:
+            return super().integrate(x, context, first, first_bias, second, second_bias, mu, steps=steps,
+                                     threshold=threshold, together=together, trajectory=True)
+        rows, width = x.shape
+        values, iterations = torch.empty(rows, 2 * width), torch.empty(rows, dtype=torch.int64)
+        matrices = _stored(first), _stored(second)
+        if any(scales is None for _, scales in matrices):
+            matrices = tuple((w if scales is None else linear_kernels.widen(w, scales), None) for w, scales in matrices)
+        made = native.integrate(x, context, matrices[0], first_bias, matrices[1], second_bias, mu, steps,
+                                integrator.FIRST_CHECK, threshold, together, values, iterations)
+        return integrator.Integration(values[:, :width], values[:, width:], iterations, made)
 
     def gru_reset(self, reset: Tensor, state: Tensor) -> Tensor:
         out = torch.empty_like(state)
@@ -240,6 +316,21 @@ def _transposed_into(out: Tensor, x: Tensor, part: Part) -> None:
 
 def _widen(part: Part) -> Tensor:
     return linear_kernels.widen(part.data, part.scales, part.group)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _stored(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
+    """The matrix in memory of its own: int8 with a scale for each row, or else float32."""
+    parts = [(part.data.clone(), part.scales.clone()) if part.scales is not None and part.scales.dim() == 1
+             else (_widen(part).clone() if part.data.dtype == torch.float32 else _widen(part), None)
+             for part in matrix.parts()]
+    if len(parts) == 1:
+        return parts[0]
+    scales = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
+    return torch.cat([part[0] for part in parts]), scales
 
 
 def _whole(matrix: Matrix) -> Tensor:

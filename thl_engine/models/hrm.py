@@ -331,10 +331,10 @@ def _module(c: HRMConfig, weights: Any, ops: Any, module: str, x: Tensor, inputs
     for j in range(c.L_layers if module == "L" else c.H_layers):
         prefix = f"{module}_module.layers.{j}."
         mixed = _attention(c, weights, ops, f"{prefix}attention.", x, inputs)
-        x = ops.rms_norm(x + mixed, weights[f"{prefix}norm1.weight"], RMS_EPS)
+        x = ops.add_rms_norm(x, mixed, weights[f"{prefix}norm1.weight"], RMS_EPS)
         gate, up = ops.linear(x, weights[f"{prefix}feed_forward.gate_up_proj.weight"]).chunk(2, dim=-1)
         inner = ops.linear(ops.swiglu(gate, up), weights[f"{prefix}feed_forward.down_proj.weight"])
-        x = ops.rms_norm(x + inner, weights[f"{prefix}norm2.weight"], RMS_EPS)
+        x = ops.add_rms_norm(x, inner, weights[f"{prefix}norm2.weight"], RMS_EPS)
     return x
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from thl_engine.config import INLConfig
 from thl_engine.errors import CheckpointError, ConfigError
@@ -146,6 +145,11 @@ def walk(config: INLConfig) -> Walk:
 def head(config: INLConfig) -> tuple[str, ...]:
     """Matrices that only the logits need."""
     return ("lm_head.weight",)
+
+
+def reused(config: INLConfig) -> int:
+    """Weights of the two controller matrices that an integrator's steps share, of one layer at a time."""
+    return 2 * CONTROLLER * 3 * config.d_model
 
 
 def chunk(config: INLConfig) -> int:
@@ -341,7 +345,7 @@ def _feed_forward(weights: Any, ops: Any, i: int, x: Tensor) -> Tensor:
     prefix = f"layers.{i}.ff."
     inner = ops.linear(_norm(weights, ops, f"layers.{i}.norm2", x), weights[f"{prefix}0.weight"],
                        weights[f"{prefix}0.bias"])
-    return x + ops.linear(functional.gelu(inner), weights[f"{prefix}3.weight"], weights[f"{prefix}3.bias"])
+    return x + ops.linear(ops.gelu(inner), weights[f"{prefix}3.weight"], weights[f"{prefix}3.bias"])
 
 
 def _norm(weights: Any, ops: Any, name: str, x: Tensor) -> Tensor:

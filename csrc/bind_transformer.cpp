@@ -1,0 +1,126 @@
+// Python names of the operations of INL, HIM and HRM. thl_engine/native.py documents them.
+#include <pybind11/pybind11.h>
+
+#include "cpu_transformer.h"
+#include "tensor_view.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using thl::DType;
+using thl::TensorView;
+using thl::view;
+
+TensorView floats(py::handle capsule, const char* name, std::initializer_list<int64_t> shape) {
+    return view(capsule, name).with_dtype(DType::f32).with_shape(shape);
+}
+
+// A vector of n floats, or null for None.
+const float* optional(py::handle capsule, const char* name, int64_t n) {
+    return capsule.is_none() ? nullptr : floats(capsule, name, {n}).as<float>();
+}
+
+thl::Grid grid(const TensorView& x) { return {x.as<float>(), {x.stride[0], x.stride[1], x.stride[2]}}; }
+
+void rms_norm(py::handle x_capsule, py::handle add_capsule, py::handle weight_capsule, float eps,
+              py::handle out_capsule) {
+    const TensorView x = floats(x_capsule, "x", {-1, -1});
+    const int64_t batch = x.shape[0], d = x.shape[1];
+    const TensorView add = add_capsule.is_none() ? TensorView{} : floats(add_capsule, "addend", {batch, d});
+    const float* weight = optional(weight_capsule, "weight", d);
+    const TensorView out = floats(out_capsule, "out", {batch, d}).writable();
+    py::gil_scoped_release release;
+    thl::rms_norm(x.as<float>(), x.stride[0], add.as<float>(), add.stride[0], batch, d, weight, eps, out.as<float>(),
+                  out.stride[0]);
+}
+
+void rotate(py::handle x_capsule, py::handle cos_capsule, py::handle sin_capsule, py::handle out_capsule) {
+    const TensorView x = floats(x_capsule, "x", {-1, -1, -1, -1});
+    const int64_t rows = x.shape[2], d = x.shape[3];
+    if (d % 2) thl::bad_argument("x", "an even last dimension", std::to_string(d));
+    const TensorView cos = floats(cos_capsule, "cos", {rows, d}), sin = floats(sin_capsule, "sin", {rows, d});
+    const TensorView out = floats(out_capsule, "out", {x.shape[0], x.shape[1], rows, d}).writable();
+    py::gil_scoped_release release;
+    thl::rotate(grid(x), {x.shape[0], x.shape[1], rows, d}, cos.as<float>(), cos.stride[0], sin.as<float>(),
+                sin.stride[0], grid(out));
+}
+
+void swiglu(py::handle gate_capsule, py::handle up_capsule, py::handle out_capsule) {
+    const TensorView gate = floats(gate_capsule, "gate", {-1, -1});
+    const int64_t batch = gate.shape[0], d = gate.shape[1];
+    const TensorView up = floats(up_capsule, "up", {batch, d});
+    const TensorView out = floats(out_capsule, "out", {batch, d}).writable();
+    py::gil_scoped_release release;
+    thl::swiglu(gate.as<float>(), gate.stride[0], up.as<float>(), up.stride[0], batch, d, out.as<float>(),
+                out.stride[0]);
+}
+
+void gelu(py::handle x_capsule, py::handle out_capsule) {
+    const TensorView x = floats(x_capsule, "x", {-1, -1});
+    const int64_t batch = x.shape[0], d = x.shape[1];
+    const TensorView out = floats(out_capsule, "out", {batch, d}).writable();
+    py::gil_scoped_release release;
+    thl::gelu(x.as<float>(), x.stride[0], batch, d, out.as<float>(), out.stride[0]);
+}
+
+void attention(py::handle query_capsule, py::handle key_capsule, py::handle value_capsule, float scale,
+               py::handle blocked_capsule, py::handle out_capsule) {
+    const TensorView query = floats(query_capsule, "query", {-1, -1, -1, -1});
+    const int64_t batch = query.shape[0], heads = query.shape[1], rows = query.shape[2], d = query.shape[3];
+    const TensorView key = floats(key_capsule, "key", {batch, -1, -1, d});
+    const int64_t key_heads = key.shape[1], keys = key.shape[2];
+    const TensorView value = floats(value_capsule, "value", {batch, key_heads, keys, d});
+    if (key_heads < 1 || heads % key_heads)
+        thl::bad_argument("key", "a number of heads that divides " + std::to_string(heads), std::to_string(key_heads));
+    if (keys < 1) thl::bad_argument("key", "at least one position", "none");
+    TensorView blocked;
+    if (!blocked_capsule.is_none())
+        blocked = view(blocked_capsule, "blocked").with_dtype(DType::u8).with_shape({batch, heads, rows, keys});
+    const TensorView out = floats(out_capsule, "out", {batch, heads, rows, d});
+    py::gil_scoped_release release;
+    thl::attention({batch, heads, key_heads, rows, keys, d, grid(query), grid(key), grid(value), grid(out),
+                    blocked.as<uint8_t>(), {blocked.stride[0], blocked.stride[1], blocked.stride[2]}, scale});
+}
+
+// float32 matrices with None for scales, or int8 ones with a scale for each row.
+int64_t integrate(py::handle x_capsule, py::handle context_capsule, py::handle first_capsule,
+                  py::handle first_scales_capsule, py::handle first_bias_capsule, py::handle second_capsule,
+                  py::handle second_scales_capsule, py::handle second_bias_capsule, py::handle mu_capsule,
+                  int64_t steps, int64_t first_check, float threshold, bool together, py::handle values_capsule,
+                  py::handle iterations_capsule) {
+    const TensorView x = floats(x_capsule, "x", {-1, -1});
+    const int64_t rows = x.shape[0], d = x.shape[1];
+    const TensorView context = floats(context_capsule, "context", {rows, d});
+    const DType type = first_scales_capsule.is_none() ? DType::f32 : DType::i8;
+    const TensorView first = view(first_capsule, "first").with_dtype(type).with_shape({-1, 3 * d});
+    const int64_t hidden = first.shape[0];
+    const TensorView second = view(second_capsule, "second").with_dtype(type).with_shape({3 * d, hidden});
+    const float* first_scales = optional(first_scales_capsule, "first scales", hidden);
+    const float* second_scales = optional(second_scales_capsule, "second scales", 3 * d);
+    if (!first_scales != !second_scales)
+        thl::bad_argument("second scales", "scales for both matrices or for neither", "one");
+    const float* first_bias = floats(first_bias_capsule, "first bias", {hidden}).as<float>();
+    const float* second_bias = floats(second_bias_capsule, "second bias", {3 * d}).as<float>();
+    const float* mu = floats(mu_capsule, "mu", {d}).as<float>();
+    const TensorView values = floats(values_capsule, "values", {rows, 2 * d}).contiguous();
+    const TensorView iterations =
+        view(iterations_capsule, "iterations").with_dtype(DType::i64).with_shape({rows}).contiguous();
+    py::gil_scoped_release release;
+    return thl::integrate({rows, steps, first_check, threshold, together, x.as<float>(), x.stride[0],
+                           context.as<float>(), context.stride[0], values.as<float>(), iterations.as<int64_t>()},
+                          {first.data, first_scales, first.stride[0], nullptr, second_scales, first_bias, second_bias,
+                           mu, hidden, d},
+                          second.data, second.stride[0]);
+}
+
+}  // namespace
+
+void bind_transformer(py::module_& m) {
+    m.def("rms_norm", &rms_norm);
+    m.def("rotate", &rotate);
+    m.def("swiglu", &swiglu);
+    m.def("gelu", &gelu);
+    m.def("attention", &attention);
+    m.def("integrate", &integrate);
+}
