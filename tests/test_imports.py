@@ -27,6 +27,7 @@ ALLOWED = {
     "models.inl": {"config", "errors", "kernels", "models", "schedule"},
     "models.inl_modules": {"schedule"},
     "models.kv_cache": set(),
+    "generation": {"sampler", "tokenizer"},
 }
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from thl_engine.config import PRESETS, INLConfig, parse_config
 from thl_engine.errors import CheckpointError, ConfigError
-from thl_engine.models import inl, kv_cache
+from thl_engine.models import inl
 from thl_engine.ops import ReferenceOps, load_ops
 from thl_engine.quant import quantize_rows
 from thl_engine.weights import Held, Trainable
@@ -26,9 +26,9 @@ def of_kind(kind: str) -> list[str]:
 
 FORWARD_CASES, GREEDY_CASES = of_kind("inl_forward"), of_kind("inl_greedy")
 
-# Odd sizes, several groups of mu with a short last one, and a context long enough for the cache to grow.
+# Odd sizes, several groups of mu with a short last one, and a context of several passes.
 ODD = INLConfig(vocab_size=53, d_model=35, num_layers=3, num_heads=5, num_iterations_per_layer=9, feedforward_dim=23,
-                max_seq_len=2 * kv_cache.GROWTH + 13, lowrank_ratio=0.5, adaptive_convergence_threshold=0.3,
+                max_seq_len=525, lowrank_ratio=0.5, adaptive_convergence_threshold=0.3,
                 hierarchical_group_size=8)
 
 
@@ -257,26 +257,35 @@ def test_attention_mask(backend):
 # State.
 
 
-def test_cache_grows_in_steps_up_to_the_limit():
+def test_a_context_has_its_size_from_the_start():
     config = replace(ODD, num_layers=2, num_iterations_per_layer=2)
     weights, tokens = held(config, random_tensors(config)), draw(ODD, 2, config.max_seq_len)
-    small = inl.init_state(config, 2, weights=weights)
-    large = inl.init_state(config, 2, weights=weights, capacity=config.max_seq_len)
-    sizes = {small.nbytes}
-    for at in range(0, config.max_seq_len, 61):
-        a, small = inl.advance(config, weights, REFERENCE, tokens[:, at : at + 61], small)
-        b, large = inl.advance(config, weights, REFERENCE, tokens[:, at : at + 61], large)
-        assert torch.equal(a, b)
-        sizes.add(small.nbytes)
-    assert len(sizes) == 3  # GROWTH, twice GROWTH, and max_seq_len
-    assert small.nbytes == large.nbytes == inl.init_state(config, 2, "meta", capacity=config.max_seq_len).nbytes
+    whole, short = inl.init_state(config, 2, weights=weights), inl.init_state(config, 2, weights=weights, context=70)
+    size = 2 * 2 * 2 * 4 * config.num_heads * config.head_dim  # keys and values of two layers, two sequences
+    assert short.nbytes - inl.init_state(config, 2, "meta", context=69).nbytes == size
+    assert whole.nbytes == inl.init_state(config, 2, "meta", context=config.max_seq_len).nbytes > 500 * size
+    before = short.nbytes
+    a, whole = advance(config, weights, REFERENCE, tokens[:, :70], whole)
+    b, short = advance(config, weights, REFERENCE, tokens[:, :70], short, [61, 9])
+    close(a, b)
+    assert short.nbytes == before
     for call in (inl.advance, inl.forward):
-        with pytest.raises(ConfigError, match=f"max_seq_len is {config.max_seq_len}") as raised:
-            call(config, weights, REFERENCE, tokens[:, :1], small)
+        with pytest.raises(ConfigError, match="would be 71 tokens long; the context ends at 70") as raised:
+            call(config, weights, REFERENCE, tokens[:, :1], short)
         assert "\n" not in str(raised.value)
-    with pytest.raises(ConfigError):
-        inl.forward(config, weights, REFERENCE, torch.cat([tokens, tokens[:, :1]], dim=1),
-                    inl.init_state(config, 2, weights=weights))
+        with pytest.raises(ConfigError, match=f"max_seq_len is {config.max_seq_len}"):
+            call(config, weights, REFERENCE, tokens, whole)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"context": 526}, "context is 526; the model's max_seq_len is 525"),
+    ({"context": 0}, "context is 0; it must be"), ({"context": 2.5}, "context is 2.5"),
+    ({"kv_cache": "int4"}, "kv_cache is 'int4'; it must be one of float32, int8"),
+    ({"sliding_window": 0}, "sliding_window is 0"), ({"sliding_window": True}, "sliding_window is True"),
+])
+def test_options_of_a_state_that_cannot_be(options, message):
+    with pytest.raises(ConfigError, match=message):
+        inl.init_state(ODD, 1, "meta", **options)
 
 
 def test_state_survives_a_file_and_forks(tmp_path, backend):
@@ -299,8 +308,9 @@ def test_state_survives_a_file_and_forks(tmp_path, backend):
     (lambda fields: fields.pop("layers.1.attention.values"), "'layers.1.attention.values' is missing"),
     (lambda fields: fields.update(extra=torch.zeros(1)), "unknown field 'extra'"),
     (lambda fields: fields.update({"layers.0.attention.keys": torch.zeros(3, 5, 4, 6)}), "has shape"),
-    (lambda fields: fields.update({"layers.0.attention.keys": torch.zeros(1, 5, 1000, 7)}), "max_seq_len"),
-    (lambda fields: fields.update(timestep=torch.tensor(3)), "timestep is 3"),
+    (lambda fields: fields.update({"layers.0.attention.keys": torch.zeros(1, 5, 1000, 7)}), "has shape"),
+    (lambda fields: fields.update(timestep=torch.tensor(3)), "has shape"),
+    (lambda fields: fields.update(timestep=torch.tensor(1000)), "max_seq_len"),
 ])
 def test_a_damaged_state_is_refused(change, message):
     fields = inl.init_state(ODD, 2).to_dict()

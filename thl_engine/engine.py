@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -17,33 +17,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from thl_engine import native
 from thl_engine.config import parse_config
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
-from thl_engine.memory import available_memory, parse_bytes
+from thl_engine.generation import Piece, Row, generate
 from thl_engine.models import architecture
 from thl_engine.ops import ReferenceOps, load_ops
 from thl_engine.paged_weights import load_vectors, paged_weights
 from thl_engine.pager import Pager
-from thl_engine.plan import NOMINAL, Bandwidths, PageSchedule, Plan, make_plan, size
+from thl_engine.plan import NOMINAL, Bandwidths, PageSchedule, Plan, size
 from thl_engine.reader import Reader
+from thl_engine.resources import (
+    FORWARD_CHUNK,
+    check_batch_size,
+    choose_device,
+    divide_memory,
+    needs,
+    set_threads,
+    state_options,
+)
 from thl_engine.sampler import Sampler, Sampling, StopStrings
 from thl_engine.spool import spool_store, spool_tensors
 from thl_engine.store import Store, open_store
-from thl_engine.tokenizer import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer
+from thl_engine.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 _log = logging.getLogger("thl_engine")
-FORWARD_CHUNK = 64  # steps of `forward` whose logits share one pass over the head
-WORKSPACE_LOGITS = 2  # copies of the logits alive at once: as computed, and while a token is chosen from them
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A generated token: its id, the text that it completes, and its log-probability under the model."""
-
-    id: int
-    text: str
-    logprob: float
 
 
 class Trace:
@@ -79,7 +76,8 @@ class Engine:
     """Runs one model. It holds no context: all that a sequence needs is in its state."""
 
     def __init__(self, store: Store, *, device: str = "auto", backend: str = "auto", stream: bool | str = "auto",
-                 memory_budget: str | int | None = None, threads: int | None = None) -> None:
+                 memory_budget: str | int | None = None, threads: int | None = None, batch_size: int = 1,
+                 context: int | None = None, kv_cache: str = "float32", sliding_window: int | None = None) -> None:
         """Takes over `store`. Options as in `from_pretrained`."""
         set_threads(threads)
         self.device = choose_device(device)
@@ -88,9 +86,10 @@ class Engine:
         self.tokenizer = _tokenizer(store, self.config.vocab_size)
         self._model = architecture(store.model_type)
         self._store = store
-        schedule, self._plan = divide_memory(store, self.ops, self.device, stream, memory_budget)
+        self._options = state_options(store.model_type, context, kv_cache, sliding_window)
+        schedule, self._plan = divide_memory(store, self.ops, self.device, stream, memory_budget,
+                                             batch_size=batch_size, **self._options)
         self._schedules: dict[tuple, PageSchedule] = {(): schedule}  # by the options that a state was made with
-        self._state_bytes = self._plan.state_bytes
         self._streams = self._plan.streamed_pages > 0
 
         vectors = load_vectors(store, self.device)
@@ -108,13 +107,21 @@ class Engine:
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, device: str = "auto", backend: str = "auto",
                         quantize: str = "auto", stream: bool | str = "auto",
-                        memory_budget: str | int | None = None, threads: int | None = None) -> "Engine":
+                        memory_budget: str | int | None = None, threads: int | None = None, batch_size: int = 1,
+                        context: int | None = None, kv_cache: str = "float32",
+                        sliding_window: int | None = None) -> "Engine":
         """Opens a checkpoint: a .safetensors file, or a folder with config.json and *.safetensors.
 
         device: "auto", "cpu", "cuda", "cuda:N". backend: "auto", "reference" (torch) or "native" (C++).
         quantize: "auto" as stored, "int8", or "none" for float weights. stream: True pages weights by schedule, False
         keeps all resident, "auto" streams if they do not fit. memory_budget: "4GiB", bytes or None; bounds what the
-        engine keeps in memory. Raises EngineError with one line that says what to mend.
+        engine keeps in memory, a state of `batch_size` sequences included.
+
+        Of models with a KV cache, context: positions that a sequence may grow to, None for the most the model has.
+        kv_cache: "float32" or "int8", with a scale for each row. sliding_window: positions that attention sees; that
+        changes the model's results, since tokens further back are no longer seen.
+
+        Raises EngineError with one line that says what to mend.
         """
         store = open_store(path)
         quantized = any(tensor.scales for tensor in store.tensors.values())
@@ -124,13 +131,15 @@ class Engine:
             raise ConfigError(f"{store.path}: is stored as int8; float weights need the checkpoint it was made from")
         if quantize == "int8" and not quantized:
             store = spool_store(store, "int8", in_memory=stream is not True and memory_budget is None)
-        return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads)
+        return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads,
+                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window)
 
     @classmethod
     def from_state_dict(cls, model_type: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *,
                         device: str = "auto", backend: str = "auto", quantize: str = "auto",
                         stream: bool | str = "auto", memory_budget: str | int | None = None,
-                        threads: int | None = None) -> "Engine":
+                        threads: int | None = None, batch_size: int = 1, context: int | None = None,
+                        kv_cache: str = "float32", sliding_window: int | None = None) -> "Engine":
         """An engine over tensors in memory, by their published names; options as in `from_pretrained`.
 
         The tensors are copied, to a temporary file where they are to be streamed.
@@ -139,7 +148,8 @@ class Engine:
             raise ConfigError(f"quantize is {quantize!r}; it must be 'auto', 'int8' or 'none'")
         store = spool_tensors(model_type, config, tensors, "int8" if quantize == "int8" else "none",
                                    in_memory=stream is not True and memory_budget is None)
-        return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads)
+        return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads,
+                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window)
 
     @property
     def model_type(self) -> str:
@@ -149,23 +159,28 @@ class Engine:
     def new_state(self, batch_size: int = 1, **options: Any) -> Any:
         """The empty state of `batch_size` sequences, with the options that the model has (HRM: `cycles`).
 
-        Raises BudgetError if the memory budget has no room for it.
+        Raises BudgetError if the memory budget has no room for it at its full context.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
-        plan = self._plan
-        if plan.budget is not None:
-            needed = plan.peak_memory_bytes + (batch_size - 1) * self._state_bytes
-            if needed > plan.budget:
-                state = size(batch_size * self._state_bytes)
-                raise BudgetError(f"a state of batch_size {batch_size} takes {state}; with it the memory budget must "
-                                  f"be at least {needed} bytes, and is {plan.budget}")
+        check_batch_size(batch_size)
+        self._check_budget(batch_size)
         try:
-            return self._model.init_state(self.config, batch_size, self.device, self._weights, **options)
+            return self._model.init_state(self.config, batch_size, self.device, self._weights,
+                                          **{**self._options, **options})
         except TypeError:
             if not options:
                 raise
             raise ConfigError(f"new_state: a {self.model_type} model has no option {', '.join(options)}") from None
+
+    def _check_budget(self, batch_size: int) -> None:
+        plan = self._plan
+        if plan.budget is None:
+            return
+        state, workspace = needs(self._store, self.ops, batch_size, self._options)
+        needed = plan.peak_memory_bytes - plan.state_bytes - plan.workspace_bytes + state + workspace
+        if needed > plan.budget:
+            raise BudgetError(f"a state of batch_size {batch_size} takes {size(state)}; with it the memory budget must "
+                              f"be at least {needed} bytes, and is {plan.budget}; an engine that is opened with "
+                              f"batch_size={batch_size} leaves room for it")
 
     @_computing
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -178,6 +193,7 @@ class Engine:
         if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[1] == 1:
             tokens = tokens[:, 0]
         tokens = self._check_tokens(tokens, 1, state.batch_size)
+        self._check_room(state, 1)
         hidden = self._run(tokens[:, None], state)[-1]
         logits = self._logits(hidden[:, -1])
         self._end(state)
@@ -189,6 +205,7 @@ class Engine:
         """Feeds int64 [B, T] and returns the logits after the last token only, float32 [B, vocab_size]."""
         started = time.perf_counter()
         tokens = self._check_tokens(tokens, 2, state.batch_size)
+        self._check_room(state, tokens.shape[1])
         for hidden in self._run(tokens, state):
             last = hidden[:, -1]
         logits = self._logits(last)
@@ -209,6 +226,7 @@ class Engine:
                                    and tokens.shape[0] else 1)
         whole = hasattr(self._model, "forward")  # such a model knows which batches its state takes
         tokens = self._check_tokens(tokens, 2, None if whole else state.batch_size)
+        self._check_room(state, tokens.shape[1])
         if whole:
             logits = self._forward_whole(tokens, state, inputs)
         elif inputs:
@@ -306,6 +324,11 @@ class Engine:
                                  f"{self.config.vocab_size}")
         return tokens.to(self.device)
 
+    def _check_room(self, state: Any, count: int) -> None:
+        """Refuses more tokens than the state has room for, before anything is computed."""
+        if hasattr(self._model, "check_room"):
+            self._model.check_room(self.config, state, count)
+
     def _count(self, tokens: int, started: float) -> None:
         self._tokens += tokens
         self._seconds += time.perf_counter() - started
@@ -317,18 +340,44 @@ class Engine:
 
         `stop` strings end the text before they appear. A `state` carries an earlier context on and follows along: after
         n pieces it has read the prompt and the first n - 1 of them. A character comes with the piece that completes
-        it. Joined, the texts are the text of the ids.
+        it. Joined, the texts are the text of the ids. Raises ConfigError if the context has no room for all of it.
         """
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 0 or more")
-        sampler = Sampler(Sampling(temperature, top_k, top_p, repetition_penalty, seed))
+        row = self._row(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, repetition_penalty, seed), stop)
+        state = self.new_state() if state is None else state
+        self._check_room(state, len(row.prompt) + max(max_new_tokens - 1, 0))
+        return (piece for _, piece in generate(self, [row], state))
+
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 128,
+                       temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                       repetition_penalty: float = 1.0, seed: int | None = None,
+                       stop: Sequence[str] = ()) -> Iterator[tuple[int, Piece]]:
+        """Continues several prompts with one pass over the weights for each token of all: (prompt's index, its piece).
+
+        Options as in `generate`; each prompt has a sampler of its own, so its text is what it gives alone with the same
+        seed. An engine with a memory budget is opened with batch_size=len(prompts), which leaves room for their
+        states. Where the sequences of a batch share their memory (HIM), prompts are answered one after the other.
+        """
+        if isinstance(prompts, str) or not len(prompts):
+            raise ConfigError(f"prompts is {prompts!r}; it must be a list of at least one prompt")
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        rows = [self._row(prompt, max_new_tokens, sampling, stop) for prompt in prompts]
+        longest = max(len(row.prompt) for row in rows) + max(max_new_tokens - 1, 0)
+        if getattr(self._model, "ROWS_MEET", False):
+            return ((i, piece) for i, row in enumerate(rows) for _, piece in generate(self, [row], self.new_state()))
+        state = self.new_state(len(rows))
+        self._check_room(state, longest)
+        return generate(self, rows, state)
+
+    def _row(self, prompt: str | Sequence[int], count: int, sampling: Sampling, stop: Sequence[str]) -> Row:
+        """A prompt with what it takes to continue it by `count` tokens."""
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ConfigError(f"max_new_tokens is {count!r}; it must be a whole number, 0 or more")
+        sampler = Sampler(sampling)
         tokenizer = self._text_tokenizer() if isinstance(prompt, str) else self.tokenizer
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids:
             raise TokenizerError("the prompt is empty; give at least one token to start from")
-        if state is None:
-            state = self.new_state()
-        return self._generate(ids, tokenizer, max_new_tokens, sampler, StopStrings(list(stop)), state)
+        return Row(ids, count, tokenizer, sampler, StopStrings(list(stop)))
 
     def _text_tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, or bytes as the published THL does without one."""
@@ -342,30 +391,9 @@ class Engine:
         _log.warning("%s: no tokenizer in or beside the checkpoint; text is taken as bytes", self._store.path)
         return tokenizer
 
-    def _generate(self, ids: list[int], tokenizer: Tokenizer | None, count: int, sampler: Sampler,
-                  stops: StopStrings, state: Any) -> Iterator[Piece]:
-        decoder = None if tokenizer is None else StreamDecoder(tokenizer)
-        if decoder is not None:
-            for token in ids:  # the text goes on where the prompt ends: spaces and half characters included
-                decoder.push(token)
-        logits, state = self.prefill(torch.tensor([ids]), state)
-        history = list(ids)
-        for i in range(count):
-            chosen, logprobs = self._sample(sampler, logits[0].cpu(), history)
-            token, logprob = int(chosen), float(logprobs)
-            history.append(token)
-            ends = i == count - 1 or (tokenizer is not None and token == tokenizer.eos_id)
-            text, stopped = stops.push(decoder.push(token) if decoder else "")
-            if ends and not stopped:
-                tail, stopped = stops.push(decoder.flush() if decoder else "")
-                text += tail if stopped else tail + stops.flush()
-            yield Piece(token, text, logprob)
-            if ends or stopped:
-                return
-            logits, state = self.step(chosen.view(1), state)
-
     @_computing
-    def _sample(self, sampler: Sampler, logits: Tensor, history: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def sample(self, sampler: Sampler, logits: Tensor, history: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`Sampler.sample`, with the processors left to the backend afterwards."""
         return sampler.sample(logits, history)
 
     def plan(self, bandwidths: Bandwidths = NOMINAL) -> Plan:
@@ -414,8 +442,10 @@ class Engine:
             raise CheckpointError(f"{path}: {error}") from None
 
     def state_from_dict(self, values: Mapping[str, Tensor]) -> Any:
-        """The state whose `to_dict` gave `values`."""
-        return self._model.state_from_dict(self.config, values, self.ops, self.device)
+        """The state whose `to_dict` gave `values`, in an engine with the same options of the KV cache."""
+        state = self._model.state_from_dict(self.config, values, self.ops, self.device, **self._options)
+        self._check_budget(state.batch_size)
+        return state
 
     def close(self) -> None:
         """Ends the reader and gives back temporary files. A streaming engine cannot be used afterwards."""
@@ -433,56 +463,3 @@ def _tokenizer(store: Store, vocab_size: int) -> Tokenizer | None:
     if store.tokenizer_json is not None:
         return load_tokenizer(store.tokenizer_json, vocab_size, str(store.path))
     return None
-
-
-def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream: bool | str = "auto",
-                  memory_budget: str | int | None = None) -> tuple[PageSchedule, Plan]:
-    """What an engine pins and streams with these options; none of the weights is read."""
-    if stream not in (True, False, "auto"):
-        raise ConfigError(f"stream is {stream!r}; it must be True, False or 'auto'")
-    config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
-    schedule = PageSchedule(store, model.walk(config), model.head(config))
-    largest = max(page.nbytes // tensor.dtype.itemsize for tensor in store.tensors.values()
-                  if tensor.kind == "matrix" for page in tensor.pages)
-    reused = model.reused(config) if hasattr(model, "reused") else 0
-    workspace = WORKSPACE_LOGITS * 4 * config.vocab_size + ops.scratch_bytes(largest, reused)
-    limit = None if memory_budget is None else parse_bytes(memory_budget)
-    state_bytes = model.init_state(config, 1, "meta").nbytes
-
-    def plan(limit: int | None, stream: bool) -> Plan:
-        return make_plan(store, schedule, budget=limit, stream=stream, state_bytes=state_bytes,
-                         workspace_bytes=workspace)
-
-    if stream != "auto":
-        return schedule, plan(limit, stream)
-    if limit is None:
-        limit = available_memory(device)
-        whole = plan(None, False)
-        return schedule, whole if whole.peak_memory_bytes <= limit else plan(limit, True)
-    return schedule, plan(limit, True)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda" or "cuda:N" means here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device {name!r} is unknown; choose auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use device cpu")
-    return device
-
-
-def set_threads(threads: int | None) -> None:
-    """Threads of the CPU backends; None leaves them as they are."""
-    if threads is None:
-        return
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ConfigError(f"threads is {threads!r}; it must be a whole number of at least 1")
-    torch.set_num_threads(threads)
-    if native.available():
-        native.set_threads(threads)

@@ -57,13 +57,14 @@ class ReferenceOps:
     erase_then_add = staticmethod(shared_memory.erase_then_add)
     reasoning_update = staticmethod(shared_memory.reasoning_update)
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0) -> int:
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0) -> int:
         """Memory that ops need beside their operands, for pages of up to `page_elements` weights.
 
         reused_elements: weights that one op reads again after their parts have been let go (`integrate`).
+        scores: of the largest `attention`, for all heads.
         """
-        # The page as float32, and the product of its integers on the way there.
-        return 2 * 4 * page_elements + 4 * reused_elements
+        # The page as float32, and the product of its integers on the way there. Scores before and after each step.
+        return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores
 
     def gather(self, table: Table, ids: Tensor) -> Tensor:
         """Rows of a table: int64 [B] -> float32 [B, C]."""
@@ -129,9 +130,9 @@ class NativeOps(ReferenceOps):
     name = "native"
     has_threads = True
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0) -> int:
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0) -> int:
         # Kernels read the stored weights. Of two matrices used again, copies and the second one transposed; as int8
-        # these take a quarter.
+        # these take a quarter. Scores stay in the caches.
         return 4 * reused_elements * 3 // 2
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:

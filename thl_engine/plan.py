@@ -4,7 +4,7 @@ The plan runs the pager's own `Ring` over one period of the schedule, so the byt
 be read. Times follow from bandwidths, given or measured.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from thl_engine.errors import BudgetError
@@ -41,14 +41,18 @@ NOMINAL = Bandwidths(disk=1.5e9, memory=24e9)
 class PageSchedule:
     """A model's walk in pages: which pages each step reads, which the logits read, and endless futures of both."""
 
-    def __init__(self, store: Store, walk: Walk, head: tuple[str, ...]) -> None:
+    def __init__(self, store: Store, walk: Walk, head: tuple[str, ...],
+                 products: Mapping[str, float] | None = None) -> None:
+        """products: how many products a reading of a matrix serves, where it is not one."""
         self._pages = {name: tuple(page.index for page in tensor.pages) for name, tensor in store.tensors.items()
                        if tensor.kind == "matrix"}
         self.may_stop = walk.may_stop
         self._walk = walk
         self.head = self._in_pages(head)
         self.period = walk.period
-        self.matrices_per_token = sum(1 / clock for _, clock in walk.clocked) + len(head)
+        products = products or {}
+        self.products_per_token = sum(products.get(name, 1) / clock for name, clock in walk.clocked) + len(head)
+        self._products = {page: times for name, times in products.items() for page in self._pages[name]}
         self._runs: dict[tuple[str, ...], tuple[int, ...]] = {}  # names read -> their streamed pages
         self._pinned: frozenset[int] = frozenset()
 
@@ -58,6 +62,10 @@ class PageSchedule:
     def step(self, t: int) -> tuple[int, ...]:
         """Pages that step `t` reads, in order."""
         return self._in_pages(self._walk.reads(t))
+
+    def products(self, page: int) -> float:
+        """Products that are made with a page each time that it is read."""
+        return self._products.get(page, 1)
 
     def uses(self) -> dict[int, float]:
         """Page -> uses per token of decoding."""
@@ -107,6 +115,7 @@ class Plan:
     budget: int | None
     fixed_bytes: int  # vectors, scales, gather buffers
     state_bytes: int
+    state_traffic: int  # bytes of the state that a token reads or writes
     workspace_bytes: int
     pinned: tuple[int, ...]
     pinned_bytes: int
@@ -141,9 +150,11 @@ class Plan:
         link = self.bandwidths.link
         return "link" if link is not None and link < self.bandwidths.disk else "disk"
 
-    def at(self, bandwidths: Bandwidths, store: Store, schedule: PageSchedule) -> "Plan":
-        """The same division with its times predicted from other bandwidths."""
-        return _predict(replace(self, bandwidths=bandwidths), store, schedule)
+    def at(self, bandwidths: Bandwidths, store: Store, schedule: PageSchedule,
+           state_traffic: int | None = None) -> "Plan":
+        """The same division with its times predicted from other bandwidths, and another use of the state."""
+        traffic = self.state_traffic if state_traffic is None else state_traffic
+        return _predict(replace(self, bandwidths=bandwidths, state_traffic=traffic), store, schedule)
 
     @property
     def horizon(self) -> int:
@@ -155,7 +166,8 @@ class Plan:
         return {
             "memory_budget": self.budget, "least_budget": self.least_budget,
             "peak_memory_bytes": self.peak_memory_bytes, "fixed_bytes": self.fixed_bytes,
-            "state_bytes": self.state_bytes, "workspace_bytes": self.workspace_bytes,
+            "state_bytes": self.state_bytes, "state_bytes_per_step": self.state_traffic,
+            "workspace_bytes": self.workspace_bytes,
             "pinned_pages": len(self.pinned), "pinned_bytes": self.pinned_bytes,
             "resident_tables": list(self.resident_tables), "table_bytes": self.table_bytes,
             "ring_slots": self.slots, "ring_bytes": self.slots * self.slot_bytes,
@@ -199,12 +211,13 @@ def size(count: float) -> str:
 
 
 def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, stream: bool, state_bytes: int,
-              workspace_bytes: int) -> Plan:
+              workspace_bytes: int, state_traffic: int | None = None) -> Plan:
     """Divides `budget` bytes among pinned pages, tables and the ring.
 
     Without a budget everything is resident, or, when `stream` asks for paging, nothing but the least ring is.
     Raises BudgetError, naming the least budget that runs, when even that does not fit. `schedule` is left with
-    the pages that the plan pins removed from its futures.
+    the pages that the plan pins removed from its futures. state_traffic: bytes of the state that a token reads or
+    writes; four times the state unless given.
     """
     pages = {index: extent(store.pages[index])[1] for index in schedule.uses()}
     slot_bytes = max(pages.values())
@@ -231,7 +244,8 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
         if len(pinned) < len(pages):
             resident = ()  # a table's rows cost a few KiB a token: any page is worth more
         return _predict(Plan(
-            budget=budget, fixed_bytes=fixed, state_bytes=state_bytes, workspace_bytes=workspace_bytes,
+            budget=budget, fixed_bytes=fixed, state_bytes=state_bytes,
+            state_traffic=4 * state_bytes if state_traffic is None else state_traffic, workspace_bytes=workspace_bytes,
             pinned=pinned, pinned_bytes=pinned_bytes, resident_tables=resident,
             table_bytes=sum(tables.values()) if resident else 0, slots=slots, slot_bytes=slot_bytes,
             streamed_pages=len(pages) - len(pinned), streamed_bytes=sum(pages.values()) - pinned_bytes,
@@ -286,9 +300,9 @@ def _predict(plan: Plan, store: Store, schedule: PageSchedule) -> Plan:
     ring = Ring(plan.slots, plan.horizon)
     ring.follow(schedule.decode(0))
     clock = _Clock(plan.bandwidths)
-    overhead = schedule.matrices_per_token * READ_SECONDS + 4 * plan.state_bytes / plan.bandwidths.memory
+    overhead = schedule.products_per_token * READ_SECONDS + plan.state_traffic / plan.bandwidths.memory
     stretch = min(schedule.period, LONGEST_STRETCH)
-    runs: dict[tuple[int, ...], list[tuple[int, int | None]]] = {}
+    runs: dict[tuple[int, ...], list[tuple[int, float, int | None]]] = {}
     clock.fetch(ring, pages)
     for first in (0, stretch):
         started = replace(clock)
@@ -296,12 +310,12 @@ def _predict(plan: Plan, store: Store, schedule: PageSchedule) -> Plan:
             clock.now += overhead
             step = (*schedule.step(t), *schedule.head)
             if step not in runs:
-                runs[step] = _runs(step, frozenset(plan.pinned), store)
-            for nbytes, page in runs[step]:
+                runs[step] = _runs(step, frozenset(plan.pinned), store, schedule)
+            for nbytes, multiplied, page in runs[step]:
                 if page is not None:
                     ring.use(page)
                     clock.wait_for(page)
-                clock.compute(nbytes)
+                clock.compute(nbytes, multiplied)
                 if page is not None:
                     ring.release(page)
                     clock.fetch(ring, pages)
@@ -311,17 +325,18 @@ def _predict(plan: Plan, store: Store, schedule: PageSchedule) -> Plan:
                    stall_per_token=(clock.stalled - started.stalled) / stretch)
 
 
-def _runs(step: tuple[int, ...], pinned: frozenset[int], store: Store) -> list[tuple[int, int | None]]:
-    """A step as (bytes, page) per streamed page; neighbouring pinned pages are taken together, with page None."""
-    out: list[tuple[int, int | None]] = []
+def _runs(step: tuple[int, ...], pinned: frozenset[int], store: Store,
+          schedule: PageSchedule) -> list[tuple[int, float, int | None]]:
+    """A step as (bytes read, bytes multiplied, page) per streamed page; neighbouring pinned pages are taken together,
+    with page None."""
+    out: list[tuple[int, float, int | None]] = []
     for page in step:
         nbytes = store.pages[page].nbytes
-        if page not in pinned:
-            out.append((nbytes, page))
-        elif out and out[-1][1] is None:
-            out[-1] = (out[-1][0] + nbytes, None)
-        else:
-            out.append((nbytes, None))
+        entry = (nbytes, nbytes * schedule.products(page), None if page in pinned else page)
+        if page in pinned and out and out[-1][2] is None:
+            entry = (out[-1][0] + entry[0], out[-1][1] + entry[1], None)
+            out.pop()
+        out.append(entry)
     return out
 
 
@@ -348,6 +363,6 @@ class _Clock:
         self.stalled += wait
         self.now += wait
 
-    def compute(self, nbytes: int) -> None:
-        self.now += nbytes / self.rates.memory
+    def compute(self, nbytes: int, multiplied: float) -> None:
+        self.now += multiplied / self.rates.memory
         self.read += nbytes

@@ -33,6 +33,7 @@ READ_RATE = 0.1  # share of what is read, from memory or reasoning buffer, that 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MEMORY = ("read_key", "read_value", "write_key", "write_erase", "write_add")
 REASONING = ("project_to_reasoning", "project_from_reasoning")
+ROWS_MEET = True  # sequences of a batch share the reasoning buffer, so each one's answer depends on the others
 TIED = "embedding.weight"  # also the projection to the vocabulary
 
 
@@ -261,6 +262,14 @@ def state_from_dict(config: HIMConfig, values: Mapping[str, Tensor], ops: Any,
         raise CheckpointError(f"state: context holds id {low if low < 0 else high}, outside the vocabulary of "
                               f"{config.vocab_size}")
     return State(timestep=timestep, context_valid=valid, **taken)
+
+
+def workspace(config: HIMConfig, state: State) -> tuple[int, int]:
+    """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
+    c, rows = config, state.batch_size * config.max_seq_len
+    floats = 4 * c.embed_dim + max(6 * c.embed_dim, 4 * c.dim_feedforward)
+    memory = 4 * state.batch_size * c.mem_slots * c.embed_dim
+    return 4 * (rows * floats + memory), rows * c.num_heads * max(c.max_seq_len, c.max_answer_len)
 
 
 def starts_at(config: HIMConfig, state: State, count: int) -> int:

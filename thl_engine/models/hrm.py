@@ -228,6 +228,14 @@ def state_from_dict(config: HRMConfig, values: Mapping[str, Tensor], ops: Any = 
     return State(timestep=count, window=window, valid=valid, cycles=cycles)
 
 
+def workspace(config: HRMConfig, state: State) -> tuple[int, int]:
+    """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
+    rows = state.batch_size * WINDOW
+    # Tokens, both states, their sum and one layer's residual, beside its attention or feed-forward part.
+    floats = 6 * config.hidden_size + max(8 * config.hidden_size, 4 * config.inner_size)
+    return 4 * rows * floats, rows * config.num_heads * WINDOW
+
+
 def advance(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
             record: Record | None = None) -> tuple[Tensor, State]:
     """Appends tokens, int64 [B, n], and thinks about the last 64 anew.

@@ -18,7 +18,7 @@ from thl_engine.config import INLConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.attention import causal
 from thl_engine.kernels.sinusoid import sinusoid
-from thl_engine.models import kv_cache
+from thl_engine.models import kv_cache as kv_caches
 from thl_engine.models.inl_modules import CONTROLLER, SharedController
 from thl_engine.models.kv_cache import KVCache
 from thl_engine.schedule import Block, Walk
@@ -31,11 +31,12 @@ CHUNK = 64  # tokens of a prompt that share one pass over the weights
 class State:
     """Context of a batch of sequences: their cache, and the counters that a checkpoint carries on.
 
-    avg_iterations float32, num_forwards int64 [layers]: running mean of the integrator's steps, and passes counted in
+    context: positions that the sequences may grow to. avg_iterations float32, num_forwards int64 [layers]: running mean of the integrator's steps, and passes counted in
     it; without entries where the model does not stop early.
     """
 
     timestep: int
+    context: int
     cache: KVCache
     avg_iterations: Tensor
     num_forwards: Tensor
@@ -46,12 +47,12 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the state occupies on its device now; the cache grows with the context."""
+        """Bytes that the state takes on its device, with a cache that has room for the whole context."""
         return self.cache.nbytes + 4 * self.avg_iterations.numel() + 8 * self.num_forwards.numel()
 
     def clone(self) -> "State":
         """An independent copy: advancing one leaves the other as it is."""
-        return State(self.timestep, self.cache.clone(), self.avg_iterations.clone(), self.num_forwards.clone())
+        return State(self.timestep, self.context, self.cache.clone(), self.avg_iterations.clone(), self.num_forwards.clone())
 
     def become(self, other: "State") -> None:
         """Takes over the other's values without copying them."""
@@ -64,9 +65,8 @@ class State:
     def named(self) -> dict[str, Tensor]:
         """The fields, not copied; the counters under their published names."""
         out = {"timestep": torch.tensor(self.timestep)}
-        for i, (keys, values) in enumerate(zip(self.cache.keys, self.cache.values, strict=True)):
-            out[f"layers.{i}.attention.keys"] = keys[:, :, : self.timestep]
-            out[f"layers.{i}.attention.values"] = values[:, :, : self.timestep]
+        for i, layer in enumerate(self.cache.layers):
+            out |= {f"layers.{i}.attention.{name}": rows for name, rows in layer.named(self.timestep).items()}
             if len(self.num_forwards):
                 out[f"layers.{i}.inl.avg_iterations"] = self.avg_iterations[i]
                 out[f"layers.{i}.inl.num_forwards"] = self.num_forwards[i]
@@ -152,6 +152,29 @@ def reused(config: INLConfig) -> int:
     return 2 * CONTROLLER * 3 * config.d_model
 
 
+def products(config: INLConfig) -> dict[str, float]:
+    """Products made with the controllers' matrices for each reading: of the first, a third is used only once."""
+    steps, out = config.num_iterations_per_layer, {}
+    for i in range(config.num_layers):
+        prefix = f"{_integrator(config, i)}controller."
+        out |= {f"{prefix}0.weight": (1 + 2 * steps) / 3, f"{prefix}2.weight": float(steps)}
+    return out
+
+
+def workspace(config: INLConfig, state: State) -> tuple[int, int]:
+    """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
+    c, rows = config, state.batch_size * CHUNK
+    # The stream, what was attended and the position, beside one layer's attention, integrator or feed-forward part.
+    floats = 3 * c.d_model + max(12 * c.d_model, 2 * c.d_model + 3 * c.inner_size)
+    seen = state.cache.layers[0].kept(state.context) + CHUNK
+    return 4 * rows * floats + rows * seen + state.cache.widened_bytes, rows * c.num_heads * seen
+
+
+def traffic(config: INLConfig, state: State, position: int | None = None) -> int:
+    """Bytes of the cache that one token reads at a position, half of the context unless given."""
+    return state.cache.traffic(state.context // 2 if position is None else position)
+
+
 def chunk(config: INLConfig) -> int:
     """The most tokens that one `advance` takes."""
     return CHUNK
@@ -183,32 +206,47 @@ def initial(config: INLConfig, block: Block, rows: slice, generator: torch.Gener
 
 
 def init_state(config: INLConfig, batch_size: int, device: torch.device | str = "cpu",
-               weights: Mapping[str, Any] | None = None, capacity: int | None = None) -> State:
+               weights: Mapping[str, Any] | None = None, *, context: int | None = None, kv_cache: str = "float32",
+               sliding_window: int | None = None) -> State:
     """The state of `batch_size` fresh sequences.
 
-    weights: where the counters start; None for zeros. capacity: positions of the cache that are allocated at once,
-    at most max_seq_len; more are allocated as the context grows.
+    weights: where the counters start; None for zeros. context: positions that a sequence may grow to, max_seq_len
+    unless given. kv_cache: "float32", or "int8" with a scale for each row. sliding_window: positions that attention
+    sees, its own included. That changes the model's results: tokens further back are no longer seen. Raises ConfigError.
     """
-    c = config
-    positions_held = kv_cache.capacity(capacity or 1, c.max_seq_len)
-    cache = kv_cache.empty(c.num_layers, batch_size, c.num_heads, c.head_dim, positions_held, device)
+    c, context = config, config.max_seq_len if context is None else context
+    if kv_cache not in kv_caches.FORMATS:
+        raise ConfigError(f"kv_cache is {kv_cache!r}; it must be one of {', '.join(kv_caches.FORMATS)}")
+    for name, value in (("context", context), ("sliding_window", sliding_window)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    if context > c.max_seq_len:
+        raise ConfigError(f"context is {context}; the model's max_seq_len is {c.max_seq_len}")
+    cache = kv_caches.empty([sliding_window] * c.num_layers, batch_size, c.num_heads, c.head_dim, context, device,
+                            kv_cache)
     layers = c.num_layers if c.use_adaptive_stopping else 0
     average, count = torch.zeros(layers, device=device), torch.zeros(layers, dtype=torch.int64, device=device)
     if weights is not None:
         for i in range(layers):
             average[i], count[i] = weights[f"layers.{i}.inl.avg_iterations"], weights[f"layers.{i}.inl.num_forwards"]
-    return State(0, cache, average, count)
+    return State(0, context, cache, average, count)
 
 
 def state_from_dict(config: INLConfig, values: Mapping[str, Tensor], ops: Any,
-                    device: torch.device | str = "cpu") -> State:
-    """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong shape."""
-    first = values.get("layers.0.attention.keys")
-    batch, length = (first.shape[0], first.shape[2]) if first is not None and first.dim() == 4 else (1, 0)
-    if length > config.max_seq_len:
-        raise CheckpointError(f"state: {length} positions, but max_seq_len is {config.max_seq_len}")
-    state = init_state(config, max(batch, 1), device, capacity=length)
+                    device: torch.device | str = "cpu", **options: Any) -> State:
+    """The state that `State.to_dict` described, with the options of `init_state`, which are those it was made with.
+
+    Raises CheckpointError on a missing field, a wrong shape or another kind of cache.
+    """
+    first, step = values.get("layers.0.attention.keys"), values.get("timestep")
+    batch = first.shape[0] if first is not None and first.dim() == 4 else 1
+    length = int(step) if step is not None and step.numel() == 1 else 0
+    state = init_state(config, max(batch, 1), device, **options)
+    if not 0 <= length <= state.context:
+        raise CheckpointError(f"state: {length} positions, but the context ends at {state.context}; the model's "
+                              f"max_seq_len is {config.max_seq_len}")
     state.timestep = length
+    state.cache.seek(length)
     expected = state.named()
     for name in values.keys() - expected.keys():
         raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
@@ -218,10 +256,20 @@ def state_from_dict(config: INLConfig, values: Mapping[str, Tensor], ops: Any,
         value = values[name]
         if tuple(value.shape) != tuple(own.shape):
             raise CheckpointError(f"state: field {name!r} has shape {list(value.shape)}, expected {list(own.shape)}")
+        if (value.dtype == torch.int8) != (own.dtype == torch.int8):
+            raise CheckpointError(f"state: field {name!r} is {value.dtype}, expected {own.dtype}; open the engine with "
+                                  "the kv_cache that the state was made with")
         own.copy_(value.detach())  # views of the state's own memory, apart from `timestep`
-    if int(values["timestep"]) != length:
-        raise CheckpointError(f"state: timestep is {int(values['timestep'])}, but the keys are of {length} positions")
     return state
+
+
+def check_room(config: INLConfig, state: State, count: int) -> None:
+    """Raises ConfigError if `count` more tokens are more than the state's context has room for."""
+    length = state.timestep + count
+    if length > state.context:
+        own = "" if state.context == config.max_seq_len else f"the context ends at {state.context} (option context); "
+        raise ConfigError(f"the context would be {length} tokens long; {own}the model's max_seq_len is "
+                          f"{config.max_seq_len}")
 
 
 def advance(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
@@ -229,11 +277,11 @@ def advance(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     """Feeds int64 [B, n] to the sequences of the batch; each token stops its integrators by itself.
 
     Returns the normalised features [B, n, D], which `logits` projects to the vocabulary, and the next state, which
-    shares the given one's cache. `record` receives named intermediates. Raises ConfigError beyond max_seq_len.
+    shares the given one's cache. `record` receives named intermediates. Raises ConfigError beyond the context.
     """
     rows, past = tokens.shape[1], state.timestep
-    _check_length(config, past + rows)
-    blocked = causal(rows, past, tokens.device) if rows > 1 else None
+    check_room(config, state, rows)
+    blocked = causal(rows, past, tokens.device, state.cache.layers[0].window) if rows > 1 else None
     return _run(config, weights, ops, tokens, state, blocked, together=False, record=record)
 
 
@@ -246,13 +294,20 @@ def forward(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     own, `record` receives the trajectories as part of the graph, and the state is returned as it was.
     """
     rows, past = tokens.shape[1], 0 if training else state.timestep
-    _check_length(config, past + rows)
+    if not training:
+        check_room(config, state, rows)
+    elif rows > config.max_seq_len:
+        raise ConfigError(f"a sequence of {rows} tokens is longer than the model's max_seq_len ({config.max_seq_len})")
     blocked = causal(rows, past, tokens.device) if attention_mask is None else attention_mask
     if not isinstance(blocked, Tensor) or blocked.dtype != torch.bool or tuple(blocked.shape) != (rows, past + rows):
         found = f"{blocked.dtype} {list(blocked.shape)}" if isinstance(blocked, Tensor) else type(blocked).__name__
         raise ConfigError(f"attention_mask: expected a bool tensor [{rows}, {past + rows}], True where a position must "
                           f"not be seen; found {found}")
-    hidden, state = _run(config, weights, ops, tokens, state, blocked.to(tokens.device), together=True, record=record,
+    blocked, window = blocked.to(tokens.device), None if training else state.cache.layers[0].window
+    if window is not None:
+        within = causal(rows, past, tokens.device, window)
+        blocked = blocked[:, -within.shape[1] :] | within
+    hidden, state = _run(config, weights, ops, tokens, state, blocked, together=True, record=record,
                          training=training)
     return logits(config, weights, ops, hidden.flatten(0, 1)).unflatten(0, tokens.shape), state
 
@@ -291,7 +346,7 @@ def _run(c: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, blo
         for i in range(len(counts)):
             record(f"layer{i}.avg_iterations_after", averages[i])
             record(f"layer{i}.num_forwards_after", counts[i])
-    return hidden, State(past + tokens.shape[1], state.cache, averages, counts)
+    return hidden, State(past + tokens.shape[1], state.context, state.cache, averages, counts)
 
 
 def _embed(c: INLConfig, weights: Any, ops: Any, tokens: Tensor) -> Tensor:
@@ -310,7 +365,7 @@ def _attend(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, state: Stat
                      weights[f"{prefix}in_proj_bias"])
     query, key, value = qkv.unflatten(-1, (3, c.num_heads, c.head_dim)).permute(2, 0, 3, 1, 4)  # each [B, A, T, d]
     if state is not None:
-        key, value = state.cache.append(i, state.timestep, key, value, c.max_seq_len)
+        key, value = state.cache.append(i, state.timestep, key, value)
     mixed = ops.attention(query, key, value, 1.0 / math.sqrt(c.head_dim), blocked)
     return ops.linear(mixed.transpose(1, 2).flatten(2), weights[f"{prefix}out_proj.weight"],
                       weights[f"{prefix}out_proj.bias"])
@@ -364,8 +419,3 @@ def _shared(c: INLConfig) -> SharedController:
 def _inputs(c: INLConfig, weight: str) -> int:
     """Input features of the linear layer with that weight."""
     return next(block.shape[1] for block in blocks(c) if block.name == weight)
-
-
-def _check_length(c: INLConfig, length: int) -> None:
-    if length > c.max_seq_len:
-        raise ConfigError(f"the context would be {length} tokens long; the model's max_seq_len is {c.max_seq_len}")

@@ -193,6 +193,15 @@ def state_from_dict(config: THLConfig, values: Mapping[str, Tensor], ops: Any,
                  last_write=taken["last_write"], local_buffer=taken["local_buffer"], local_valid=valid)
 
 
+def workspace(config: THLConfig, state: State) -> tuple[int, int]:
+    """Of one `advance` with the state: bytes of activations, and elements of attention scores (none)."""
+    c = config
+    below = (c.embedding_dim, *c.tier_dims[:-1])
+    widest = max(2 * (own + under + c.value_dim) + 4 * own for own, under in zip(c.tier_dims, below, strict=True))
+    slots = c.num_heads * (2 * c.memory_dim + c.memory_slots)
+    return 4 * state.batch_size * (widest + slots + 4 * c.state_dim), 0
+
+
 def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
             record: Record | None = None) -> tuple[Tensor, State]:
     """One step of every sequence in the batch.

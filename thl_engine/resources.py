@@ -1,0 +1,108 @@
+"""What an engine runs on: device, threads, and the division of its memory."""
+
+from inspect import signature
+from typing import Any
+
+import torch
+
+from thl_engine import native
+from thl_engine.config import parse_config
+from thl_engine.errors import ConfigError
+from thl_engine.memory import available_memory, parse_bytes
+from thl_engine.models import architecture
+from thl_engine.ops import ReferenceOps
+from thl_engine.plan import PageSchedule, Plan, make_plan
+from thl_engine.store import Store
+
+FORWARD_CHUNK = 64  # steps of `forward` whose logits share one pass over the head
+WORKSPACE_LOGITS = 4  # rows of logits alive at once for each sequence: as computed, and float64 while one is chosen
+
+
+def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream: bool | str = "auto",
+                  memory_budget: str | int | None = None, *, batch_size: int = 1,
+                  **options: Any) -> tuple[PageSchedule, Plan]:
+    """What an engine pins and streams for states of `batch_size` with these options; none of the weights is read."""
+    if stream not in (True, False, "auto"):
+        raise ConfigError(f"stream is {stream!r}; it must be True, False or 'auto'")
+    check_batch_size(batch_size)
+    config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
+    products = model.products(config) if hasattr(model, "products") else {}
+    schedule = PageSchedule(store, model.walk(config), model.head(config), products)
+    limit = None if memory_budget is None else parse_bytes(memory_budget)
+    state_bytes, workspace = needs(store, ops, batch_size, options)
+
+    def plan(limit: int | None, stream: bool) -> Plan:
+        return make_plan(store, schedule, budget=limit, stream=stream, state_bytes=state_bytes,
+                         workspace_bytes=workspace, state_traffic=state_traffic(store, batch_size, options))
+
+    if stream != "auto":
+        return schedule, plan(limit, stream)
+    if limit is None:
+        limit = available_memory(device)
+        whole = plan(None, False)
+        return schedule, whole if whole.peak_memory_bytes <= limit else plan(limit, True)
+    return schedule, plan(limit, True)
+
+
+def needs(store: Store, ops: ReferenceOps, batch_size: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of a state of `batch_size` sequences at their full context, and of what computing with it takes besides."""
+    config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
+    state = model.init_state(config, batch_size, "meta", **options)
+    largest = max(page.nbytes // tensor.dtype.itemsize for tensor in store.tensors.values()
+                  if tensor.kind == "matrix" for page in tensor.pages)
+    reused = model.reused(config) if hasattr(model, "reused") else 0
+    rows = WORKSPACE_LOGITS if hasattr(model, "forward") else FORWARD_CHUNK
+    activations, scores = model.workspace(config, state)
+    return state.nbytes, (4 * batch_size * rows * config.vocab_size + activations
+                          + ops.scratch_bytes(largest, reused, scores))
+
+
+def state_traffic(store: Store, batch_size: int, options: dict[str, Any], position: int | None = None) -> int | None:
+    """Bytes of the state that a token reads or writes, if the model says; at half of its context unless given."""
+    config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
+    if not hasattr(model, "traffic"):
+        return None
+    return model.traffic(config, model.init_state(config, batch_size, "meta", **options), position)
+
+
+def state_options(model_type: str, context: int | None, kv_cache: str, sliding_window: int | None) -> dict[str, Any]:
+    """Options for the model's `init_state`; only what differs from the defaults. Raises ConfigError if it has none."""
+    given = {"context": context, "kv_cache": None if kv_cache == "float32" else kv_cache,
+             "sliding_window": sliding_window}
+    options = {name: value for name, value in given.items() if value is not None}
+    unknown = options.keys() - signature(architecture(model_type).init_state).parameters.keys()
+    for name in sorted(unknown):
+        raise ConfigError(f"{name} is {options[name]!r}, but a {model_type} model has no such option; leave it out")
+    return options
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises ConfigError for a batch size that is none."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" means here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {name!r} is unknown; choose auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use device cpu")
+    return device
+
+
+def set_threads(threads: int | None) -> None:
+    """Threads of the CPU backends; None leaves them as they are."""
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ConfigError(f"threads is {threads!r}; it must be a whole number of at least 1")
+    torch.set_num_threads(threads)
+    if native.available():
+        native.set_threads(threads)
