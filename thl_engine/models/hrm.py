@@ -2,7 +2,9 @@
 
 Notation: B batch, T positions, h hidden size, A heads of d features, z_L and z_H [B, T, h] the two states. A segment
 with cycles (N, T) makes N·T updates z_L = L(z_L + z_H + x) and, after every T-th, z_H = H(z_H + z_L). Segments go on
-from each other until every row of the batch wants to halt, or `halt_max_steps` of them have run.
+from each other until every row of the batch wants to halt, or `halt_max_steps` of them have run: the published rule,
+which `forward` follows. `advance` takes each row's result from the first segment after which it wants to halt, so that
+a sequence does not depend on its neighbours.
 
 Attention sees the whole window in both directions, so a new token changes every position: each step runs the last
 64 tokens from the start. Nothing but those tokens passes from one step to the next.
@@ -244,7 +246,7 @@ def advance(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     """
     seen = _append(state, tokens)
     following = _remember(state, seen, tokens.shape[1])
-    high = _think(config, weights, ops, seen[:, -WINDOW:], state.cycles, record)
+    high = _think(config, weights, ops, seen[:, -WINDOW:], state.cycles, record, together=False)
     return high[:, -1:], following
 
 
@@ -263,7 +265,7 @@ def forward(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     if cycles is not None:
         state = State(state.timestep, state.window, state.valid, parse_cycles(cycles))
     seen = _append(state, tokens)
-    high = _think(config, weights, ops, seen, state.cycles, record)[:, -tokens.shape[1]:]
+    high = _think(config, weights, ops, seen, state.cycles, record, together=True)[:, -tokens.shape[1]:]
     out = logits(config, weights, ops, high.flatten(0, 1)).view(*tokens.shape, -1)
     return out, _remember(state, seen, tokens.shape[1])
 
@@ -314,24 +316,28 @@ def _remember(state: State, seen: Tensor, new: int) -> State:
 
 
 def _think(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, cycles: tuple[int, int],
-           record: Record | None) -> Tensor:
-    """Segments over int64 [B, T] until all rows want to halt: the last z_H [B, T, h]."""
+           record: Record | None, *, together: bool) -> Tensor:
+    """Segments over int64 [B, T] until all rows want to halt: z_H [B, T, h] of the last one, or of each row's last."""
     inputs, high, low = begin(config, weights, ops, tokens)
+    halted = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    settled = high
     for s in range(config.halt_max_steps):
         high, low = segment(config, weights, ops, inputs, high, low, cycles)
+        settled = high if together else torch.where(halted[:, None, None], settled, high)
         halt, proceed = q_values(weights, high)
+        halted = halt > proceed if together else halted | (halt > proceed)
         values = {"q_halt_logits": halt, "q_continue_logits": proceed, "z_H": high, "z_L": low}
         if record is not None:
             for name, value in values.items():
                 record(f"segment{s}.{name}", value)
-        if bool((halt > proceed).all()):
+        if bool(halted.all()):
             break
     if record is not None:
         for name, value in values.items():
             record(name, value)
         record("num_segments", torch.tensor(s + 1))
         record("steps_taken", torch.full((len(tokens),), s + 1, dtype=torch.int32))
-    return high
+    return settled
 
 
 def _module(c: HRMConfig, weights: Any, ops: Any, module: str, x: Tensor, inputs: Inputs) -> Tensor:
