@@ -15,6 +15,8 @@ import torch
 from conftest import SMALL, random_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_inl import ODD as INL
+from test_inl import random_tensors as inl_tensors
 
 from thl_engine import Engine, bench, native
 from thl_engine.cli import main, options, progress, run_main
@@ -94,6 +96,51 @@ def test_run_writes_what_the_engine_generates(packed, succeeds, capsys):
     assert found["logprobs"] == pytest.approx([piece.logprob for piece in expected])
     assert found["stats"]["prompt_tokens"] == 6 and found["stats"]["new_tokens"] == 30
     assert run_main([str(argument) for argument in argv]) == 0 and capsys.readouterr().out == text + "\n"
+
+
+def test_run_with_several_prompts(packed, succeeds, fails):
+    argv = ["run", "--model", packed, "--max-new-tokens", 9, "--seed", 3, "--stream"]
+    prompts = ["To be,", "x", "what \"is\""]
+    alone = [succeeds(*argv, "--prompt", prompt) for prompt in prompts]
+    several = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    assert succeeds(*argv, *several) == "".join(
+        f"[{i}] {json.dumps(prompt)}\n{text}" for i, (prompt, text) in enumerate(zip(prompts, alone, strict=True), 1))
+    found = json.loads(succeeds(*argv, *several, "--json"))
+    assert [one["text"] + "\n" for one in found] == alone and found[0]["stats"]["new_tokens"] == 27
+    assert "one prompt" in fails(*argv, *several, "--save-state", "x")
+
+
+@pytest.fixture(scope="module")
+def with_cache(tmp_path_factory) -> Path:
+    """An INL model that takes text as bytes."""
+    path, config = tmp_path_factory.mktemp("inl"), replace(INL, vocab_size=300)
+    save_file(inl_tensors(config), path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    return path
+
+
+def test_options_of_the_cache(with_cache, packed, succeeds, fails, monkeypatch):
+    monkeypatch.setattr(bench, "BUFFER_BYTES", 16 << 20)
+    monkeypatch.setattr(bench, "PRODUCT_SECONDS", 0.02)
+    plan = ["plan", with_cache, "--disk-bandwidth", 2, "--memory-bandwidth", 20, "--json"]
+    whole, short, int8, window, four = (
+        json.loads(succeeds(*plan, *options)) for options in (
+            (), ("--context", 100), ("--kv-cache", "int8"), ("--sliding-window", 20), ("--batch-size", 4)))
+    assert short["state_bytes"] < whole["state_bytes"] / 5 and window["state_bytes"] < short["state_bytes"]
+    assert int8["state_bytes"] < 0.6 * whole["state_bytes"] and four["state_bytes"] > 3.9 * whole["state_bytes"]
+    assert window["state_bytes_per_step"] < short["state_bytes_per_step"] < whole["state_bytes_per_step"]
+    assert four["tokens_per_second"] > whole["tokens_per_second"]
+    assert "525 tokens" in succeeds("inspect", with_cache) and "any length" in succeeds("inspect", packed)
+    found = json.loads(succeeds("bench", with_cache, "--tokens", 4, "--warmup", 1, "--batch-size", 2,
+                                "--kv-cache", "int8", "--context", 8, "--json"))
+    assert found["batch_size"] == 2 and found["tokens_per_second"] == pytest.approx(8 / found["seconds"])
+    run = ["run", "--model", with_cache, "--prompt", "ab", "--max-new-tokens", 5, "--seed", 1]
+    text = succeeds(*run, "--sliding-window", 3, "--stats")
+    assert "sees the last 3 tokens" in succeeds.err
+    assert text == succeeds(*run, "--sliding-window", 3, "--context", 6)
+    assert "would be 6 tokens long; the context ends at 5" in fails(*run, "--context", 5)
+    assert "context is 526; the model's max_seq_len is 525" in fails(*run, "--context", 526)
+    assert "a thl model has no such option" in fails("run", "--model", packed, "--prompt", "x", "--kv-cache", "int8")
 
 
 def test_run_streams_the_same_text(packed, succeeds):

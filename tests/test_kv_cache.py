@@ -77,7 +77,8 @@ def test_mask_of_a_window():
 
 # INL.
 
-STILL = replace(ODD, num_layers=2, num_iterations_per_layer=4, adaptive_convergence_threshold=0.0)  # no early stopping: chunks and whole sequences agree
+# Without early stopping chunks and whole sequences agree.
+STILL = replace(ODD, num_layers=2, num_iterations_per_layer=4, adaptive_convergence_threshold=0.0)
 
 
 @pytest.mark.parametrize(("window", "rows"), [(1, "float32"), (5, "float32"), (40, "float32"), (1000, "float32"),

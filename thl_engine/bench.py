@@ -14,12 +14,20 @@ from typing import Any
 import torch
 
 from thl_engine import native
-from thl_engine.engine import Engine, choose_device, divide_memory, set_threads
+from thl_engine.engine import Engine
 from thl_engine.errors import ConfigError
 from thl_engine.ops import ReferenceOps, load_ops
 from thl_engine.pager import extent
 from thl_engine.plan import NOMINAL, Bandwidths
 from thl_engine.reader import Arena, Reader
+from thl_engine.resources import (
+    choose_device,
+    divide_memory,
+    rows_of_products,
+    set_threads,
+    state_options,
+    state_traffic,
+)
 from thl_engine.store import Store, StoredTensor, open_store
 from thl_engine.weights import Held
 
@@ -42,8 +50,8 @@ def read_bandwidth(device: torch.device) -> float:
     return BUFFER_BYTES / statistics.median(_seconds(buffer.sum, device) for _ in range(5))
 
 
-def product_bandwidth(ops: ReferenceOps, device: torch.device, like: StoredTensor) -> float:
-    """Bytes of weights per second that products with one row achieve, for weights stored like those of `like`."""
+def product_bandwidth(ops: ReferenceOps, device: torch.device, like: StoredTensor, rows_of_x: int = 1) -> float:
+    """Bytes of weights per second that products with so many rows achieve, for weights stored like those of `like`."""
     rows, columns = PRODUCT_SHAPE
     count = BUFFER_BYTES // (rows * columns * like.dtype.itemsize)
     data = _filled(BUFFER_BYTES, like.dtype).to(device).view(count, rows, columns)
@@ -52,7 +60,7 @@ def product_bandwidth(ops: ReferenceOps, device: torch.device, like: StoredTenso
         groups = () if like.group is None else (-(-columns // like.group),)
         scales = torch.full((rows, *groups), 1e-3, device=device)
     matrices = [Held(data[i], scales, like.group) for i in range(count)]
-    x = torch.linspace(-1.0, 1.0, columns, device=device)[None]
+    x = torch.linspace(-1.0, 1.0, columns, device=device).repeat(rows_of_x, 1)
 
     def products() -> None:
         for matrix in matrices:
@@ -108,9 +116,11 @@ def largest_matrix(store: Store) -> StoredTensor:
 
 def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: int = 0, device: str = "auto",
               backend: str = "auto", stream: bool | str = "auto", memory_budget: str | int | None = None,
-              threads: int | None = None) -> dict[str, Any]:
+              threads: int | None = None, batch_size: int = 1, context: int | None = None, kv_cache: str = "float32",
+              sliding_window: int | None = None) -> dict[str, Any]:
     """Decodes random tokens one at a time and compares with what the memory gives and the plan predicted.
 
+    With a batch_size each step takes a token of each sequence, and tokens per second are those of all of them.
     Bandwidths are measured while the model is not in memory, before and after, so that they add nothing to its peak.
     Returns plain values: sizes in bytes, times in seconds, rates per second.
     """
@@ -120,25 +130,28 @@ def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: in
     set_threads(threads)
     store = open_store(path)
     chosen, ops = choose_device(device), load_ops(backend, choose_device(device).type)
-    schedule, plan = divide_memory(store, ops, chosen, stream, memory_budget)
-    rates = _Rates()
-    rates.measure(store, ops, chosen, plan.streamed_pages > 0)
+    options = state_options(store.model_type, context, kv_cache, sliding_window)
+    schedule, plan = divide_memory(store, ops, chosen, stream, memory_budget, batch_size=batch_size, **options)
+    rates, rows = _Rates(), rows_of_products(store, batch_size)
+    rates.measure(store, ops, chosen, plan.streamed_pages > 0, rows)
     reset_peak()
-    with Engine(store, device=str(chosen), backend=backend, stream=stream, memory_budget=memory_budget) as engine:
+    with Engine(store, device=str(chosen), backend=backend, stream=stream, memory_budget=memory_budget,
+                batch_size=batch_size, **options) as engine:
         plan = engine.plan()
-        found = _decode(engine, tokens, warmup, seed)
+        found = _decode(engine, tokens, warmup, seed, batch_size)
         found["peak_rss_bytes"] = peak_bytes()
         stats = engine.stats()
     del engine  # its memory goes with it
     gc.collect()
-    rates.measure(store, ops, chosen, plan.streamed_pages > 0)
+    rates.measure(store, ops, chosen, plan.streamed_pages > 0, rows)
 
     bandwidths = Bandwidths(statistics.mean(rates.disk), statistics.mean(rates.products), link_bandwidth(chosen))
-    plan = plan.at(bandwidths, store, schedule)
+    traffic = state_traffic(store, batch_size, options, warmup + tokens // 2)
+    plan = plan.at(bandwidths, store, schedule, traffic)
     steps = range(warmup, warmup + tokens)
     read = sum(store.pages[page].nbytes for t in steps for page in (*schedule.step(t), *schedule.head)) / tokens
     measured = statistics.median(rates.reading)
-    achieved = read * found["tokens_per_second"]
+    achieved = read * found["tokens_per_second"] / batch_size
     return {
         **found, "bytes_per_token": read, "achieved_bandwidth": achieved, "measured_bandwidth": measured,
         "bandwidth_ratio": achieved / measured, "predicted_tokens_per_second": plan.tokens_per_second,
@@ -161,16 +174,16 @@ class _Rates:
     products: list[float] = field(default_factory=list)
     disk: list[float] = field(default_factory=list)
 
-    def measure(self, store: Store, ops: ReferenceOps, device: torch.device, streams: bool) -> None:
+    def measure(self, store: Store, ops: ReferenceOps, device: torch.device, streams: bool, rows: int) -> None:
         self.reading += [read_bandwidth(device) for _ in range(ROUNDS)]
-        self.products.append(product_bandwidth(ops, device, largest_matrix(store)))
+        self.products.append(product_bandwidth(ops, device, largest_matrix(store), rows))
         self.disk.append(disk_bandwidth(store) if streams else NOMINAL.disk)
 
 
-def _decode(engine: Engine, tokens: int, warmup: int, seed: int) -> dict[str, Any]:
+def _decode(engine: Engine, tokens: int, warmup: int, seed: int, batch_size: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(engine.config.vocab_size, (warmup + tokens, 1), generator=generator)
-    state, latencies, resident = engine.new_state(), [], 0
+    ids = torch.randint(engine.config.vocab_size, (warmup + tokens, batch_size), generator=generator)
+    state, latencies, resident = engine.new_state(batch_size), [], 0
     for i in range(warmup):
         engine.step(ids[i], state)
     before = engine.stats()
@@ -182,7 +195,8 @@ def _decode(engine: Engine, tokens: int, warmup: int, seed: int) -> dict[str, An
     total = sum(latencies)
     ordered, quarter = sorted(latencies), -(-tokens // 4)
     return {
-        "tokens": tokens, "warmup": warmup, "seconds": total, "tokens_per_second": tokens / total,
+        "tokens": tokens, "warmup": warmup, "batch_size": batch_size, "seconds": total,
+        "tokens_per_second": batch_size * tokens / total,
         "latency_median": statistics.median(ordered), "latency_p95": ordered[int(0.95 * (tokens - 1))],
         # Equal, if speed does not depend on the length of the context.
         "latency_first_quarter": statistics.median(latencies[:quarter]),

@@ -21,7 +21,7 @@ from thl_engine.config import parse_config
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
 from thl_engine.generation import Piece, Row, generate
 from thl_engine.models import architecture
-from thl_engine.ops import ReferenceOps, load_ops
+from thl_engine.ops import load_ops
 from thl_engine.paged_weights import load_vectors, paged_weights
 from thl_engine.pager import Pager
 from thl_engine.plan import NOMINAL, Bandwidths, PageSchedule, Plan, size
@@ -409,6 +409,7 @@ class Engine:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
             "memory_budget": self._plan.budget, "backend": self.ops.name, "device": str(self.device),
+            "sliding_window": self._options.get("sliding_window"),
         }
 
     @contextmanager

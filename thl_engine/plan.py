@@ -110,8 +110,12 @@ class PageSchedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """A division of the budget and what follows from it. Sizes in bytes, rates per second."""
+    """A division of the budget and what follows from it. Sizes in bytes, times in seconds, rates per second.
 
+    What is given per token is for one token of each of the batch's sequences.
+    """
+
+    batch_size: int
     budget: int | None
     fixed_bytes: int  # vectors, scales, gather buffers
     state_bytes: int
@@ -134,7 +138,8 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        return 1.0 / self.seconds_per_token
+        """Of all sequences together."""
+        return self.batch_size / self.seconds_per_token
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -164,7 +169,7 @@ class Plan:
     def to_dict(self) -> dict:
         """Plain values for JSON."""
         return {
-            "memory_budget": self.budget, "least_budget": self.least_budget,
+            "batch_size": self.batch_size, "memory_budget": self.budget, "least_budget": self.least_budget,
             "peak_memory_bytes": self.peak_memory_bytes, "fixed_bytes": self.fixed_bytes,
             "state_bytes": self.state_bytes, "state_bytes_per_step": self.state_traffic,
             "workspace_bytes": self.workspace_bytes,
@@ -188,7 +193,7 @@ class Plan:
             ("  pinned pages", f"{size(self.pinned_bytes)} in {len(self.pinned)} pages"),
             ("  tables", f"{size(self.table_bytes)} resident" if self.resident_tables else "rows read by token id"),
             ("  ring", ring),
-            ("  state", size(self.state_bytes)),
+            ("  state", size(self.state_bytes) + (f" of {self.batch_size} sequences" if self.batch_size > 1 else "")),
             ("  norms, scales, workspace", size(self.fixed_bytes + self.workspace_bytes)),
             ("streamed pages", f"{size(self.streamed_bytes)} in {self.streamed_pages} pages"),
             ("bytes per token", size(self.bytes_per_token)),
@@ -211,7 +216,7 @@ def size(count: float) -> str:
 
 
 def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, stream: bool, state_bytes: int,
-              workspace_bytes: int, state_traffic: int | None = None) -> Plan:
+              workspace_bytes: int, batch_size: int = 1, state_traffic: int | None = None) -> Plan:
     """Divides `budget` bytes among pinned pages, tables and the ring.
 
     Without a budget everything is resident, or, when `stream` asks for paging, nothing but the least ring is.
@@ -244,7 +249,7 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
         if len(pinned) < len(pages):
             resident = ()  # a table's rows cost a few KiB a token: any page is worth more
         return _predict(Plan(
-            budget=budget, fixed_bytes=fixed, state_bytes=state_bytes,
+            batch_size=batch_size, budget=budget, fixed_bytes=fixed, state_bytes=state_bytes,
             state_traffic=4 * state_bytes if state_traffic is None else state_traffic, workspace_bytes=workspace_bytes,
             pinned=pinned, pinned_bytes=pinned_bytes, resident_tables=resident,
             table_bytes=sum(tables.values()) if resident else 0, slots=slots, slot_bytes=slot_bytes,

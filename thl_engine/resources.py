@@ -32,7 +32,7 @@ def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream:
     state_bytes, workspace = needs(store, ops, batch_size, options)
 
     def plan(limit: int | None, stream: bool) -> Plan:
-        return make_plan(store, schedule, budget=limit, stream=stream, state_bytes=state_bytes,
+        return make_plan(store, schedule, budget=limit, stream=stream, batch_size=batch_size, state_bytes=state_bytes,
                          workspace_bytes=workspace, state_traffic=state_traffic(store, batch_size, options))
 
     if stream != "auto":
@@ -63,6 +63,13 @@ def state_traffic(store: Store, batch_size: int, options: dict[str, Any], positi
     if not hasattr(model, "traffic"):
         return None
     return model.traffic(config, model.init_state(config, batch_size, "meta", **options), position)
+
+
+def rows_of_products(store: Store, batch_size: int) -> int:
+    """Rows of activations that the products of one step have."""
+    model = architecture(store.model_type)
+    rows = model.step_rows(parse_config(store.config, store.model_type)) if hasattr(model, "step_rows") else 1
+    return batch_size * rows
 
 
 def state_options(model_type: str, context: int | None, kv_cache: str, sliding_window: int | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def summarise(store: Store) -> dict[str, Any]:
     """Everything worth knowing about an open checkpoint, ready for JSON. No weights are read."""
     config = parse_config(store.config, store.model_type)
     model = architecture(store.model_type)
+    state = model.init_state(config, 1, "meta")
     blocks, walk, head = model.blocks(config), model.walk(config), model.head(config)
     tensors = store.tensors
     kinds: dict[tuple[str, str], dict[str, int]] = {}
@@ -53,7 +54,7 @@ def summarise(store: Store) -> dict[str, Any]:
             "bytes_per_period": round(average * walk.period),
             "largest_step_bytes": sum(read["bytes"] for read in reads),
             "least_step_bytes": sum(read["bytes"] for read in reads if read["clock"] == 1)},
-        "state_bytes": model.init_state(config, 1, "meta").nbytes,
+        "state_bytes": state.nbytes, "state_context": getattr(state, "context", None),
     }
 
 
@@ -70,7 +71,8 @@ def describe(summary: dict[str, Any]) -> str:
             ("format", f"{summary['format']}, {len(files)} file{'s' * (len(files) > 1)}, "
                        f"{size(sum(file['bytes'] for file in files))}"),
             ("tokenizer", "yes" if summary["tokenizer"] else "none"),
-            ("state", f"{size(summary['state_bytes'])} for a sequence of any length"),
+            ("state", f"{size(summary['state_bytes'])} for a sequence of "
+                      + (f"{summary['state_context']} tokens" if summary["state_context"] else "any length")),
             ("pages", f"{pages['count']}, {checked}; {pages['matrix_pages']} of matrices, "
                       f"{size(pages['least_matrix_page'])} to {size(pages['largest_matrix_page'])}, "
                       f"{pages['aligned']} aligned to {ALIGNMENT}"),

@@ -6,70 +6,109 @@ import stat
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from thl_engine import native
+from thl_engine.cli.options import cache_options
 from thl_engine.engine import Engine, Piece
-from thl_engine.errors import TokenizerError
+from thl_engine.errors import ConfigError, TokenizerError
 from thl_engine.plan import size
 
 
 def run(arguments: Namespace) -> None:
-    prompt = _prompt(arguments.prompt)
+    prompts = [_prompt(given) for given in arguments.prompt or [None]]
+    if len(prompts) > 1 and (arguments.state or arguments.save_state):
+        raise ConfigError(f"--state and --save-state go with one prompt, not with {len(prompts)}")
     if not native.available() and arguments.backend != "reference":
         print(f"thl: computing with torch, more slowly: {native.reason()}", file=sys.stderr)
     with Engine.from_pretrained(
             arguments.model, device=arguments.device, backend=arguments.backend, quantize=arguments.quantize,
             stream="auto" if arguments.stream is None else arguments.stream,
-            memory_budget=arguments.memory_budget, threads=arguments.threads) as engine:
+            memory_budget=arguments.memory_budget, threads=arguments.threads, batch_size=len(prompts),
+            **cache_options(arguments)) as engine:
         if arguments.stats:
             print(f"thl: model {engine.model_type}, {_backend(engine)}", file=sys.stderr)
-        state = engine.load_state(arguments.state) if arguments.state else engine.new_state()
-        pieces, timing = _write(engine, prompt, state, arguments)
+        options = {
+            "max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature,
+            "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed,
+            "repetition_penalty": arguments.repetition_penalty, "stop": [_argument(text) for text in arguments.stop]}
+        if len(prompts) > 1:
+            stream, state = engine.generate_batch(prompts, **options), None
+        else:
+            state = engine.load_state(arguments.state) if arguments.state else engine.new_state()
+            stream = ((0, piece) for piece in engine.generate(prompts[0], state=state, **options))
+        pieces, timing = _write(engine, stream, prompts, arguments.json)
         if arguments.save_state:
-            if pieces:
-                engine.step(torch.tensor([pieces[-1].id]), state)  # the last token has been written, not read
+            if pieces[0]:
+                engine.step(torch.tensor([pieces[0][-1].id]), state)  # the last token has been written, not read
             engine.save_state(state, arguments.save_state)
         stats = {**engine.stats(), **timing, "isa": _isa(engine), "threads": _threads(engine)}
         if arguments.json:
-            print(json.dumps({"text": "".join(piece.text for piece in pieces), "ids": [piece.id for piece in pieces],
-                              "logprobs": [piece.logprob for piece in pieces], "stats": stats}, ensure_ascii=False))
+            found = [{"text": "".join(piece.text for piece in of), "ids": [piece.id for piece in of],
+                      "logprobs": [piece.logprob for piece in of], "stats": stats} for of in pieces]
+            print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
         if arguments.stats:
             print(_table(stats), file=sys.stderr)
 
 
-def _write(engine: Engine, prompt: str, state: Any, arguments: Namespace) -> tuple[list[Piece], dict[str, Any]]:
-    """Generates, printing as it goes. Returns the pieces and what was timed."""
+def _write(engine: Engine, stream: Iterator[tuple[int, Piece]], prompts: list[str],
+           silent: bool) -> tuple[list[list[Piece]], dict[str, Any]]:
+    """Generates, printing as it goes unless `silent`. Returns the pieces of each prompt and what was timed."""
     before = engine.stats()["tokens"]
-    stream = engine.generate(
-        prompt, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature, top_k=arguments.top_k,
-        top_p=arguments.top_p, repetition_penalty=arguments.repetition_penalty, seed=arguments.seed,
-        stop=[_argument(text) for text in arguments.stop], state=state)
-    pieces: list[Piece] = []
+    pieces: list[list[Piece]] = [[] for _ in prompts]
+    printed = _Printer(prompts) if not silent else None
     started = time.perf_counter()
     read = prompted = None
     try:
-        for piece in stream:
+        for i, piece in stream:
             if read is None:
                 read, prompted = time.perf_counter(), engine.stats()["tokens"] - before
-            pieces.append(piece)
-            if piece.text and not arguments.json:
-                print(piece.text, end="", flush=True)
+            pieces[i].append(piece)
+            if printed:
+                printed.add(i, piece.text)
     finally:
-        if not arguments.json and (pieces or sys.exc_info()[0] is None):
-            print(flush=True)
+        if printed and (any(pieces) or sys.exc_info()[0] is None):
+            printed.finish()
     ended = time.perf_counter()
     if read is None:  # nothing was to be written
         read, prompted = ended, engine.stats()["tokens"] - before
+    count = sum(map(len, pieces))
     return pieces, {
         "prompt_tokens": prompted, "prompt_seconds": read - started,
         "prompt_tokens_per_second": prompted / (read - started),
-        "new_tokens": len(pieces), "decode_seconds": ended - read,
+        "new_tokens": count, "decode_seconds": ended - read,
         # The first token comes with the prompt's time, every other one took a step.
-        "decode_tokens_per_second": (len(pieces) - 1) / (ended - read) if len(pieces) > 1 else None,
+        "decode_tokens_per_second": (count - 1) / (ended - read) if count > 1 else None,
     }
+
+
+class _Printer:
+    """Texts that grow at the same time: the first is printed as it comes, the others behind it when all are complete.
+
+    Each of several stands under its number and its prompt.
+    """
+
+    def __init__(self, prompts: list[str]) -> None:
+        self._names = [f"[{i}] {json.dumps(prompt, ensure_ascii=False)}" for i, prompt in enumerate(prompts, 1)]
+        self._texts = [""] * len(prompts)
+        if len(prompts) > 1:
+            print(self._names[0], flush=True)
+
+    def add(self, i: int, text: str) -> None:
+        """More of text i."""
+        if i:
+            self._texts[i] += text
+        elif text:
+            print(text, end="", flush=True)
+
+    def finish(self) -> None:
+        """Prints what is left."""
+        print(flush=True)
+        for name, text in list(zip(self._names, self._texts, strict=True))[1:]:
+            print(f"{name}\n{text}", flush=True)
 
 
 def _prompt(given: str | None) -> str:
@@ -131,6 +170,9 @@ def _table(stats: dict[str, Any]) -> str:
         ("peak memory", f"{size(stats['peak_memory_bytes'])} planned of budget {budget}, "
                         f"{size(stats['peak_rss_bytes'])} of the whole process"),
     ]
+    if stats["sliding_window"]:
+        rows.append(("attention", f"sees the last {stats['sliding_window']} tokens; those further back are no longer "
+                                  "seen"))
     if stats["peak_device_bytes"]:
         rows.append(("on the device", size(stats["peak_device_bytes"])))
     width = max(len(name) for name, _ in rows)

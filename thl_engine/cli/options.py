@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from thl_engine import __version__
 
@@ -38,8 +39,9 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="generate.run")
     parser.add_argument("--model", required=True, metavar="PATH",
                         help="a .safetensors file, or a folder with config.json and *.safetensors")
-    parser.add_argument("--prompt", metavar="TEXT",
-                        help="text to continue; - reads stdin (default: what is piped in, else a new line)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT",
+                        help="text to continue; - reads stdin (default: what is piped in, else a new line); given "
+                             "several times, all are continued with one pass over the weights for each token")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N",
                         help="tokens to write at most (default: %(default)s)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
@@ -55,6 +57,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
                           help="above 1 disfavours tokens that occurred lately (default: %(default)s)")
     sampling.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a new one each time)")
     _engine(parser)
+    _cache(parser)
     parser.add_argument("--quantize", choices=("auto", "int8", "none"), default="auto",
                         help="weights as stored, as int8, or only as floats (default: %(default)s)")
     context = parser.add_argument_group("context")
@@ -64,7 +67,8 @@ def _run(parser: argparse.ArgumentParser) -> None:
     report = parser.add_argument_group("output")
     report.add_argument("--stats", action="store_true", help="end with speed, traffic and memory on stderr")
     report.add_argument("--json", action="store_true",
-                        help="print one JSON object (text, ids, logprobs, stats) in place of the text")
+                        help="print one JSON object (text, ids, logprobs, stats) in place of the text; a list of them "
+                             "for several prompts")
 
 
 def _engine(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +82,23 @@ def _engine(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--backend", default="auto",
                         help="auto, native (C++) or reference (torch) (default: %(default)s)")
     engine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a processor)")
+
+
+def _cache(parser: argparse.ArgumentParser) -> None:
+    cache = parser.add_argument_group("KV cache, for models that have one")
+    cache.add_argument("--context", type=int, metavar="N",
+                       help="tokens that a sequence may grow to; the memory budget holds so many (default: the most "
+                            "that the model has)")
+    cache.add_argument("--kv-cache", choices=("float32", "int8"), default="float32",
+                       help="how keys and values are kept; int8 takes a quarter (default: %(default)s)")
+    cache.add_argument("--sliding-window", type=int, metavar="N",
+                       help="attend to the last N tokens only: tokens further back are no longer seen, which changes "
+                            "what the model says (default: all tokens)")
+
+
+def cache_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the engine is to be told of the KV cache."""
+    return {name: getattr(arguments, name) for name in ("context", "kv_cache", "sliding_window")}
 
 
 def _quantize(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +139,8 @@ def _plan(parser: argparse.ArgumentParser) -> None:
                         help="what products with weights in memory achieve (default: measured)")
     parser.add_argument("--link-bandwidth", type=_rate, metavar="GB/s",
                         help="host to device, where the model runs on one (default: measured on CUDA)")
+    _batch(parser)
+    _cache(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--backend", default="auto",
                         help="auto, native (C++) or reference (torch) (default: %(default)s)")
@@ -139,8 +162,15 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=16, metavar="N",
                         help="tokens before the clock starts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens (default: %(default)s)")
+    _batch(parser)
     _engine(parser)
+    _cache(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+
+
+def _batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N",
+                        help="sequences that share each pass over the weights (default: %(default)s)")
 
 
 def _train(parser: argparse.ArgumentParser) -> None:

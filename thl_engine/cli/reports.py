@@ -5,10 +5,11 @@ from argparse import Namespace
 from typing import Any
 
 from thl_engine import bench as measure
+from thl_engine.cli.options import cache_options
 from thl_engine.cli.progress import progress_bar
-from thl_engine.engine import choose_device, divide_memory
 from thl_engine.ops import load_ops
 from thl_engine.plan import Bandwidths, size
+from thl_engine.resources import choose_device, divide_memory, rows_of_products, state_options
 from thl_engine.store import open_store
 from thl_engine.summary import describe, summarise
 from thl_engine.summary import verify as verify_pages
@@ -18,10 +19,15 @@ def plan(arguments: Namespace) -> None:
     device = choose_device(arguments.device)
     ops = load_ops(arguments.backend, device.type)
     with open_store(arguments.path) as store:
-        schedule, division = divide_memory(store, ops, device, memory_budget=arguments.memory_budget)
+        options = cache_options(arguments)
+        schedule, division = divide_memory(store, ops, device, memory_budget=arguments.memory_budget,
+                                           batch_size=arguments.batch_size,
+                                           **state_options(store.model_type, **options))
         bandwidths = Bandwidths(
             disk=arguments.disk_bandwidth or measure.disk_bandwidth(store),
-            memory=arguments.memory_bandwidth or measure.product_bandwidth(ops, device, measure.largest_matrix(store)),
+            memory=arguments.memory_bandwidth
+            or measure.product_bandwidth(ops, device, measure.largest_matrix(store),
+                                         rows_of_products(store, arguments.batch_size)),
             link=arguments.link_bandwidth or measure.link_bandwidth(device))
         found = division.at(bandwidths, store, schedule)
     print(json.dumps(found.to_dict()) if arguments.json else found)
@@ -47,7 +53,8 @@ def bench(arguments: Namespace) -> None:
     found = measure.benchmark(
         arguments.path, tokens=arguments.tokens, warmup=arguments.warmup, seed=arguments.seed, device=arguments.device,
         backend=arguments.backend, stream="auto" if arguments.stream is None else arguments.stream,
-        memory_budget=arguments.memory_budget, threads=arguments.threads)
+        memory_budget=arguments.memory_budget, threads=arguments.threads, batch_size=arguments.batch_size,
+        **cache_options(arguments))
     print(json.dumps(found) if arguments.json else _bench_table(found))
 
 
@@ -58,7 +65,8 @@ def _bench_table(found: dict[str, Any]) -> str:
     isa = f" ({found['isa']})" if found["isa"] else ""
     rows = [
         ("backend", f"{found['backend']}{isa} on {found['device']}, {found['threads']} threads"),
-        ("tokens/s", f"{found['tokens_per_second']:.2f} over {found['tokens']} tokens, after {found['warmup']}"),
+        ("tokens/s", f"{found['tokens_per_second']:.2f} over {found['tokens']} tokens, after {found['warmup']}"
+                     + (f", of {found['batch_size']} sequences each" if found["batch_size"] > 1 else "")),
         ("latency", f"{1e3 * found['latency_median']:.2f} ms median, {1e3 * found['latency_p95']:.2f} ms at 95 %"),
         ("bytes per token", f"{found['bytes_per_token'] / 1e6:.1f} MB, "
                             f"{found['bytes_streamed_per_token'] / 1e6:.1f} MB of them streamed"),

@@ -204,6 +204,11 @@ def initial(config: HIMConfig, block: Block, rows: slice, generator: torch.Gener
     return torch.rand(shape, generator=generator).mul_(2.0 * bound).sub_(bound)
 
 
+def step_rows(config: HIMConfig) -> int:
+    """Rows of activations that a sequence brings to a pass's products, once it fills the context."""
+    return config.max_seq_len
+
+
 def chunk(config: HIMConfig) -> int:
     """The most tokens that one `advance` takes: any number, of which the last max_seq_len are seen."""
     return 1 << 30

@@ -149,6 +149,11 @@ def head(config: HRMConfig) -> tuple[str, ...]:
     return ("output_head.weight",)
 
 
+def step_rows(config: HRMConfig) -> int:
+    """Rows of activations that a sequence brings to a step's products, once it fills the window."""
+    return WINDOW
+
+
 def chunk(config: HRMConfig) -> int:
     """Tokens that one `advance` takes: any number, since they only join the window."""
     return 1 << 30

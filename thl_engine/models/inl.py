@@ -31,8 +31,8 @@ CHUNK = 64  # tokens of a prompt that share one pass over the weights
 class State:
     """Context of a batch of sequences: their cache, and the counters that a checkpoint carries on.
 
-    context: positions that the sequences may grow to. avg_iterations float32, num_forwards int64 [layers]: running mean of the integrator's steps, and passes counted in
-    it; without entries where the model does not stop early.
+    context: positions that the sequences may grow to. avg_iterations float32, num_forwards int64 [layers]: running mean
+    of the integrator's steps, and passes counted in it; without entries where the model does not stop early.
     """
 
     timestep: int
@@ -52,7 +52,8 @@ class State:
 
     def clone(self) -> "State":
         """An independent copy: advancing one leaves the other as it is."""
-        return State(self.timestep, self.context, self.cache.clone(), self.avg_iterations.clone(), self.num_forwards.clone())
+        return State(self.timestep, self.context, self.cache.clone(), self.avg_iterations.clone(),
+                     self.num_forwards.clone())
 
     def become(self, other: "State") -> None:
         """Takes over the other's values without copying them."""
@@ -212,7 +213,8 @@ def init_state(config: INLConfig, batch_size: int, device: torch.device | str = 
 
     weights: where the counters start; None for zeros. context: positions that a sequence may grow to, max_seq_len
     unless given. kv_cache: "float32", or "int8" with a scale for each row. sliding_window: positions that attention
-    sees, its own included. That changes the model's results: tokens further back are no longer seen. Raises ConfigError.
+    sees, its own included; that changes the model's results, since tokens further back are no longer seen. Raises
+    ConfigError.
     """
     c, context = config, config.max_seq_len if context is None else context
     if kv_cache not in kv_caches.FORMATS:
