@@ -120,7 +120,7 @@ def with_cache(tmp_path_factory) -> Path:
 
 
 def test_options_of_the_cache(with_cache, packed, succeeds, fails, monkeypatch):
-    monkeypatch.setattr(bench, "BUFFER_BYTES", 16 << 20)
+    monkeypatch.setattr(bench, "BUFFER_BYTES", 64 << 20)
     monkeypatch.setattr(bench, "PRODUCT_SECONDS", 0.02)
     plan = ["plan", with_cache, "--disk-bandwidth", 2, "--memory-bandwidth", 20, "--json"]
     whole, short, int8, window, four = (
@@ -138,8 +138,8 @@ def test_options_of_the_cache(with_cache, packed, succeeds, fails, monkeypatch):
     text = succeeds(*run, "--sliding-window", 3, "--stats")
     assert "sees the last 3 tokens" in succeeds.err
     assert text == succeeds(*run, "--sliding-window", 3, "--context", 6)
-    assert "would be 6 tokens long; the context ends at 5" in fails(*run, "--context", 5)
-    assert "context is 526; the model's max_seq_len is 525" in fails(*run, "--context", 526)
+    assert "would be 6 tokens long; the context ends at 5" in fails("bench", with_cache, "--context", 5)
+    assert "context is 526; the model's max_seq_len is 525" in fails(*plan, "--context", 526)
     assert "a thl model has no such option" in fails("run", "--model", packed, "--prompt", "x", "--kv-cache", "int8")
 
 
