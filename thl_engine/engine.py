@@ -253,8 +253,9 @@ class Engine:
     def _forward_chained(self, tokens: Tensor, state: Any) -> Tensor:
         batch, length = tokens.shape
         out = torch.empty(batch, length, self.config.vocab_size, device=self.device)
-        for first in range(0, length, FORWARD_CHUNK):
-            hidden = torch.cat(list(self._run(tokens[:, first : first + FORWARD_CHUNK], state)), dim=1)
+        span = max(1, FORWARD_CHUNK // batch)
+        for first in range(0, length, span):
+            hidden = torch.cat(list(self._run(tokens[:, first : first + span], state)), dim=1)
             count = hidden.shape[1]
             out[:, first : first + count] = self._logits(hidden.flatten(0, 1)).view(batch, count, -1)
             self._end(state)

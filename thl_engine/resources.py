@@ -14,7 +14,7 @@ from thl_engine.ops import ReferenceOps
 from thl_engine.plan import PageSchedule, Plan, make_plan
 from thl_engine.store import Store
 
-FORWARD_CHUNK = 64  # steps of `forward` whose logits share one pass over the head
+FORWARD_CHUNK = 64  # rows of `forward` whose logits share one pass over the head
 WORKSPACE_LOGITS = 4  # rows of logits alive at once for each sequence: as computed, and float64 while one is chosen
 
 
@@ -51,9 +51,9 @@ def needs(store: Store, ops: ReferenceOps, batch_size: int, options: dict[str, A
     largest = max(page.nbytes // tensor.dtype.itemsize for tensor in store.tensors.values()
                   if tensor.kind == "matrix" for page in tensor.pages)
     reused = model.reused(config) if hasattr(model, "reused") else 0
-    rows = WORKSPACE_LOGITS if hasattr(model, "forward") else FORWARD_CHUNK
+    rows = max(WORKSPACE_LOGITS * batch_size, 0 if hasattr(model, "forward") else FORWARD_CHUNK)
     activations, scores = model.workspace(config, state)
-    return state.nbytes, (4 * batch_size * rows * config.vocab_size + activations
+    return state.nbytes, (4 * rows * config.vocab_size + activations
                           + ops.scratch_bytes(largest, reused, scores))
 
 
