@@ -19,7 +19,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
     return torch.softmax(scores, dim=-1) @ value
 
 
-def causal(rows: int, past: int, device: torch.device | str = "cpu") -> Tensor:
-    """bool [rows, past + rows]: which keys the last `rows` positions of a sequence must not see."""
-    here = torch.arange(past, past + rows, device=device)
-    return torch.arange(past + rows, device=device)[None, :] > here[:, None]
+def causal(rows: int, past: int, device: torch.device | str = "cpu", window: int | None = None) -> Tensor:
+    """bool [rows, past + rows]: which keys the last `rows` positions of a sequence must not see.
+
+    window: positions that each sees at most, itself included; None for all up to itself.
+    """
+    here = torch.arange(past, past + rows, device=device)[:, None]
+    there = torch.arange(past + rows, device=device)
+    return there > here if window is None else (there > here) | (there <= here - window)

@@ -12,7 +12,8 @@ PACKAGE = ROOT / "thl_engine"
 ALLOWED = {
     "errors": set(),
     "schedule": set(),
-    "config": {"errors"},
+    "published_config": {"errors"},
+    "config": {"errors", "published_config"},
     "quant": {"errors"},
     "weights": {"schedule"},
     "native": {"_native"},
@@ -26,7 +27,9 @@ ALLOWED = {
     "models.hrm": {"config", "errors", "schedule"},
     "models.inl": {"config", "errors", "kernels", "models", "schedule"},
     "models.inl_modules": {"schedule"},
+    "models.gemma3n": {"config", "errors", "kernels", "models", "schedule", "weights"},
     "models.kv_cache": set(),
+    "models.window_cache": set(),
 }
 
 

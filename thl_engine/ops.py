@@ -12,8 +12,9 @@ from torch import Tensor
 
 from thl_engine import native
 from thl_engine.errors import ConfigError
-from thl_engine.kernels import attention as attention_kernels
 from thl_engine.kernels import (
+    altup,
+    geglu,
     gelu,
     integrator,
     norm,
@@ -24,6 +25,7 @@ from thl_engine.kernels import (
     tier_cell,
     window_attention,
 )
+from thl_engine.kernels import attention as attention_kernels
 from thl_engine.kernels import linear as linear_kernels
 from thl_engine.weights import Matrix, Part, Table
 
@@ -53,6 +55,9 @@ class ReferenceOps:
     rotary_tables = staticmethod(rotary.rotary_tables)
     rotate = staticmethod(rotary.rotate)
     swiglu = staticmethod(swiglu.swiglu)
+    geglu = staticmethod(geglu.geglu)
+    altup_predict = staticmethod(altup.predict)
+    altup_correct = staticmethod(altup.correct)
     prefix_read = staticmethod(shared_memory.prefix_read)
     erase_then_add = staticmethod(shared_memory.erase_then_add)
     reasoning_update = staticmethod(shared_memory.reasoning_update)

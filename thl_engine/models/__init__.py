@@ -15,9 +15,9 @@ Models see tensors, weights by name and ops; never files, devices or threads.
 
 from types import ModuleType
 
-from thl_engine.models import him, hrm, inl, thl
+from thl_engine.models import gemma3n, him, hrm, inl, thl
 
-ARCHITECTURES: dict[str, ModuleType] = {"thl": thl, "hrm": hrm, "him": him, "inl": inl}
+ARCHITECTURES: dict[str, ModuleType] = {"thl": thl, "hrm": hrm, "him": him, "inl": inl, "gemma3n": gemma3n}
 
 
 def architecture(model_type: str) -> ModuleType:

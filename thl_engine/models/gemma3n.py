@@ -1,0 +1,378 @@
+"""Gemma-3n's text decoder: AltUp streams, LAuReL, per-layer embeddings, attention in windows (Transformers 5.23.0).
+
+Notation: B batch, T tokens, D hidden_size, n AltUp streams X_j [B, T, D] of which stream a is computed, L layers of
+which the last read the keys and values of earlier ones, A query heads and A_k key/value heads of d features, P
+features of a per-layer input.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thl_engine.config import FULL, SLIDING, Gemma3nConfig
+from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.kernels.altup import magnitude, scaled_to
+from thl_engine.kernels.attention import causal
+from thl_engine.models import kv_cache
+from thl_engine.models.kv_cache import KVCache
+from thl_engine.models.window_cache import WindowCache
+from thl_engine.schedule import Block, Walk
+from thl_engine.weights import Held
+
+Record = Callable[[str, Tensor], None]
+
+CHUNK = 64  # tokens of a prompt that share one pass over the weights
+TIED = "model.embed_tokens.weight"  # also the projection to the vocabulary
+PER_LAYER_TABLE = "model.embed_tokens_per_layer.weight"
+# Where published checkpoints keep the decoder among parts for images and sound, and how those parts begin.
+NESTED = ("model.language_model.", "language_model.model.", "language_model.")
+OTHER_PARTS = tuple(f"{outer}{part}" for outer in ("", "model.") for part in
+                    ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio."))
+SHARED_AWAY = ("self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.k_norm.weight")
+
+
+@dataclass
+class State:
+    """Context of a batch of sequences: keys and values of the layers that have their own, by type of attention."""
+
+    timestep: int
+    full: KVCache
+    sliding: WindowCache
+
+    @property
+    def batch_size(self) -> int:
+        return (self.full.keys or self.sliding.keys)[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the state occupies on its device now; the full layers' cache grows with the context."""
+        return self.full.nbytes + self.sliding.nbytes
+
+    def clone(self) -> "State":
+        """An independent copy: advancing one leaves the other as it is."""
+        return State(self.timestep, self.full.clone(), self.sliding.clone())
+
+    def become(self, other: "State") -> None:
+        """Takes over the other's values without copying them."""
+        vars(self).update(vars(other))
+
+    def named(self) -> dict[str, Tensor]:
+        """The fields, not copied. `full.K.keys` counts the layers of a type that have a cache."""
+        out = {"timestep": torch.tensor(self.timestep)}
+        for k, (keys, values) in enumerate(zip(self.full.keys, self.full.values, strict=True)):
+            out[f"full.{k}.keys"] = keys[:, :, : self.timestep]
+            out[f"full.{k}.values"] = values[:, :, : self.timestep]
+        for k in range(len(self.sliding.keys)):
+            out[f"sliding.{k}.keys"], out[f"sliding.{k}.values"] = self.sliding.held(k, self.timestep)
+        return out
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Copies of the fields on the CPU, enough to restart anywhere."""
+        return {name: value.detach().cpu().clone() for name, value in self.named().items()}
+
+
+def blocks(config: Gemma3nConfig) -> tuple[Block, ...]:
+    """All tensors of the decoder, those that a pass reads first in the order of reading.
+
+    AltUp's routers and coefficients are a few rows each and stay float32: they scale whole streams.
+    """
+    c, width = config, config.hidden_size
+    out: list[Block] = []
+
+    def add(name: str, *shape: int, kind: str | None = None) -> None:
+        out.append(Block(f"{name}.weight", shape, kind or ("matrix" if len(shape) == 2 else "vector")))
+
+    out.append(Block(TIED, (c.vocab_size, width), "matrix"))  # its rows first, the whole at the end, for the logits
+    out.append(Block(PER_LAYER_TABLE, (c.vocab_size_per_layer_input, _per_layer(c)), "table"))
+    add("model.per_layer_model_projection", _per_layer(c), width)
+    add("model.per_layer_projection_norm", c.hidden_size_per_layer_input)
+    for j in range(c.altup_num_inputs - 1):
+        add(f"model.altup_projections.{j}", width, width)
+    for i in range(c.num_hidden_layers):
+        layer, inner, n = f"model.layers.{i}.", c.intermediate_size[i], c.altup_num_inputs
+        add(f"{layer}altup.router_norm", width)
+        add(f"{layer}altup.modality_router", n, width, kind="vector")
+        add(f"{layer}altup.prediction_coefs", n * n, n, kind="vector")
+        add(f"{layer}input_layernorm", width)
+        add(f"{layer}laurel.linear_left", c.laurel_rank, width)
+        add(f"{layer}laurel.linear_right", width, c.laurel_rank)
+        add(f"{layer}laurel.post_laurel_norm", width)
+        add(f"{layer}self_attn.q_proj", c.num_attention_heads * c.head_dim, width)
+        add(f"{layer}self_attn.q_norm", c.head_dim)
+        if c.kv_source(i) == i:
+            add(f"{layer}self_attn.k_proj", c.num_key_value_heads * c.head_dim, width)
+            add(f"{layer}self_attn.k_norm", c.head_dim)
+            add(f"{layer}self_attn.v_proj", c.num_key_value_heads * c.head_dim, width)
+        add(f"{layer}self_attn.o_proj", width, c.num_attention_heads * c.head_dim)
+        add(f"{layer}post_attention_layernorm", width)
+        add(f"{layer}pre_feedforward_layernorm", width)
+        add(f"{layer}mlp.gate_proj", inner, width)
+        add(f"{layer}mlp.up_proj", inner, width)
+        add(f"{layer}mlp.down_proj", width, inner)
+        add(f"{layer}post_feedforward_layernorm", width)
+        add(f"{layer}altup.correction_coefs", n, n, kind="vector")
+        out.append(Block(f"{layer}altup.correct_output_scale", (width,), "vector"))
+        add(f"{layer}per_layer_input_gate", c.hidden_size_per_layer_input, width)
+        add(f"{layer}per_layer_projection", width, c.hidden_size_per_layer_input)
+        add(f"{layer}post_per_layer_input_norm", width)
+    for j in range(c.altup_num_inputs - 1):
+        add(f"model.altup_unembed_projections.{j}", width, width)
+    add("model.norm", width)
+    return tuple(out)
+
+
+def aliases(config: Gemma3nConfig) -> dict[str, str]:
+    """Names that published checkpoints repeat, and the tensors that they repeat."""
+    return {"lm_head.weight": TIED}
+
+
+def stored_name(config: Gemma3nConfig, name: str) -> str | None:
+    """The block's name for a name in a published checkpoint; None for what the decoder does not use.
+
+    Unused are the parts for images and sound, and keys and values of layers that read another layer's.
+    """
+    if name.startswith(OTHER_PARTS):
+        return None
+    if name == "language_model.lm_head.weight":
+        return "lm_head.weight"
+    prefix = next((prefix for prefix in NESTED if name.startswith(prefix)), None)
+    if prefix is not None:
+        name = f"model.{name.removeprefix(prefix)}"
+    found = re.fullmatch(r"model\.layers\.(\d{1,5})\.(.*)", name)
+    if found and found[2] in SHARED_AWAY:
+        i = int(found[1])
+        if i < config.num_hidden_layers and config.kv_source(i) != i:
+            return None
+    return name
+
+
+def walk(config: Gemma3nConfig) -> Walk:
+    """Matrices read by one pass, however many tokens it takes."""
+    return Walk(tuple((block.name, 1) for block in blocks(config) if block.kind == "matrix" and block.name != TIED))
+
+
+def head(config: Gemma3nConfig) -> tuple[str, ...]:
+    """The tied embedding, which the logits read whole."""
+    return (TIED,)
+
+
+def chunk(config: Gemma3nConfig) -> int:
+    """The most tokens that one `advance` takes."""
+    return CHUNK
+
+
+def initial(config: Gemma3nConfig, block: Block, rows: slice, generator: torch.Generator) -> Tensor:
+    """Rows of a freshly initialised tensor, float32.
+
+    No initialisation is recorded: norms and scales are one, all else is normal with deviation 1/√(inputs), tables
+    such that a row has the magnitude that the model's own scaling expects.
+    """
+    shape = (len(range(*rows.indices(block.shape[0]))), *block.shape[1:])
+    if len(block.shape) == 1:
+        return torch.ones(shape)
+    inputs = config.hidden_size_per_layer_input if block.name == PER_LAYER_TABLE else block.shape[1]
+    return torch.randn(shape, generator=generator).div_(sqrt(inputs))
+
+
+def init_state(config: Gemma3nConfig, batch_size: int, device: torch.device | str = "cpu",
+               weights: Mapping[str, Any] | None = None, capacity: int | None = None) -> State:
+    """The state of `batch_size` fresh sequences.
+
+    capacity: positions of the full layers' cache that are allocated at once, at most max_position_embeddings; more
+    are allocated as the context grows.
+    """
+    c, layers = config, _cached(config)
+    held = kv_cache.capacity(capacity or 1, c.max_position_embeddings)
+    full = kv_cache.empty(len(layers[FULL]), batch_size, c.num_key_value_heads, c.head_dim, held, device)
+    return State(0, full, WindowCache.empty(len(layers[SLIDING]), batch_size, c.num_key_value_heads, c.head_dim,
+                                            c.sliding_window, CHUNK, device))
+
+
+def state_from_dict(config: Gemma3nConfig, values: Mapping[str, Tensor], ops: Any,
+                    device: torch.device | str = "cpu") -> State:
+    """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong shape."""
+    step = values.get("timestep")
+    length = int(step) if step is not None and step.numel() == 1 else 0
+    if not 0 <= length <= config.max_position_embeddings:
+        raise CheckpointError(f"state: timestep is {length}; it must be from 0 to max_position_embeddings "
+                              f"({config.max_position_embeddings})")
+    first = next((value for name, value in values.items() if name.endswith(".keys")), None)
+    batch = first.shape[0] if first is not None and first.dim() == 4 else 1
+    state = init_state(config, max(batch, 1), "meta", capacity=length)
+    state.timestep = length
+    state.sliding.begin(length)
+    expected = state.named()
+    for name in values.keys() - expected.keys():
+        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
+    for name, own in expected.items():
+        if name not in values:
+            raise CheckpointError(f"state: field {name!r} is missing")
+        if tuple(values[name].shape) != tuple(own.shape):
+            raise CheckpointError(f"state: field {name!r} has shape {list(values[name].shape)}, expected "
+                                  f"{list(own.shape)}")
+    state = init_state(config, max(batch, 1), device, capacity=length)
+    state.timestep = length
+    state.sliding.begin(length)
+    for name, own in state.named().items():
+        own.copy_(values[name].detach())  # views of the state's own memory, apart from `timestep`
+    return state
+
+
+def advance(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
+            record: Record | None = None) -> tuple[Tensor, State]:
+    """Feeds int64 [B, T] to the sequences of the batch.
+
+    Returns the normalised features [B, T, D], which `logits` projects to the vocabulary, and the next state, which
+    shares the given one's caches. `record` receives named intermediates. Raises ConfigError beyond
+    max_position_embeddings.
+    """
+    c, past, rows = config, state.timestep, tokens.shape[1]
+    if past + rows > c.max_position_embeddings:
+        raise ConfigError(f"the context would be {past + rows} tokens long; the model's max_position_embeddings is "
+                          f"{c.max_position_embeddings}")
+    embedded, inputs = embed(c, weights, ops, tokens)
+    if record is not None:
+        record("per_layer_inputs", inputs)
+    streams = expand(c, weights, ops, embedded)
+    attention = Attention(c, past, rows, state, tokens.device)
+    for i in range(c.num_hidden_layers):
+        if record is not None and i == 0:
+            record("layer0.input_altup_state", streams)
+        streams = layer(c, weights, ops, i, streams, inputs[:, :, i], attention)
+        if record is not None:
+            record(f"layer{i}.altup_state", streams)
+    hidden = collapse(c, weights, ops, streams)
+    if record is not None:
+        record("final_hidden", hidden)
+    return hidden, State(past + rows, state.full, state.sliding)
+
+
+def logits(config: Gemma3nConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
+    """Scores of the next token. hidden [N, D] as returned by `advance` -> float32 [N, vocab_size]."""
+    scores, cap = ops.linear(hidden, weights[TIED]), config.final_logit_softcapping
+    return scores if cap is None else scores.div_(cap).tanh_() * cap
+
+
+class Attention:
+    """What the layers of one pass over T positions share: rotary tables, masks, and the keys and values that later
+    layers read again."""
+
+    def __init__(self, c: Gemma3nConfig, past: int, rows: int, state: State, device: torch.device) -> None:
+        self._config, self._past, self._state = c, past, state
+        self._cached = _cached(c)
+        self._visible: dict[int, tuple[Tensor, Tensor]] = {}
+        positions = torch.arange(past, past + rows, device=device)
+        exponents = torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim
+        angles = {FULL: 1.0 / c.rope_theta**exponents, SLIDING: 1.0 / c.rope_local_base_freq**exponents}
+        self._angles, self._positions, self._tables = angles, positions, {}
+        self._blocked: dict[str, Tensor | None] = {FULL: None, SLIDING: None}
+        if rows > 1:
+            seen = min(past, c.sliding_window - 1)
+            self._blocked = {FULL: causal(rows, past, device), SLIDING: causal(rows, seen, device, c.sliding_window)}
+
+    def __call__(self, weights: Any, ops: Any, i: int, x: Tensor) -> Tensor:
+        """Layer i's attention of x [B, T, D] to what is visible, the output projection included."""
+        c, kind, source = self._config, self._config.layer_types[i], self._config.kv_source(i)
+        prefix = f"model.layers.{i}.self_attn."
+        if kind not in self._tables:
+            self._tables[kind] = ops.rotary_tables(self._positions, self._angles[kind])
+
+        def heads(name: str, norm: str | None) -> Tensor:
+            """A projection of x, each head normalised: [B, heads, T, d]."""
+            y = ops.linear(x, weights[f"{prefix}{name}_proj.weight"]).unflatten(-1, (-1, c.head_dim))
+            weight = None if norm is None else weights[f"{prefix}{norm}.weight"]
+            return ops.rms_norm(y, weight, c.rms_norm_eps).transpose(1, 2)
+
+        query = ops.rotate(heads("q", "q_norm"), *self._tables[kind])
+        if source == i:
+            key, value = ops.rotate(heads("k", "k_norm"), *self._tables[kind]), heads("v", None)
+            self._visible[i] = self._append(kind, self._cached[kind].index(i), key, value)
+        mixed = ops.attention(query, *self._visible[source], 1.0, self._blocked[kind])
+        return ops.linear(mixed.transpose(1, 2).flatten(2), weights[f"{prefix}o_proj.weight"])
+
+    def _append(self, kind: str, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if kind == SLIDING:
+            return self._state.sliding.append(number, self._past, key, value)
+        return self._state.full.append(number, self._past, key, value, self._config.max_position_embeddings)
+
+
+def embed(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Embedded tokens [B, T, D] and what each layer adds of its own, [B, T, L, P], of int64 [B, T]."""
+    width, per_layer = c.hidden_size, c.hidden_size_per_layer_input
+    x = ops.gather(weights[TIED], tokens.flatten()).unflatten(0, tokens.shape) * sqrt(width)
+    ids = torch.where(tokens < c.vocab_size_per_layer_input, tokens, 0)
+    table = ops.gather(weights[PER_LAYER_TABLE], ids.flatten()).unflatten(0, tokens.shape) * sqrt(per_layer)
+    projected = ops.linear(x, weights["model.per_layer_model_projection.weight"]) * width**-0.5
+    projected = ops.rms_norm(projected.unflatten(-1, (-1, per_layer)),
+                             weights["model.per_layer_projection_norm.weight"], c.rms_norm_eps)
+    return x, (projected + table.view_as(projected)) * 2.0**-0.5
+
+
+def expand(c: Gemma3nConfig, weights: Any, ops: Any, x: Tensor) -> Tensor:
+    """The streams [n, B, T, D] that begin with x [B, T, D]: itself, and projections of its magnitude."""
+    target = magnitude(x)
+    others = [scaled_to(ops.linear(x, weights[f"model.altup_projections.{j}.weight"]), target)
+              for j in range(c.altup_num_inputs - 1)]
+    return torch.stack([x, *others])
+
+
+def collapse(c: Gemma3nConfig, weights: Any, ops: Any, streams: Tensor) -> Tensor:
+    """The mean of the streams [n, B, T, D], brought back to the first one's magnitude, and normalised: [B, T, D]."""
+    target = magnitude(streams[0])
+    others = [scaled_to(ops.linear(streams[j + 1], weights[f"model.altup_unembed_projections.{j}.weight"]), target)
+              for j in range(c.altup_num_inputs - 1)]
+    return ops.rms_norm(torch.stack([streams[0], *others]).mean(dim=0), weights["model.norm.weight"], c.rms_norm_eps)
+
+
+def layer(c: Gemma3nConfig, weights: Any, ops: Any, i: int, streams: Tensor, own_input: Tensor,
+          attention: Attention) -> Tensor:
+    """One decoder layer: streams [n, B, T, D] and its per-layer input [B, T, P] to the next streams."""
+    prefix, a = f"model.layers.{i}.", c.altup_active_idx
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, weights[f"{prefix}{name}.weight"], c.rms_norm_eps)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return ops.linear(x, weights[f"{prefix}{name}.weight"])
+
+    def coefficients(name: str, x: Tensor) -> Tensor:
+        """AltUp's, of what the router makes of x: [B, T, n] or [B, T, n * n]."""
+        routed = ops.linear(norm("altup.router_norm", x) / c.hidden_size,
+                            Held(weights[f"{prefix}altup.modality_router.weight"]))
+        return ops.linear(torch.tanh(routed), Held(weights[f"{prefix}altup.{name}.weight"]))
+
+    n = c.altup_num_inputs
+    predicted = ops.altup_predict(streams, coefficients("prediction_coefs", streams[a]).unflatten(-1, (n, n)))
+    active = predicted[a]
+    x = norm("input_layernorm", active)
+    laurel = x + norm("laurel.post_laurel_norm", linear("laurel.linear_right", linear("laurel.linear_left", x)))
+    attended = active + norm("post_attention_layernorm", attention(weights, ops, i, x))
+    x = (attended + laurel) * 2.0**-0.5
+    wide = norm("pre_feedforward_layernorm", x)
+    share = c.activation_sparsity_pattern[i]
+    inner = ops.geglu(linear("mlp.gate_proj", wide), linear("mlp.up_proj", wide),
+                      NormalDist().inv_cdf(share) if share > 0.0 else None)
+    x = x + norm("post_feedforward_layernorm", linear("mlp.down_proj", inner))
+    streams = ops.altup_correct(predicted, x, a, coefficients("correction_coefs", x) + 1.0)
+    x = streams[a]
+    if c.altup_correct_scale:
+        x = x * weights[f"{prefix}altup.correct_output_scale"]
+    x = linear("per_layer_projection", ops.geglu(linear("per_layer_input_gate", x), own_input))
+    # Always the streams from 1 on, whichever is the active one.
+    return torch.cat([streams[:1], streams[1:] + norm("post_per_layer_input_norm", x)])
+
+
+def _per_layer(c: Gemma3nConfig) -> int:
+    return c.num_hidden_layers * c.hidden_size_per_layer_input
+
+
+def _cached(c: Gemma3nConfig) -> dict[str, list[int]]:
+    """Layers with keys and values of their own, by type of attention."""
+    return {kind: [i for i in range(c.num_hidden_layers) if c.layer_types[i] == kind and c.kv_source(i) == i]
+            for kind in (FULL, SLIDING)}
