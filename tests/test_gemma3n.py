@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import BACKENDS, FIXTURES, cases, load_case
+from conftest import FIXTURES, cases, load_case
 
 from thl_engine import CheckpointError, ConfigError, Engine
 from thl_engine.config import Gemma3nConfig
-from thl_engine.kernels import altup, attention
+from thl_engine.kernels import altup, attention, geglu
 from thl_engine.models import gemma3n
 from thl_engine.models.window_cache import WindowCache
 
@@ -80,6 +80,7 @@ def test_rows_do_not_depend_on_the_batch(backend, quantize):
     for b in range(3):
         alone, _ = model.forward(tokens[b : b + 1])
         close(alone, together[b : b + 1])
+        assert backend == "reference" or torch.equal(alone, together[b : b + 1])
 
 
 def test_a_saved_context_goes_on_bit_for_bit(backend, tmp_path):
@@ -140,11 +141,8 @@ def test_causal_mask_with_a_window():
                 assert blocked[i, j] == (not past + i - window < j <= past + i)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("quantile", [None, 1.6448536, -0.2])
-def test_geglu(backend, quantile):
-    from thl_engine.ops import load_ops
-    ops = load_ops(backend, "cpu")
+def test_geglu_against_its_formula(quantile):
     gate, up = torch.randn(2, 2, 3, 37, generator=torch.Generator().manual_seed(6))
     kept = gate.double()
     if quantile is not None:
@@ -152,7 +150,7 @@ def test_geglu(backend, quantile):
         std = (kept - mean).square().mean(dim=-1, keepdim=True).sqrt()
         kept = (kept - mean - quantile * std).clamp(min=0)
     inner = kept * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (kept + 0.044715 * kept**3))) / 2
-    close(ops.geglu(gate, up, quantile).double(), inner * up, 1e-6)
+    close(geglu.geglu(gate, up, quantile).double(), inner * up, 1e-6)
 
 
 def test_altup_against_loops():

@@ -91,6 +91,10 @@ def test_activations(shape):
     gate, up = both.chunk(2, dim=-1)
     close(everywhere(lambda: NATIVE.swiglu(gate, up)), REFERENCE.swiglu(gate.double(), up.double()))
     close(everywhere(lambda: NATIVE.gelu(gate)), REFERENCE.gelu(gate.double()))
+    for quantile in (None, 1.6448536, 0.0, -3.0):
+        close(everywhere(lambda q=quantile: NATIVE.geglu(gate, up, q)),
+              REFERENCE.geglu(gate.double(), up.double(), quantile))
+        assert torch.equal(NATIVE.geglu(gate[-1:], up[-1:], quantile), NATIVE.geglu(gate, up, quantile)[-1:])
 
 
 def test_activations_over_their_range():

@@ -204,6 +204,11 @@ class NativeOps(ReferenceOps):
         native.gelu(_flat(x), _flat(out))
         return out
 
+    def geglu(self, gate: Tensor, up: Tensor, quantile: float | None = None) -> Tensor:
+        out = torch.empty(gate.shape)
+        native.geglu(_flat(gate), _flat(up), quantile, _flat(out))
+        return out
+
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
                   blocked: Tensor | None = None) -> Tensor:
         batch, heads, rows, width = query.shape
