@@ -20,10 +20,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
 
 
 def causal(rows: int, past: int, device: torch.device | str = "cpu", window: int | None = None) -> Tensor:
-    """bool [rows, past + rows]: which keys the last `rows` positions of a sequence must not see.
+    """bool [rows, m + rows]: which keys the last `rows` positions of a sequence must not see.
 
-    window: positions that each sees at most, itself included; None for all up to itself.
+    window: positions that each of them sees, its own included; keys are those of the m = min(past, window - 1)
+    positions before them and their own. None: they see all `past` earlier ones.
     """
     here = torch.arange(past, past + rows, device=device)[:, None]
-    there = torch.arange(past + rows, device=device)
-    return there > here if window is None else (there > here) | (there <= here - window)
+    first = 0 if window is None else max(0, past - window + 1)
+    keys = torch.arange(first, past + rows, device=device)[None, :]
+    return keys > here if window is None else (keys > here) | (keys <= here - window)

@@ -1,14 +1,16 @@
 """Gemma-3n: the recorded runs, its decoding forms against each other, and its parts against plain loops."""
 
+import json
+
 import pytest
 import torch
 from conftest import FIXTURES, cases, load_case
+from safetensors.torch import save_file
 
 from thl_engine import CheckpointError, ConfigError, Engine
-from thl_engine.config import Gemma3nConfig
-from thl_engine.kernels import altup, attention, geglu
+from thl_engine.config import Gemma3nConfig, parse_config
+from thl_engine.kernels import altup, geglu
 from thl_engine.models import gemma3n
-from thl_engine.models.window_cache import WindowCache
 
 TOLERANCE = 1e-4  # relative to the largest magnitude of the tensor
 CASE = load_case(FIXTURES / "gemma3n" / "forward48")
@@ -103,42 +105,36 @@ def test_a_saved_context_goes_on_bit_for_bit(backend, tmp_path):
 def test_states_that_do_not_fit(backend):
     model = engine(backend)
     _, state = model.prefill(CASE.io["input_ids"], model.new_state())
-    fields = state.to_dict()
-    assert fields["sliding.0.keys"].shape == (1, 2, 7, 12) and fields["full.0.keys"].shape == (1, 2, 48, 12)
-    for name, value, message in (("full.0.keys", fields["full.0.keys"][:, :, :-1], r"'full.0.keys' has shape"),
+    fields, sliding, full = state.to_dict(), "layers.0.self_attn.keys", "layers.2.self_attn.keys"
+    assert fields[sliding].shape == (1, 2, 7, 12) and fields[full].shape == (1, 2, 48, 12)
+    assert not any(name.startswith("layers.4.") for name in fields)  # reads layer 2's
+    for name, value, message in ((full, fields[full][:, :, :-1], f"'{full}' has shape"),
+                                 (full, fields[full].to(torch.int8), "is torch.int8, expected torch.float32"),
                                  ("timestep", torch.tensor(47), "has shape"),
-                                 ("timestep", torch.tensor(129), "from 0 to max_position_embeddings"),
+                                 ("timestep", torch.tensor(129), "from 0 to the context's 128"),
                                  ("other", torch.tensor(1), "unknown field 'other'")):
         with pytest.raises(CheckpointError, match=message):
             model.state_from_dict({**fields, name: value})
-    del fields["sliding.2.values"]
-    with pytest.raises(CheckpointError, match="'sliding.2.values' is missing"):
+    del fields["layers.3.self_attn.values"]
+    with pytest.raises(CheckpointError, match="'layers.3.self_attn.values' is missing"):
         model.state_from_dict(fields)
 
 
-def test_window_cache_holds_what_a_list_of_all_positions_ends_with():
-    generator = torch.Generator().manual_seed(5)
-    for window, slack in ((1, 4), (2, 1), (5, 3), (8, 64)):
-        cache = WindowCache.empty(2, 1, 2, 3, window, slack)
-        everything, past = [torch.empty(1, 2, 0, 3)] * 4, 0
-        for _ in range(60):
-            count = int(torch.randint(1, slack + 3, (), generator=generator))
-            for layer in range(2):
-                new = torch.randn(2, 1, 2, count, 3, generator=generator)
-                found = cache.append(layer, past, *new)
-                for j in range(2):
-                    both = everything[2 * layer + j] = torch.cat([everything[2 * layer + j], new[j]], dim=2)
-                    assert torch.equal(found[j], both[:, :, -min(past, window - 1) - count :])
-            past += count
-            assert cache.held(1, past)[1].shape[2] == min(past, window - 1)
-
-
-def test_causal_mask_with_a_window():
-    for rows, past, window in ((1, 0, 1), (5, 3, 2), (4, 9, 20)):
-        blocked = attention.causal(rows, past, window=window)
-        for i in range(rows):
-            for j in range(past + rows):
-                assert blocked[i, j] == (not past + i - window < j <= past + i)
+def test_options_of_a_state(backend):
+    model = engine(backend)
+    tokens = torch.randint(110, (1, 50), generator=torch.Generator().manual_seed(4))
+    expected, _ = model.forward(tokens)
+    small, wide = model.new_state(context=50, kv_cache="int8"), model.new_state(context=50)
+    assert 2 * small.nbytes < wide.nbytes < model.new_state().nbytes
+    found, small = model.forward(tokens, small)
+    close(found, expected, 0.05)
+    with pytest.raises(ConfigError, match=r"51 tokens long; the context ends at 50 \(option context\)"):
+        model.step(tokens[:, 0], small)
+    for options, message in (({"kv_cache": "int4"}, "kv_cache is 'int4'; it must be one of float32, int8"),
+                             ({"context": 129}, "from 1 to max_position_embeddings"),
+                             ({"context": 0}, "context is 0"), ({"cycles": 1}, "has no option cycles")):
+        with pytest.raises(ConfigError, match=message):
+            model.new_state(**options)
 
 
 @pytest.mark.parametrize("quantile", [None, 1.6448536, -0.2])
@@ -204,3 +200,83 @@ def test_names_of_published_checkpoints():
 def test_every_tensor_of_the_recording_is_a_block():
     config = Engine.from_state_dict("gemma3n", CASE.config, CASE.weights, device="cpu").config
     assert {b.name: b.shape for b in gemma3n.blocks(config)} == {k: tuple(v.shape) for k, v in CASE.weights.items()}
+
+
+def published(path, prefix: str, shards: int, **outer) -> None:
+    """A folder as Gemma-3n is published: sharded, the decoder among parts for images and sound."""
+    text = {**CASE.config, "model_type": "gemma3n_text", "query_pre_attn_scalar": 12, "rope_scaling": None,
+            "rope_theta": 1e6, "rope_local_base_freq": 1e4, "intermediate_size": 56, "torch_dtype": "float32"}
+    del text["rope_parameters"]
+    (path / "config.json").write_text(json.dumps(
+        {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"], "text_config": text,
+         "vision_config": {"model_type": "gemma3n_vision"}, "audio_config": {}, "eos_token_id": [1, 106], **outer}))
+    tensors = {name.replace("model.", prefix, 1): tensor for name, tensor in CASE.weights.items()}
+    tensors |= {"model.vision_tower.timm_model.conv.weight": torch.ones(3, 2, 2), "model.embed_audio.x": torch.ones(4),
+                f"{prefix}layers.4.self_attn.k_proj.weight": torch.ones(24, 40), "lm_head.weight":
+                CASE.weights["model.embed_tokens.weight"].clone()}
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(shards):
+        part = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save_file({name: tensors[name] for name in names[i::shards]}, path / part)
+        weight_map |= dict.fromkeys(names[i::shards], part)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model."])
+def test_a_published_folder(prefix, tmp_path, backend):
+    published(tmp_path, prefix, 3)
+    model = Engine.from_pretrained(tmp_path, device="cpu", backend=backend)
+    logits, _ = model.forward(CASE.io["input_ids"])
+    close(logits, CASE.io["logits"])
+    streamed = Engine.from_pretrained(tmp_path, device="cpu", backend=backend, stream=True)
+    assert torch.equal(streamed.forward(CASE.io["input_ids"])[0], logits)
+
+
+def test_checkpoints_of_other_variants(tmp_path):
+    published(tmp_path, "model.language_model.", 1, quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(ConfigError, match="quantised by another tool .*'awq'.*; supported are float checkpoints"):
+        Engine.from_pretrained(tmp_path)
+    for model_type in ("gemma3", "gemma2", "gemma3n_vision"):
+        with pytest.raises(ConfigError, match=f"model_type '{model_type}' is not supported; supported: .*gemma3n"):
+            parse_config({"model_type": model_type, "text_config": {}})
+    (tmp_path / "config.json").write_text(json.dumps({**CASE.config, "model_type": "gemma3n"}))
+    only = {"model.vision_tower.x": torch.ones(2)}
+    with pytest.raises(CheckpointError, match="'model.embed_tokens.weight' .* is missing"):
+        Engine.from_state_dict("gemma3n", CASE.config, only)
+
+
+def test_forms_of_the_configuration():
+    size = parse_config({"model_type": "gemma3n"})
+    assert size == parse_config(size.to_dict()) and size.kv_source(33) == 18 and size.kv_source(34) == 19
+    flat = {**CASE.config, "model_type": "gemma3n_text"}
+    nested = {"model_type": "gemma3n", "text_config": flat, "vision_config": {}}
+    assert parse_config(flat) == parse_config(nested) == parse_config(CASE.config) == parse_config(flat, "gemma3n")
+    one = {**CASE.config, "activation_sparsity_pattern": 0, "intermediate_size": 7, "rope_theta": 5.0,
+           "rope_parameters": None}
+    assert parse_config(one).activation_sparsity_pattern == (0.0,) * 6 and parse_config(one).rope_theta == 5.0
+    assert parse_config({**one, "rope_parameters": {"full_attention": {"rope_theta": 3}}}).rope_theta == 3.0
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("hidden_activation", "silu", "hidden_activation is 'silu'; supported is 'gelu_pytorch_tanh'"),
+    ("attention_bias", True, "attention_bias is True"), ("tie_word_embeddings", False, "tie_word_embeddings is False"),
+    ("rope_scaling", {"factor": 2}, "rope_scaling"), ("rope_parameters", 3, "rope_parameters must be an object"),
+    ("rope_parameters", {"full_attention": {"rope_type": "yarn"}}, "rope_type is 'yarn'; supported are"),
+    ("rope_parameters", {"other": {}}, "'other' is {}; expected an object for each of full_attention"),
+    ("layer_types", ["full_attention"] * 5, "layer_types .* 6 entries"),
+    ("layer_types", ["full"] * 6, "entries of 'sliding_attention' or 'full_attention'"),
+    ("layer_types", [1] * 6, "layer_types, entry 0, must be a name"),
+    ("activation_sparsity_pattern", [1.0] * 6, "less than 1"), ("intermediate_size", [0] * 6, "entries of at least 1"),
+    ("num_kv_shared_layers", 6, "num_kv_shared_layers"), ("num_kv_shared_layers", 4, "each shared type before"),
+    ("num_kv_shared_layers", -1, "0 or more"), ("altup_active_idx", 4, r"one of the altup_num_inputs \(4\)"),
+    ("num_key_value_heads", 3, "multiple of num_key_value_heads"), ("head_dim", 11, "even"),
+    ("final_logit_softcapping", 0.0, "null .no capping. or more than 0"), ("sliding_window", 0, "at least 1"),
+    ("rms_norm_eps", -1e-6, "0 or more"), ("rope_theta", 0, "more than 0"), ("num_layer", 3, "unknown field"),
+    ("laurel_rank", "64", "must be a whole number"), ("rms_norm_eps", float("nan"), "must be finite")])
+def test_configurations_that_cannot_work(field, value, message):
+    config = {**CASE.config, field: value}
+    if field == "rope_theta":
+        del config["rope_parameters"]
+    with pytest.raises(ConfigError, match=message):
+        parse_config(config)

@@ -18,7 +18,7 @@ ALLOWED = {
     "weights": {"schedule"},
     "native": {"_native"},
     "sampler": {"errors"},
-    "tokenizer": {"errors"},
+    "tokenizer": {"chat_template", "errors"},
     "ops": {"errors", "kernels", "native", "weights"},
     "transfer": {"reader"},
     "pager": {"checksum", "errors", "reader", "store", "transfer", "weights"},
@@ -29,6 +29,7 @@ ALLOWED = {
     "models.inl_modules": {"schedule"},
     "models.gemma3n": {"config", "errors", "kernels", "models", "schedule", "weights"},
     "models.kv_cache": set(),
+    "chat_template": {"errors"},
     "models.window_cache": set(),
 }
 

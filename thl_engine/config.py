@@ -329,7 +329,7 @@ PRESETS: dict[str, Any] = {
     name: INLConfig(d_model=width, num_layers=layers, num_heads=heads, num_iterations_per_layer=steps,
                     feedforward_dim=4 * width)
     for name, (width, layers, heads, steps) in _INL_SIZES.items()
-}
+} | {"gemma3n-e4b": Gemma3nConfig()}
 
 
 def parse_config(given: Mapping[str, Any], model_type: str | None = None, where: str = "config") -> Any:

@@ -354,7 +354,7 @@ class Engine:
             chosen, logprobs = self._sample(sampler, logits[0].cpu(), history)
             token, logprob = int(chosen), float(logprobs)
             history.append(token)
-            ends = i == count - 1 or (tokenizer is not None and token == tokenizer.eos_id)
+            ends = i == count - 1 or (tokenizer is not None and token in tokenizer.end_ids)
             text, stopped = stops.push(decoder.push(token) if decoder else "")
             if ends and not stopped:
                 tail, stopped = stops.push(decoder.flush() if decoder else "")

@@ -19,9 +19,8 @@ from thl_engine.config import FULL, SLIDING, Gemma3nConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.altup import magnitude, scaled_to
 from thl_engine.kernels.attention import causal
-from thl_engine.models import kv_cache
-from thl_engine.models.kv_cache import KVCache
-from thl_engine.models.window_cache import WindowCache
+from thl_engine.models import window_cache as kv_caches
+from thl_engine.models.window_cache import KVCache
 from thl_engine.schedule import Block, Walk
 from thl_engine.weights import Held
 
@@ -39,37 +38,38 @@ SHARED_AWAY = ("self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.
 
 @dataclass
 class State:
-    """Context of a batch of sequences: keys and values of the layers that have their own, by type of attention."""
+    """Context of a batch of sequences: keys and values of the layers that have their own, in the order of the layers.
+
+    layers: the numbers of these layers. context: positions that the sequences may grow to.
+    """
 
     timestep: int
-    full: KVCache
-    sliding: WindowCache
+    context: int
+    layers: tuple[int, ...]
+    cache: KVCache
 
     @property
     def batch_size(self) -> int:
-        return (self.full.keys or self.sliding.keys)[0].shape[0]
+        return self.cache.batch_size
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the state occupies on its device now; the full layers' cache grows with the context."""
-        return self.full.nbytes + self.sliding.nbytes
+        """Bytes that the state takes on its device, with a cache that has room for the whole context."""
+        return self.cache.nbytes
 
     def clone(self) -> "State":
         """An independent copy: advancing one leaves the other as it is."""
-        return State(self.timestep, self.full.clone(), self.sliding.clone())
+        return State(self.timestep, self.context, self.layers, self.cache.clone())
 
     def become(self, other: "State") -> None:
         """Takes over the other's values without copying them."""
         vars(self).update(vars(other))
 
     def named(self) -> dict[str, Tensor]:
-        """The fields, not copied. `full.K.keys` counts the layers of a type that have a cache."""
+        """The fields, not copied."""
         out = {"timestep": torch.tensor(self.timestep)}
-        for k, (keys, values) in enumerate(zip(self.full.keys, self.full.values, strict=True)):
-            out[f"full.{k}.keys"] = keys[:, :, : self.timestep]
-            out[f"full.{k}.values"] = values[:, :, : self.timestep]
-        for k in range(len(self.sliding.keys)):
-            out[f"sliding.{k}.keys"], out[f"sliding.{k}.values"] = self.sliding.held(k, self.timestep)
+        for i, held in zip(self.layers, self.cache.layers, strict=True):
+            out |= {f"layers.{i}.self_attn.{name}": rows for name, rows in held.named(self.timestep).items()}
         return out
 
     def to_dict(self) -> dict[str, Tensor]:
@@ -180,48 +180,84 @@ def initial(config: Gemma3nConfig, block: Block, rows: slice, generator: torch.G
     return torch.randn(shape, generator=generator).div_(sqrt(inputs))
 
 
+def workspace(config: Gemma3nConfig, state: State) -> tuple[int, int]:
+    """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
+    c, rows = config, state.batch_size * CHUNK
+    # Streams before and after each step, per-layer inputs and what they are made of, and the largest part of a layer.
+    heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    floats = (4 * c.altup_num_inputs + 6) * c.hidden_size + 4 * _per_layer(c) + max(3 * max(c.intermediate_size),
+                                                                                    3 * heads)
+    seen = max(held.kept(state.context) for held in state.cache.layers) + CHUNK
+    return 4 * rows * floats + 2 * CHUNK * seen + state.cache.widened_bytes, rows * c.num_attention_heads * seen
+
+
+def traffic(config: Gemma3nConfig, state: State, position: int | None = None) -> int:
+    """Bytes of the cache that one token reads at a position, half of the context unless given."""
+    position = state.context // 2 if position is None else position
+    reads = {i: 0 for i in state.layers}
+    for i in range(config.num_hidden_layers):
+        reads[config.kv_source(i)] += 1
+    return sum(times * KVCache([held]).traffic(position)
+               for times, held in zip(reads.values(), state.cache.layers, strict=True))
+
+
 def init_state(config: Gemma3nConfig, batch_size: int, device: torch.device | str = "cpu",
-               weights: Mapping[str, Any] | None = None, capacity: int | None = None) -> State:
+               weights: Mapping[str, Any] | None = None, *, context: int | None = None,
+               kv_cache: str = "float32") -> State:
     """The state of `batch_size` fresh sequences.
 
-    capacity: positions of the full layers' cache that are allocated at once, at most max_position_embeddings; more
-    are allocated as the context grows.
+    context: positions that a sequence may grow to, max_position_embeddings unless given. kv_cache: "float32", or
+    "int8" with a scale for each row. Raises ConfigError.
     """
-    c, layers = config, _cached(config)
-    held = kv_cache.capacity(capacity or 1, c.max_position_embeddings)
-    full = kv_cache.empty(len(layers[FULL]), batch_size, c.num_key_value_heads, c.head_dim, held, device)
-    return State(0, full, WindowCache.empty(len(layers[SLIDING]), batch_size, c.num_key_value_heads, c.head_dim,
-                                            c.sliding_window, CHUNK, device))
+    c, context = config, config.max_position_embeddings if context is None else context
+    if kv_cache not in kv_caches.FORMATS:
+        raise ConfigError(f"kv_cache is {kv_cache!r}; it must be one of {', '.join(kv_caches.FORMATS)}")
+    if isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= c.max_position_embeddings:
+        raise ConfigError(f"context is {context!r}; it must be a whole number from 1 to max_position_embeddings "
+                          f"({c.max_position_embeddings})")
+    layers = tuple(i for i in range(c.num_hidden_layers) if c.kv_source(i) == i)
+    cache = kv_caches.empty([_window(c, i) for i in layers], batch_size, c.num_key_value_heads, c.head_dim, context,
+                            device, kv_cache)
+    return State(0, context, layers, cache)
 
 
 def state_from_dict(config: Gemma3nConfig, values: Mapping[str, Tensor], ops: Any,
-                    device: torch.device | str = "cpu") -> State:
-    """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong shape."""
-    step = values.get("timestep")
-    length = int(step) if step is not None and step.numel() == 1 else 0
-    if not 0 <= length <= config.max_position_embeddings:
-        raise CheckpointError(f"state: timestep is {length}; it must be from 0 to max_position_embeddings "
-                              f"({config.max_position_embeddings})")
-    first = next((value for name, value in values.items() if name.endswith(".keys")), None)
+                    device: torch.device | str = "cpu", **options: Any) -> State:
+    """The state that `State.to_dict` described, with the options of `init_state`, which are those it was made with.
+
+    Raises CheckpointError on a missing field, a wrong shape or another kind of cache.
+    """
+    first, step = values.get("layers.0.self_attn.keys"), values.get("timestep")
     batch = first.shape[0] if first is not None and first.dim() == 4 else 1
-    state = init_state(config, max(batch, 1), "meta", capacity=length)
+    length = int(step) if step is not None and step.numel() == 1 else 0
+    state = init_state(config, max(batch, 1), device, **options)
+    if not 0 <= length <= state.context:
+        raise CheckpointError(f"state: timestep is {length}; it must be from 0 to the context's {state.context}")
     state.timestep = length
-    state.sliding.begin(length)
+    state.cache.seek(length)
     expected = state.named()
     for name in values.keys() - expected.keys():
         raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
     for name, own in expected.items():
         if name not in values:
             raise CheckpointError(f"state: field {name!r} is missing")
-        if tuple(values[name].shape) != tuple(own.shape):
-            raise CheckpointError(f"state: field {name!r} has shape {list(values[name].shape)}, expected "
-                                  f"{list(own.shape)}")
-    state = init_state(config, max(batch, 1), device, capacity=length)
-    state.timestep = length
-    state.sliding.begin(length)
-    for name, own in state.named().items():
-        own.copy_(values[name].detach())  # views of the state's own memory, apart from `timestep`
+        value = values[name]
+        if tuple(value.shape) != tuple(own.shape):
+            raise CheckpointError(f"state: field {name!r} has shape {list(value.shape)}, expected {list(own.shape)}")
+        if (value.dtype == torch.int8) != (own.dtype == torch.int8):
+            raise CheckpointError(f"state: field {name!r} is {value.dtype}, expected {own.dtype}; open the engine with "
+                                  "the kv_cache that the state was made with")
+        own.copy_(value.detach())  # views of the state's own memory, apart from `timestep`
     return state
+
+
+def check_room(config: Gemma3nConfig, state: State, count: int) -> None:
+    """Raises ConfigError if `count` more tokens are more than the state's context has room for."""
+    length, most = state.timestep + count, config.max_position_embeddings
+    if length > state.context:
+        own = "" if state.context == most else f"the context ends at {state.context} (option context); "
+        raise ConfigError(f"the context would be {length} tokens long; {own}the model's max_position_embeddings is "
+                          f"{most}")
 
 
 def advance(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
@@ -229,18 +265,15 @@ def advance(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state
     """Feeds int64 [B, T] to the sequences of the batch.
 
     Returns the normalised features [B, T, D], which `logits` projects to the vocabulary, and the next state, which
-    shares the given one's caches. `record` receives named intermediates. Raises ConfigError beyond
-    max_position_embeddings.
+    shares the given one's cache. `record` receives named intermediates. Raises ConfigError beyond the context.
     """
-    c, past, rows = config, state.timestep, tokens.shape[1]
-    if past + rows > c.max_position_embeddings:
-        raise ConfigError(f"the context would be {past + rows} tokens long; the model's max_position_embeddings is "
-                          f"{c.max_position_embeddings}")
+    c, rows = config, tokens.shape[1]
+    check_room(c, state, rows)
     embedded, inputs = embed(c, weights, ops, tokens)
     if record is not None:
         record("per_layer_inputs", inputs)
     streams = expand(c, weights, ops, embedded)
-    attention = Attention(c, past, rows, state, tokens.device)
+    attention = Attention(c, state, rows, tokens.device)
     for i in range(c.num_hidden_layers):
         if record is not None and i == 0:
             record("layer0.input_altup_state", streams)
@@ -250,7 +283,7 @@ def advance(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state
     hidden = collapse(c, weights, ops, streams)
     if record is not None:
         record("final_hidden", hidden)
-    return hidden, State(past + rows, state.full, state.sliding)
+    return hidden, State(state.timestep + rows, state.context, state.layers, state.cache)
 
 
 def logits(config: Gemma3nConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
@@ -263,25 +296,24 @@ class Attention:
     """What the layers of one pass over T positions share: rotary tables, masks, and the keys and values that later
     layers read again."""
 
-    def __init__(self, c: Gemma3nConfig, past: int, rows: int, state: State, device: torch.device) -> None:
-        self._config, self._past, self._state = c, past, state
-        self._cached = _cached(c)
+    def __init__(self, c: Gemma3nConfig, state: State, rows: int, device: torch.device) -> None:
+        self._config, self._state = c, state
         self._visible: dict[int, tuple[Tensor, Tensor]] = {}
-        positions = torch.arange(past, past + rows, device=device)
+        past = state.timestep
+        self._positions = torch.arange(past, past + rows, device=device)
         exponents = torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim
-        angles = {FULL: 1.0 / c.rope_theta**exponents, SLIDING: 1.0 / c.rope_local_base_freq**exponents}
-        self._angles, self._positions, self._tables = angles, positions, {}
+        self._frequencies = {FULL: 1.0 / c.rope_theta**exponents, SLIDING: 1.0 / c.rope_local_base_freq**exponents}
+        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
         self._blocked: dict[str, Tensor | None] = {FULL: None, SLIDING: None}
-        if rows > 1:
-            seen = min(past, c.sliding_window - 1)
-            self._blocked = {FULL: causal(rows, past, device), SLIDING: causal(rows, seen, device, c.sliding_window)}
+        if rows > 1:  # a lone position sees all that its layer's cache returns
+            self._blocked = {FULL: causal(rows, past, device), SLIDING: causal(rows, past, device, c.sliding_window)}
 
     def __call__(self, weights: Any, ops: Any, i: int, x: Tensor) -> Tensor:
         """Layer i's attention of x [B, T, D] to what is visible, the output projection included."""
         c, kind, source = self._config, self._config.layer_types[i], self._config.kv_source(i)
         prefix = f"model.layers.{i}.self_attn."
         if kind not in self._tables:
-            self._tables[kind] = ops.rotary_tables(self._positions, self._angles[kind])
+            self._tables[kind] = ops.rotary_tables(self._positions, self._frequencies[kind])
 
         def heads(name: str, norm: str | None) -> Tensor:
             """A projection of x, each head normalised: [B, heads, T, d]."""
@@ -292,14 +324,10 @@ class Attention:
         query = ops.rotate(heads("q", "q_norm"), *self._tables[kind])
         if source == i:
             key, value = ops.rotate(heads("k", "k_norm"), *self._tables[kind]), heads("v", None)
-            self._visible[i] = self._append(kind, self._cached[kind].index(i), key, value)
+            number = self._state.layers.index(i)
+            self._visible[i] = self._state.cache.append(number, self._state.timestep, key, value)
         mixed = ops.attention(query, *self._visible[source], 1.0, self._blocked[kind])
         return ops.linear(mixed.transpose(1, 2).flatten(2), weights[f"{prefix}o_proj.weight"])
-
-    def _append(self, kind: str, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if kind == SLIDING:
-            return self._state.sliding.append(number, self._past, key, value)
-        return self._state.full.append(number, self._past, key, value, self._config.max_position_embeddings)
 
 
 def embed(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -372,7 +400,6 @@ def _per_layer(c: Gemma3nConfig) -> int:
     return c.num_hidden_layers * c.hidden_size_per_layer_input
 
 
-def _cached(c: Gemma3nConfig) -> dict[str, list[int]]:
-    """Layers with keys and values of their own, by type of attention."""
-    return {kind: [i for i in range(c.num_hidden_layers) if c.layer_types[i] == kind and c.kv_source(i) == i]
-            for kind in (FULL, SLIDING)}
+def _window(c: Gemma3nConfig, i: int) -> int | None:
+    """Positions that layer i sees, None for all."""
+    return c.sliding_window if c.layer_types[i] == SLIDING else None

@@ -1,72 +1,179 @@
-"""Keys and values of layers that look back on a window of positions only."""
+"""Keys and values of the positions that attention looks back on: float32 or int8 rows, of all positions or a window.
 
+All that a cache may come to hold is allocated at once. So a plan can count it, no layer is ever in memory twice, and
+no token pays for moving a long context; on the CPU, memory that no position was written to stays with the system.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+FORMATS = ("float32", "int8")
+SLACK = 64  # positions that a window's rows have to spare: once in so many tokens they are moved to the front
+
 
 @dataclass
-class WindowCache:
-    """For each layer keys and values float32 [B, A, capacity, d]: the last `window` - 1 positions, before `stops`.
+class Rows:
+    """data [B, A, capacity, d] of A key/value heads: float32, or int8 with float32 scales [B, A, capacity]."""
 
-    Positions are appended until a buffer is full; what is still visible then moves to its front.
-    """
-
-    window: int
-    keys: list[Tensor]
-    values: list[Tensor]
-    stops: list[int]
-
-    @classmethod
-    def empty(cls, layers: int, batch_size: int, heads: int, width: int, window: int, slack: int,
-              device: torch.device | str = "cpu") -> "WindowCache":
-        """A cache without content that moves its positions once in `slack` of them."""
-        def new() -> list[Tensor]:
-            return [torch.empty(batch_size, heads, window - 1 + slack, width, device=device) for _ in range(layers)]
-
-        return cls(window, new(), new(), [0] * layers)
+    data: Tensor
+    scales: Tensor | None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for t in (self.data, self.scales) if t is not None)
 
-    def begin(self, past: int) -> None:
-        """Makes room for what a sequence of `past` positions holds, to be filled through `held`."""
-        self.stops = [min(past, self.window - 1)] * len(self.stops)
+    def write(self, at: int, new: Tensor) -> None:
+        """Stores float32 [B, A, n, d] from row `at` on."""
+        rows = slice(at, at + new.shape[2])
+        if self.scales is None:
+            self.data[:, :, rows] = new
+            return
+        scales = new.abs().amax(dim=-1) / 127
+        divisor = torch.where(scales == 0, 1.0, scales)[..., None]  # zeros, or denormals that no scale can hold
+        self.data[:, :, rows] = (new / divisor).round_().clamp_(-127, 127)
+        self.scales[:, :, rows] = scales
 
-    def held(self, layer: int, past: int) -> tuple[Tensor, Tensor]:
-        """Keys and values that the position after the first `past` sees, in ascending order, not copied."""
-        stop = self.stops[layer]
-        span = slice(stop - min(past, self.window - 1), stop)
-        return self.keys[layer][:, :, span], self.values[layer][:, :, span]
+    def read(self, first: int, stop: int) -> Tensor:
+        """float32 [B, A, stop - first, d]: a view, or int8 rows widened into memory of their own."""
+        data = self.data[:, :, first:stop]
+        if self.scales is None:
+            return data
+        return data.float().mul_(self.scales[:, :, first:stop, None])
+
+    def move(self, first: int, stop: int) -> None:
+        """Moves the rows [first, stop) to the front."""
+        for own in (self.data, self.scales):
+            if own is not None:
+                own[:, :, : stop - first] = own[:, :, first:stop].clone()  # the two may overlap
+
+    def copy(self, stop: int) -> "Rows":
+        """The same with the first `stop` rows."""
+        out = Rows(*(None if own is None else torch.empty_like(own) for own in (self.data, self.scales)))
+        for own, copied in ((self.data, out.data), (self.scales, out.scales)):
+            if own is not None:
+                copied[:, :, :stop] = own[:, :, :stop]
+        return out
+
+
+@dataclass
+class Layer:
+    """One layer's rows, in ascending order of positions: of all, or at least of those that a window still sees.
+
+    window: positions that a query sees, its own included; None for all. first: the position of row 0. used: rows in
+    use.
+    """
+
+    keys: Rows
+    values: Rows
+    window: int | None
+    first: int = 0
+    used: int = 0
+
+    def kept(self, past: int) -> int:
+        """How many of the first `past` positions the next one sees."""
+        return past if self.window is None else min(past, self.window - 1)
+
+    def append(self, past: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As `KVCache.append`."""
+        count, kept, room = key.shape[2], self.kept(past), self.keys.data.shape[2]
+        if self.window is not None and kept + count > room:
+            return self._append_in_pieces(past, key, value)
+        begin, at = past - kept - self.first, past - self.first
+        if at + count > room:
+            for rows in (self.keys, self.values):
+                rows.move(begin, at)
+            self.first, begin, at = past - kept, 0, kept
+        self.used = at + count
+        for rows, new in ((self.keys, key), (self.values, value)):
+            rows.write(at, new)
+        return self.keys.read(begin, self.used), self.values.read(begin, self.used)
+
+    def _append_in_pieces(self, past: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """More positions than there is room for at once: what they see is put together outside of the cache."""
+        begin, at = past - self.kept(past) - self.first, past - self.first
+        out = [(self.keys.read(begin, at).clone(), self.values.read(begin, at).clone())]
+        for new in zip(key.split(SLACK, dim=2), value.split(SLACK, dim=2), strict=True):
+            count = new[0].shape[2]
+            seen = self.append(past, *new)
+            out.append(tuple(rows[:, :, -count:].clone() for rows in seen))
+            past += count
+        keys, values = zip(*out, strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+    def named(self, past: int) -> dict[str, Tensor]:
+        """What positions from `past` on see of the earlier ones, as stored and not copied."""
+        rows = slice(past - self.kept(past) - self.first, past - self.first)
+        out = {}
+        for name, own in (("keys", self.keys), ("values", self.values)):
+            out[name] = own.data[:, :, rows]
+            if own.scales is not None:
+                out[f"{name}_scale"] = own.scales[:, :, rows]
+        return out
+
+
+@dataclass
+class KVCache:
+    """The layers of a batch of sequences."""
+
+    layers: list[Layer]
+
+    @property
+    def batch_size(self) -> int:
+        return self.layers[0].keys.data.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    @property
+    def widened_bytes(self) -> int:
+        """Bytes of the float32 copies that attention needs of one layer: none of float32 rows."""
+        return max(0 if own.keys.scales is None else 8 * own.keys.data.numel() for own in self.layers)
+
+    def traffic(self, past: int) -> int:
+        """Bytes that a token behind `past` positions reads or writes."""
+        total = 0
+        for layer in self.layers:
+            batch, heads, _, width = layer.keys.data.shape
+            row = 2 * batch * heads * width  # elements of a position's key and value
+            total += (layer.kept(past) + 1) * row * (4 if layer.keys.scales is None else 1 + 4 + 4)  # widened, read
+        return total
 
     def append(self, layer: int, past: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes key, value [B, A, n, d] behind the first `past` positions, in place.
+        """Writes float32 key, value [B, A, n, d] behind the first `past` positions.
 
-        Returns [B, A, min(past, window - 1) + n, d] each: what the new positions see, in ascending order.
+        Returns the keys and values [B, A, m + n, d] that these n positions see: of the m = min(past, window - 1)
+        before them, and their own, as the cache holds them. They are valid until the next call for the layer.
         """
-        held, count = min(past, self.window - 1), key.shape[2]
-        capacity = self.keys[layer].shape[2]
-        if held + count > capacity:  # more than the buffer is made for: only its end is kept
-            out = tuple(torch.cat([old, new], dim=2)
-                        for old, new in zip(self.held(layer, past), (key, value), strict=True))
-            kept = min(held + count, self.window - 1)
-            for own, new in zip((self.keys, self.values), out, strict=True):
-                own[layer][:, :, :kept] = new[:, :, -kept:] if kept else new[:, :, :0]
-            self.stops[layer] = kept
-            return out
-        if self.stops[layer] + count > capacity:
-            for own, old in zip((self.keys, self.values), self.held(layer, past), strict=True):
-                own[layer][:, :, :held] = old.clone()
-            self.stops[layer] = held
-        start = self.stops[layer]
-        self.stops[layer] = start + count
-        for own, new in ((self.keys, key), (self.values, value)):
-            own[layer][:, :, start : start + count] = new
-        span = slice(start - held, start + count)
-        return self.keys[layer][:, :, span], self.values[layer][:, :, span]
+        return self.layers[layer].append(past, key, value)
 
-    def clone(self) -> "WindowCache":
-        return WindowCache(self.window, [k.clone() for k in self.keys], [v.clone() for v in self.values],
-                           list(self.stops))
+    def seek(self, past: int) -> None:
+        """Makes room for the rows of a context of `past` positions, to be written to what `Layer.named` returns."""
+        for layer in self.layers:
+            layer.first, layer.used = past - layer.kept(past), layer.kept(past)
+
+    def clone(self) -> "KVCache":
+        return KVCache([Layer(own.keys.copy(own.used), own.values.copy(own.used), own.window, own.first, own.used)
+                        for own in self.layers])
+
+
+def empty(windows: Sequence[int | None], batch_size: int, heads: int, width: int, positions: int,
+          device: torch.device | str = "cpu", rows: str = "float32") -> KVCache:
+    """A cache without content for up to `positions` positions.
+
+    windows: of each layer, None where it sees all positions. rows: one of FORMATS.
+    """
+    def new(capacity: int) -> Rows:
+        shape = (batch_size, heads, capacity)
+        if rows == "int8":
+            return Rows(torch.empty(*shape, width, dtype=torch.int8, device=device), torch.empty(shape, device=device))
+        return Rows(torch.empty(*shape, width, device=device), None)
+
+    layers = []
+    for window in windows:
+        capacity = positions if window is None else min(positions, window - 1 + SLACK)
+        layers.append(Layer(new(capacity), new(capacity), window))
+    return KVCache(layers)
