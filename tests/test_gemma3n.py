@@ -66,6 +66,11 @@ def test_one_by_one_in_pieces_and_whole(backend):
         close(logits, whole[:, at : at + count])
         at += count
     assert at == 128
+    state, at = model.new_state(2), 0
+    for count in (2, 9, 1, 70, 46):
+        logits, state = model.prefill(tokens[:, at : at + count], state)
+        at += count
+        close(logits, whole[:, at - 1])
     state = model.new_state(2)
     for t in range(128):
         logits, state = model.step(tokens[:, t], state)
@@ -181,6 +186,9 @@ def test_other_shapes_of_the_model(backend):
         for t in range(12):
             logits, state = model.step(tokens[:, t], state)
         close(logits, plain.forward(tokens)[0][:, -1])
+        close(model.prefill(tokens, model.new_state())[0], logits)
+    with pytest.raises(ConfigError, match="batch of 2, but the state holds 1"):
+        model.forward(tokens.expand(2, -1), model.new_state())
 
 
 def test_names_of_published_checkpoints():

@@ -176,6 +176,22 @@ class Paged(Held):
         memory.data.zero_()
 
 
+@pytest.mark.parametrize("kind", ["float", "int8", "grouped"])
+def test_geglu_with_the_product_before_it(kind):
+    """Rows of the matrix that the gate leaves out are not read: with the bits of reading all."""
+    weight, group = torch.randn(301, 200), 128 if kind == "grouped" else None
+    matrix = Paged(weight) if kind == "float" else Paged(*quantize_rows(weight, group), group)
+    for rows in (1, 2, 5):
+        gate, x = torch.randn(rows, 1, 301), torch.randn(rows, 1, 200)
+        gate[:, :, :40] = -9.0  # nothing is left of the first part
+        for quantile in (None, 1.6448536, -1.0, 50.0):
+            found = everywhere(lambda g=gate, x=x, q=quantile: NATIVE.geglu_linear(g, x, matrix, q))
+            assert torch.equal(found, NATIVE.geglu(gate, NATIVE.linear(x, matrix), quantile))
+            assert found.shape == gate.shape and (quantile != 50.0 or not found.any())
+            if quantile != 50.0:
+                close(found, REFERENCE.geglu_linear(gate, x, matrix, quantile), 1e-4)
+
+
 def controller(width, hidden=64):
     scale = 1.0 / math.sqrt(3 * width)
     return (scale * torch.randn(hidden, 3 * width), 0.1 * torch.randn(hidden), 0.1 * torch.randn(3 * width, hidden),

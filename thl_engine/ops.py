@@ -30,6 +30,9 @@ from thl_engine.kernels import linear as linear_kernels
 from thl_engine.weights import Matrix, Part, Table
 
 LAYER_NORM_EPS = 1e-5
+# Rows of a sparse gate for which reading only the matrix rows that some of them need is faster: 0.34 of the time for
+# one, 0.62 for two, 1.2 for four (16384 x 2048 int8, 5 % of the gate left, 2-core AMD EPYC Zen 5).
+SPARSE_ROWS = 2
 
 
 class ReferenceOps:
@@ -79,6 +82,10 @@ class ReferenceOps:
         out = [linear_kernels.linear(x, _widen(part), None if bias is None else bias[part.start : part.stop])
                for part in matrix.parts()]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+
+    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix, quantile: float | None) -> Tensor:
+        """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
+        return self.geglu(gate, self.linear(x, up), quantile)
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         """Each head's features through its own rows: x [B, H, C], matrix [R, C] -> [B, R], R/H rows a head."""
@@ -207,6 +214,23 @@ class NativeOps(ReferenceOps):
     def geglu(self, gate: Tensor, up: Tensor, quantile: float | None = None) -> Tensor:
         out = torch.empty(gate.shape)
         native.geglu(_flat(gate), _flat(up), quantile, _flat(out))
+        return out
+
+    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix, quantile: float | None) -> Tensor:
+        rows = gate.numel() // gate.shape[-1]
+        if quantile is None or rows > SPARSE_ROWS:
+            return super().geglu_linear(gate, x, up, quantile)
+        out = self.geglu(gate, torch.ones_like(gate), quantile)
+        values, product = _flat(out), _Product(_flat(x))
+        alive = values.any(dim=0)
+        for part in up.parts():  # rows of the matrix that would be multiplied by zero are left out
+            chosen = alive[part.start : part.stop].nonzero().flatten()
+            if len(chosen):
+                scales = None if part.scales is None else part.scales.index_select(0, chosen)
+                some = Part(0, len(chosen), part.data.index_select(0, chosen), scales, part.group)
+                factors = torch.empty(rows, len(chosen))
+                product.into(factors, some, None)
+                values[:, chosen + part.start] *= factors
         return out
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,

@@ -264,32 +264,67 @@ def advance(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state
             record: Record | None = None) -> tuple[Tensor, State]:
     """Feeds int64 [B, T] to the sequences of the batch.
 
-    Returns the normalised features [B, T, D], which `logits` projects to the vocabulary, and the next state, which
-    shares the given one's cache. `record` receives named intermediates. Raises ConfigError beyond the context.
+    Returns the normalised features of the last position [B, 1, D], which `logits` projects to the vocabulary, and the
+    next state, which shares the given one's cache. `record` receives named intermediates. Raises ConfigError beyond
+    the context.
     """
-    c, rows = config, tokens.shape[1]
-    check_room(c, state, rows)
-    embedded, inputs = embed(c, weights, ops, tokens)
-    if record is not None:
-        record("per_layer_inputs", inputs)
-    streams = expand(c, weights, ops, embedded)
-    attention = Attention(c, state, rows, tokens.device)
-    for i in range(c.num_hidden_layers):
-        if record is not None and i == 0:
-            record("layer0.input_altup_state", streams)
-        streams = layer(c, weights, ops, i, streams, inputs[:, :, i], attention)
-        if record is not None:
-            record(f"layer{i}.altup_state", streams)
-    hidden = collapse(c, weights, ops, streams)
-    if record is not None:
-        record("final_hidden", hidden)
-    return hidden, State(state.timestep + rows, state.context, state.layers, state.cache)
+    return _run(config, weights, ops, tokens, state, record, last=True)
+
+
+def forward(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
+            record: Record | None = None) -> tuple[Tensor, State]:
+    """A whole sequence int64 [B, T] behind what the state holds: logits [B, T, vocab_size] and the next state.
+
+    It goes CHUNK tokens at a time; what `record` receives is of the last of them.
+    """
+    if tokens.shape[0] != state.batch_size:
+        raise ConfigError(f"tokens: batch of {tokens.shape[0]}, but the state holds {state.batch_size} sequences")
+    check_room(config, state, tokens.shape[1])
+    out = torch.empty(*tokens.shape, config.vocab_size, device=tokens.device)
+    for first in range(0, tokens.shape[1], CHUNK):
+        some = tokens[:, first : first + CHUNK]
+        hidden, state = _run(config, weights, ops, some, state, record, last=False)
+        out[:, first : first + CHUNK] = logits(config, weights, ops, hidden.flatten(0, 1)).unflatten(0, some.shape)
+    return out, state
+
+
+def forward_walk(config: Gemma3nConfig, tokens_shape: tuple[int, int]) -> Walk:
+    """Matrices that one `forward` reads, those of the logits included."""
+    once = (*walk(config).clocked, *((name, 1) for name in head(config)))
+    return Walk(once * -(-tokens_shape[1] // CHUNK))
 
 
 def logits(config: Gemma3nConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
     """Scores of the next token. hidden [N, D] as returned by `advance` -> float32 [N, vocab_size]."""
     scores, cap = ops.linear(hidden, weights[TIED]), config.final_logit_softcapping
     return scores if cap is None else scores.div_(cap).tanh_() * cap
+
+
+def _run(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None, *,
+         last: bool) -> tuple[Tensor, State]:
+    """Every layer over tokens [B, T]: features after the final norm [B, T, D], and the next state.
+
+    last: of the last position only, [B, 1, D]. Layers that leave no keys and values behind then compute no other.
+    """
+    check_room(c, state, tokens.shape[1])
+    embedded, inputs = embed(c, weights, ops, tokens)
+    if record is not None:
+        record("per_layer_inputs", inputs)
+    streams = expand(c, weights, ops, embedded)
+    if record is not None:
+        record("layer0.input_altup_state", streams)
+    attention = Attention(c, state, tokens.shape[1], tokens.device)
+    for i in range(c.num_hidden_layers):
+        if last and i == len(state.layers):
+            streams, inputs = streams[:, :, -1:].contiguous(), inputs[:, -1:]
+            attention.keep_last()
+        streams = layer(c, weights, ops, i, streams, inputs[:, :, i], attention)
+        if record is not None:
+            record(f"layer{i}.altup_state", streams)
+    hidden = collapse(c, weights, ops, streams[:, :, -1:].contiguous() if last else streams)
+    if record is not None:
+        record("final_hidden", hidden)
+    return hidden, State(state.timestep + tokens.shape[1], state.context, state.layers, state.cache)
 
 
 class Attention:
@@ -307,6 +342,14 @@ class Attention:
         self._blocked: dict[str, Tensor | None] = {FULL: None, SLIDING: None}
         if rows > 1:  # a lone position sees all that its layer's cache returns
             self._blocked = {FULL: causal(rows, past, device), SLIDING: causal(rows, past, device, c.sliding_window)}
+
+    def keep_last(self) -> None:
+        """From here on x is of the last position only, in layers that read what others left."""
+        self._positions, self._tables = self._positions[-1:], {}
+        self._blocked = {FULL: None, SLIDING: None}
+        for i, (keys, values) in self._visible.items():
+            seen = -(_window(self._config, i) or keys.shape[2])
+            self._visible[i] = keys[:, :, seen:], values[:, :, seen:]
 
     def __call__(self, weights: Any, ops: Any, i: int, x: Tensor) -> Tensor:
         """Layer i's attention of x [B, T, D] to what is visible, the output projection included."""
@@ -384,8 +427,8 @@ def layer(c: Gemma3nConfig, weights: Any, ops: Any, i: int, streams: Tensor, own
     x = (attended + laurel) * 2.0**-0.5
     wide = norm("pre_feedforward_layernorm", x)
     share = c.activation_sparsity_pattern[i]
-    inner = ops.geglu(linear("mlp.gate_proj", wide), linear("mlp.up_proj", wide),
-                      NormalDist().inv_cdf(share) if share > 0.0 else None)
+    inner = ops.geglu_linear(linear("mlp.gate_proj", wide), wide, weights[f"{prefix}mlp.up_proj.weight"],
+                             NormalDist().inv_cdf(share) if share > 0.0 else None)
     x = x + norm("post_feedforward_layernorm", linear("mlp.down_proj", inner))
     streams = ops.altup_correct(predicted, x, a, coefficients("correction_coefs", x) + 1.0)
     x = streams[a]
