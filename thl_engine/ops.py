@@ -83,10 +83,6 @@ class ReferenceOps:
                for part in matrix.parts()]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
-    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix, quantile: float | None) -> Tensor:
-        """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
-        return self.geglu(gate, self.linear(x, up), quantile)
-
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         """Each head's features through its own rows: x [B, H, C], matrix [R, C] -> [B, R], R/H rows a head."""
         batch, heads, _ = x.shape
@@ -108,6 +104,10 @@ class ReferenceOps:
             values = x[:, h, first : first + part.stop - part.start]
             out[h] = out[h] + linear_kernels.linear_transposed(values, _widen(part))
         return torch.stack(out, dim=1)
+
+    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix, quantile: float | None) -> Tensor:
+        """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
+        return self.geglu(gate, self.linear(x, up), quantile)
 
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,

@@ -10,6 +10,11 @@ An architecture is a module with
   step(config, weights, ops, tokens, state) -> (hidden, state)
   logits(config, weights, ops, hidden) -> logits
 
+and, where published checkpoints have them otherwise,
+
+  aliases(config) -> dict[str, str]            names that repeat a tensor, and the name that keeps it
+  stored_name(config, name) -> str | None      the block that a tensor of a checkpoint is, None for what is not used
+
 Models see tensors, weights by name and ops; never files, devices or threads.
 """
 
