@@ -88,6 +88,12 @@ def test_rows_do_not_depend_on_the_batch(backend, quantize):
         alone, _ = model.forward(tokens[b : b + 1])
         close(alone, together[b : b + 1])
         assert backend == "reference" or torch.equal(alone, together[b : b + 1])
+    states = model.new_state(3), [model.new_state() for _ in range(3)]
+    for t in range(9):
+        together, _ = model.step(tokens[:, t], states[0])
+        alone = torch.cat([model.step(tokens[b : b + 1, t], states[1][b])[0] for b in range(3)])
+        close(alone, together)
+        assert backend == "reference" or torch.equal(alone, together)
 
 
 def test_a_saved_context_goes_on_bit_for_bit(backend, tmp_path):
@@ -278,7 +284,7 @@ def test_forms_of_the_configuration():
     ("activation_sparsity_pattern", [1.0] * 6, "less than 1"), ("intermediate_size", [0] * 6, "entries of at least 1"),
     ("num_kv_shared_layers", 6, "num_kv_shared_layers"), ("num_kv_shared_layers", 4, "each shared type before"),
     ("num_kv_shared_layers", -1, "0 or more"), ("altup_active_idx", 4, r"one of the altup_num_inputs \(4\)"),
-    ("num_key_value_heads", 3, "multiple of num_key_value_heads"), ("head_dim", 11, "even"),
+    ("altup_num_inputs", 65, "at most 64"), ("num_key_value_heads", 3, "multiple of num_key_value_heads"), ("head_dim", 11, "even"),
     ("final_logit_softcapping", 0.0, "null .no capping. or more than 0"), ("sliding_window", 0, "at least 1"),
     ("rms_norm_eps", -1e-6, "0 or more"), ("rope_theta", 0, "more than 0"), ("num_layer", 3, "unknown field"),
     ("laurel_rank", "64", "must be a whole number"), ("rms_norm_eps", float("nan"), "must be finite")])

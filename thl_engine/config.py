@@ -297,6 +297,7 @@ class Gemma3nConfig:
                  f"entries of {SLIDING!r} or {FULL!r}")
         _require(all(0.0 <= share < 1.0 for share in self.activation_sparsity_pattern), "activation_sparsity_pattern",
                  self.activation_sparsity_pattern, "entries of at least 0 and less than 1")
+        _require(self.altup_num_inputs <= 64, "altup_num_inputs", self.altup_num_inputs, "at most 64")
         _require(0 <= self.altup_active_idx < self.altup_num_inputs, "altup_active_idx", self.altup_active_idx,
                  f"one of the altup_num_inputs ({self.altup_num_inputs}) inputs, counted from 0")
         _require(self.rms_norm_eps >= 0.0, "rms_norm_eps", self.rms_norm_eps, "0 or more")
