@@ -10,10 +10,9 @@ An architecture is a module with
   step(config, weights, ops, tokens, state) -> (hidden, state)
   logits(config, weights, ops, hidden) -> logits
 
-and, where published checkpoints have them otherwise,
+and, where published checkpoints name tensors otherwise or hold others besides,
 
-  aliases(config) -> dict[str, str]            names that repeat a tensor, and the name that keeps it
-  stored_name(config, name) -> str | None      the block that a tensor of a checkpoint is, None for what is not used
+  stored_name(config, name) -> str | None      the block that such a tensor is, None for what is not used
 
 Models see tensors, weights by name and ops; never files, devices or threads.
 """
