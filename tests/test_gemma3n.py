@@ -294,3 +294,14 @@ def test_configurations_that_cannot_work(field, value, message):
         del config["rope_parameters"]
     with pytest.raises(ConfigError, match=message):
         parse_config(config)
+
+
+def test_a_new_model_through_the_commands(tmp_path, succeeds):
+    (tmp_path / "config.json").write_text(json.dumps(CASE.config))
+    model = tmp_path / "model.safetensors"
+    succeeds("init", "--model-type", "gemma3n", "--config", tmp_path / "config.json", "--quantize", "int8", model)
+    count = sum(tensor.numel() for tensor in CASE.weights.values())
+    assert f"gemma3n, {count:,} parameters" in succeeds("inspect", model)
+    assert "predicted tokens/s" in succeeds("plan", model, "--memory-budget", "4MiB")
+    logits, _ = Engine.from_pretrained(model, device="cpu").forward(CASE.io["input_ids"])
+    assert 0.3 < logits.std() < 3  # the features have magnitude 1, the tied rows 1/√D an entry
