@@ -284,7 +284,8 @@ def test_forms_of_the_configuration():
     ("activation_sparsity_pattern", [1.0] * 6, "less than 1"), ("intermediate_size", [0] * 6, "entries of at least 1"),
     ("num_kv_shared_layers", 6, "num_kv_shared_layers"), ("num_kv_shared_layers", 4, "each shared type before"),
     ("num_kv_shared_layers", -1, "0 or more"), ("altup_active_idx", 4, r"one of the altup_num_inputs \(4\)"),
-    ("altup_num_inputs", 65, "at most 64"), ("num_key_value_heads", 3, "multiple of num_key_value_heads"), ("head_dim", 11, "even"),
+    ("altup_num_inputs", 65, "at most 64"),
+    ("num_key_value_heads", 3, "multiple of num_key_value_heads"), ("head_dim", 11, "even"),
     ("final_logit_softcapping", 0.0, "null .no capping. or more than 0"), ("sliding_window", 0, "at least 1"),
     ("rms_norm_eps", -1e-6, "0 or more"), ("rope_theta", 0, "more than 0"), ("num_layer", 3, "unknown field"),
     ("laurel_rank", "64", "must be a whole number"), ("rms_norm_eps", float("nan"), "must be finite")])
