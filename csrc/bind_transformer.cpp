@@ -1,5 +1,8 @@
 // Python names of the operations of INL, HIM and HRM. thl_engine/native.py documents them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
 
 #include "cpu_transformer.h"
 #include "tensor_view.h"
@@ -64,6 +67,16 @@ void gelu(py::handle x_capsule, py::handle out_capsule) {
     thl::gelu(x.as<float>(), x.stride[0], batch, d, out.as<float>(), out.stride[0]);
 }
 
+void geglu(py::handle gate_capsule, py::handle up_capsule, std::optional<float> quantile, py::handle out_capsule) {
+    const TensorView gate = floats(gate_capsule, "gate", {-1, -1});
+    const int64_t batch = gate.shape[0], d = gate.shape[1];
+    const TensorView up = floats(up_capsule, "up", {batch, d});
+    const TensorView out = floats(out_capsule, "out", {batch, d}).writable();
+    py::gil_scoped_release release;
+    thl::geglu(gate.as<float>(), gate.stride[0], up.as<float>(), up.stride[0], batch, d,
+               quantile ? &*quantile : nullptr, out.as<float>(), out.stride[0]);
+}
+
 void attention(py::handle query_capsule, py::handle key_capsule, py::handle value_capsule, float scale,
                py::handle blocked_capsule, py::handle out_capsule) {
     const TensorView query = floats(query_capsule, "query", {-1, -1, -1, -1});
@@ -121,6 +134,7 @@ void bind_transformer(py::module_& m) {
     m.def("rotate", &rotate);
     m.def("swiglu", &swiglu);
     m.def("gelu", &gelu);
+    m.def("geglu", &geglu);
     m.def("attention", &attention);
     m.def("integrate", &integrate);
 }

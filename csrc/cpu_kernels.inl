@@ -362,7 +362,11 @@ float decay_add(float* x, int64_t n, float decay, float gate, const float* adden
     return addend ? decay_rows<true>(x, n, decay, gate, addend) : decay_rows<false>(x, n, decay, gate, x);
 }
 
-void layer_norm(const float* x, int64_t n, const float* weight, const float* bias, float eps, float* out) {
+struct Moments {
+    float mean, variance;  // biased
+};
+
+THL_INLINE Moments moments(const float* x, int64_t n) {
     Lanes sum = zero();
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) add(sum, load(x + i));
@@ -374,9 +378,13 @@ void layer_norm(const float* x, int64_t n, const float* weight, const float* bia
         const int64_t count = n - j < kLanes ? n - j : kLanes;
         for (int64_t k = 0; k < count; ++k) squares[k] += (x[j + k] - mean) * (x[j + k] - mean);
     }
-    const float variance = total(load(squares)) / static_cast<float>(n);
-    const float factor = 1.0f / __builtin_sqrtf(variance + eps);
-    for (int64_t j = 0; j < n; ++j) out[j] = (x[j] - mean) * factor * weight[j] + bias[j];
+    return {mean, total(load(squares)) / static_cast<float>(n)};
+}
+
+void layer_norm(const float* x, int64_t n, const float* weight, const float* bias, float eps, float* out) {
+    const Moments m = moments(x, n);
+    const float factor = 1.0f / __builtin_sqrtf(m.variance + eps);
+    for (int64_t j = 0; j < n; ++j) out[j] = (x[j] - m.mean) * factor * weight[j] + bias[j];
 }
 
 void gru_reset(const float* reset, const float* state, int64_t n, float* out) {

@@ -123,6 +123,19 @@ void gelu(const float* x, int64_t x_stride, int64_t batch, int64_t d, float* out
     });
 }
 
+void geglu(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t batch, int64_t d,
+           const float* quantile, float* out, int64_t out_stride) {
+    const auto& transformer = kernels().transformer;
+    std::vector<float> bounds(quantile ? batch : 0);
+    ThreadPool::instance().parallel_for(bounds.size(), share(kGrainFloats, d), [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) bounds[b] = transformer.upper_bound(gate + b * gate_stride, d, *quantile);
+    });
+    parallel_elements(batch, d, [&](int64_t row, int64_t first, int64_t count) {
+        transformer.geglu(gate + row * gate_stride + first, up + row * up_stride + first,
+                          quantile ? &bounds[row] : nullptr, count, out + row * out_stride + first);
+    });
+}
+
 void attention(const Attention& a) {
     const auto kernel = kernels().transformer.attention;
     // Query heads that share a key head are rows of the same block.

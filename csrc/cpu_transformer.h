@@ -28,6 +28,10 @@ void swiglu(const float* gate, int64_t gate_stride, const float* up, int64_t up_
 
 void gelu(const float* x, int64_t x_stride, int64_t batch, int64_t d, float* out, int64_t out_stride);
 
+// gelu(gate) * up in the tanh form; with a quantile, of what each row of gate exceeds its mean by that many deviations.
+void geglu(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t batch, int64_t d,
+           const float* quantile, float* out, int64_t out_stride);
+
 struct Attention {
     int64_t batch, heads, key_heads, rows, keys, d;
     Grid query, key, value, out;

@@ -68,6 +68,23 @@ void gelu(const float* x, int64_t n, float* out) {
     map(x, n, out, [](FloatV v, int64_t, int64_t) __attribute__((always_inline)) { return v * normal_cdf_f32(v); });
 }
 
+void geglu(const float* gate, const float* up, const float* bound, int64_t n, float* out) {
+    map(gate, n, out, [&](FloatV v, int64_t i, int64_t count) __attribute__((always_inline)) {
+        if (bound) {
+            v = v - *bound;
+            v = v < 0.0f ? FloatV{} : v;
+        }
+        // (1 + tanh(z)) / 2 is the logistic function of 2 z.
+        const FloatV twice = v * (0.0713548163f * (v * v) + 1.59576912f);
+        return v * sigmoid_f32(twice) * first_of(up + i, count);
+    });
+}
+
+float upper_bound(const float* x, int64_t n, float quantile) {
+    const Moments m = moments(x, n);
+    return m.mean + quantile * __builtin_sqrtf(m.variance);
+}
+
 // --- attention ----------------------------------------------------------------------------------------------------
 
 // scores[r, k] = query r . key k for R rows of queries and `count` keys, transposed to [d, kKeyBlock]. Each sum runs
@@ -342,7 +359,9 @@ void integrate(const Controller& c, int64_t begin, int64_t end, const float* con
 }
 
 constexpr TransformerKernels transformer_table() {
-    return {rms_norm,           rotate,           swiglu, gelu, attention, controller<int8_t>, controller<float>,
+    return {rms_norm,    rotate,    swiglu,
+            gelu,        geglu,     upper_bound,
+            attention,   controller<int8_t>, controller<float>,
             integrate<int8_t>,  integrate<float>};
 }
 

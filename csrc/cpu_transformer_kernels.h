@@ -42,6 +42,9 @@ struct TransformerKernels {
     void (*rotate)(const float* x, const float* cos, const float* sin, int64_t d, float* out);
     void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*gelu)(const float* x, int64_t n, float* out);
+    // gelu(g) * up in the tanh form, g = gate, or max(0, gate - bound) where `bound` is not null.
+    void (*geglu)(const float* gate, const float* up, const float* bound, int64_t n, float* out);
+    float (*upper_bound)(const float* x, int64_t n, float quantile);  // mean + quantile * standard deviation
     void (*attention)(const AttentionRows&);
     // Rows [begin, end) of the first matrix, columns [column, column + count), times inputs x[t] of `tokens` <= kTokens
     // tokens: with a null `start` sums[t][row] = product + bias, otherwise relu(start[t][row] + product).

@@ -12,12 +12,13 @@ PACKAGE = ROOT / "thl_engine"
 ALLOWED = {
     "errors": set(),
     "schedule": set(),
-    "config": {"errors"},
+    "published_config": {"errors"},
+    "config": {"errors", "published_config"},
     "quant": {"errors"},
     "weights": {"schedule"},
     "native": {"_native"},
     "sampler": {"errors"},
-    "tokenizer": {"errors"},
+    "tokenizer": {"chat_template", "errors"},
     "ops": {"errors", "kernels", "native", "weights"},
     "transfer": {"reader"},
     "pager": {"checksum", "errors", "reader", "store", "transfer", "weights"},
@@ -26,8 +27,10 @@ ALLOWED = {
     "models.hrm": {"config", "errors", "schedule"},
     "models.inl": {"config", "errors", "kernels", "models", "schedule"},
     "models.inl_modules": {"schedule"},
+    "models.gemma3n": {"config", "errors", "kernels", "models", "schedule", "weights"},
     "models.kv_cache": set(),
     "generation": {"sampler", "tokenizer"},
+    "chat_template": {"errors"},
 }
 
 

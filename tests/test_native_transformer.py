@@ -91,6 +91,10 @@ def test_activations(shape):
     gate, up = both.chunk(2, dim=-1)
     close(everywhere(lambda: NATIVE.swiglu(gate, up)), REFERENCE.swiglu(gate.double(), up.double()))
     close(everywhere(lambda: NATIVE.gelu(gate)), REFERENCE.gelu(gate.double()))
+    for quantile in (None, 1.6448536, 0.0, -3.0):
+        close(everywhere(lambda q=quantile: NATIVE.geglu(gate, up, q)),
+              REFERENCE.geglu(gate.double(), up.double(), quantile))
+        assert torch.equal(NATIVE.geglu(gate[-1:], up[-1:], quantile), NATIVE.geglu(gate, up, quantile)[-1:])
 
 
 def test_activations_over_their_range():
@@ -170,6 +174,22 @@ class Paged(Held):
             memory = Part(rows.start, rows.stop, self.data[rows].clone(), scales, self.group)
             yield memory
         memory.data.zero_()
+
+
+@pytest.mark.parametrize("kind", ["float", "int8", "grouped"])
+def test_geglu_with_the_product_before_it(kind):
+    """Rows of the matrix that the gate leaves out are not read: with the bits of reading all."""
+    weight, group = torch.randn(301, 200), 128 if kind == "grouped" else None
+    matrix = Paged(weight) if kind == "float" else Paged(*quantize_rows(weight, group), group)
+    for rows in (1, 2, 5):
+        gate, x = torch.randn(rows, 1, 301), torch.randn(rows, 1, 200)
+        gate[:, :, :40] = -9.0  # nothing is left of the first part
+        for quantile in (None, 1.6448536, -1.0, 50.0):
+            found = everywhere(lambda g=gate, x=x, q=quantile: NATIVE.geglu_linear(g, x, matrix, q))
+            assert torch.equal(found, NATIVE.geglu(gate, NATIVE.linear(x, matrix), quantile))
+            assert found.shape == gate.shape and (quantile != 50.0 or not found.any())
+            if quantile != 50.0:
+                close(found, REFERENCE.geglu_linear(gate, x, matrix, quantile), 1e-4)
 
 
 def controller(width, hidden=64):

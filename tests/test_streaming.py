@@ -6,7 +6,7 @@ from conftest import cases, load_case
 
 from thl_engine import Engine
 
-MODELS = {"thl": "thl", "inl": "full_forward_early", "him": "encode3", "hrm": "forward_n2t2"}
+MODELS = {"thl": "thl", "inl": "full_forward_early", "him": "encode3", "hrm": "forward_n2t2", "gemma3n": "forward48"}
 
 
 def recorded(model: str):

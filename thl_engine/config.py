@@ -7,11 +7,14 @@ field's name; nothing is guessed.
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from thl_engine.errors import ConfigError
+from thl_engine.published_config import MODEL_TYPES, gemma3n_fields
 
 _LARGEST = 1 << 31  # no size field of a real model comes near; keeps products of a few sizes within 64 bits
+
+_PLURALS = {int: "whole numbers", float: "numbers", str: "names"}
 
 
 def _require(holds: bool, name: str, value: Any, needed: str) -> None:
@@ -235,7 +238,90 @@ class HIMConfig:
         return {"model_type": self.model_type, **asdict(self)}
 
 
-CONFIGS: dict[str, type] = {cls.model_type: cls for cls in (THLConfig, HRMConfig, INLConfig, HIMConfig)}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Gemma3nConfig:
+    """The text decoder of Gemma-3n (Transformers 5.23.0). The defaults are the published E4B size."""
+
+    model_type: ClassVar[str] = "gemma3n"
+    signature: ClassVar[frozenset[str]] = frozenset({"altup_num_inputs", "laurel_rank"})
+    # What acts in training alone, and what every published configuration repeats about the program that wrote it.
+    ignored: ClassVar[frozenset[str]] = frozenset({
+        "altup_coef_clip", "altup_lr_multiplier", "attention_dropout", "initializer_range", "query_pre_attn_scalar",
+        "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path", "auto_map",
+        "pad_token_id", "bos_token_id", "eos_token_id", "return_dict", "output_hidden_states", "output_attentions",
+        "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"})
+
+    vocab_size: int = 262400
+    vocab_size_per_layer_input: int = 262144
+    hidden_size: int = 2048
+    hidden_size_per_layer_input: int = 256
+    intermediate_size: tuple[int, ...] = (16384,) * 35
+    num_hidden_layers: int = 35
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    head_dim: int = 256
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6  # of the layers with full attention
+    rope_local_base_freq: float = 1e4  # of those with a sliding window
+    sliding_window: int = 512
+    layer_types: tuple[str, ...] = ((SLIDING,) * 4 + (FULL,)) * 7
+    num_kv_shared_layers: int = 15
+    final_logit_softcapping: float | None = 30.0
+    altup_num_inputs: int = 4
+    altup_active_idx: int = 0
+    altup_correct_scale: bool = True
+    laurel_rank: int = 64
+    activation_sparsity_pattern: tuple[float, ...] = (0.95,) * 10 + (0.0,) * 25
+
+    published: ClassVar[Any] = staticmethod(gemma3n_fields)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "vocab_size_per_layer_input", "hidden_size", "hidden_size_per_layer_input",
+                     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                     "max_position_embeddings", "sliding_window", "altup_num_inputs", "laurel_rank"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.num_attention_heads % self.num_key_value_heads == 0, "num_attention_heads",
+                 self.num_attention_heads, f"a multiple of num_key_value_heads ({self.num_key_value_heads})")
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even: the rotary embedding pairs features")
+        for name in ("intermediate_size", "layer_types", "activation_sparsity_pattern"):
+            values = getattr(self, name)
+            _require(len(values) == self.num_hidden_layers, name, values,
+                     f"{self.num_hidden_layers} entries (num_hidden_layers)")
+        _require(min(self.intermediate_size) >= 1, "intermediate_size", self.intermediate_size,
+                 "entries of at least 1")
+        _require(set(self.layer_types) <= {SLIDING, FULL}, "layer_types", self.layer_types,
+                 f"entries of {SLIDING!r} or {FULL!r}")
+        _require(all(0.0 <= share < 1.0 for share in self.activation_sparsity_pattern), "activation_sparsity_pattern",
+                 self.activation_sparsity_pattern, "entries of at least 0 and less than 1")
+        _require(self.altup_num_inputs <= 64, "altup_num_inputs", self.altup_num_inputs, "at most 64")
+        _require(0 <= self.altup_active_idx < self.altup_num_inputs, "altup_active_idx", self.altup_active_idx,
+                 f"one of the altup_num_inputs ({self.altup_num_inputs}) inputs, counted from 0")
+        _require(self.rms_norm_eps >= 0.0, "rms_norm_eps", self.rms_norm_eps, "0 or more")
+        for name in ("rope_theta", "rope_local_base_freq"):
+            _require(getattr(self, name) > 0.0, name, getattr(self, name), "more than 0")
+        cap = self.final_logit_softcapping
+        _require(cap is None or cap > 0.0, "final_logit_softcapping", cap, "null (no capping) or more than 0")
+        own = self.num_hidden_layers - self.num_kv_shared_layers
+        _require(0 <= self.num_kv_shared_layers and own >= 1 and set(self.layer_types[own:]) <= set(
+                 self.layer_types[:own]), "num_kv_shared_layers", self.num_kv_shared_layers,
+                 "0 or more, with a layer of each shared type before the shared layers")
+
+    def kv_source(self, i: int) -> int:
+        """The layer whose keys and values layer `i` reads: itself, or the last one of its type that has its own."""
+        own = self.num_hidden_layers - self.num_kv_shared_layers
+        return i if i < own else max(j for j in range(own) if self.layer_types[j] == self.layer_types[i])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as JSON values, `model_type` first."""
+        return {"model_type": self.model_type, **{k: list(v) if isinstance(v, tuple) else v
+                                                  for k, v in asdict(self).items()}}
+
+
+CONFIGS: dict[str, type] = {cls.model_type: cls for cls in (THLConfig, HRMConfig, INLConfig, HIMConfig, Gemma3nConfig)}
 
 # The published sizes of INL-LLM V2: d_model, layers, heads, iterations; the feed-forward width is four times d_model.
 _INL_SIZES = {"inl-small": (512, 6, 8, 5), "inl-medium": (768, 12, 12, 7), "inl-5b": (4096, 32, 32, 10),
@@ -244,7 +330,7 @@ PRESETS: dict[str, Any] = {
     name: INLConfig(d_model=width, num_layers=layers, num_heads=heads, num_iterations_per_layer=steps,
                     feedforward_dim=4 * width)
     for name, (width, layers, heads, steps) in _INL_SIZES.items()
-}
+} | {"gemma3n-e4b": Gemma3nConfig()}
 
 
 def parse_config(given: Mapping[str, Any], model_type: str | None = None, where: str = "config") -> Any:
@@ -259,12 +345,15 @@ def parse_config(given: Mapping[str, Any], model_type: str | None = None, where:
     stated = values.pop("model_type", None)
     if stated is not None and not isinstance(stated, str):
         raise ConfigError(f"{where}: model_type must be a name, found {stated!r}")
+    stated = MODEL_TYPES.get(stated, stated)
     if model_type is not None and stated is not None and stated != model_type:
         raise ConfigError(f"{where}: model_type is {stated!r}, but {model_type!r} was asked for")
     name = model_type or stated or _recognise(values, where)
     if name not in CONFIGS:
         raise ConfigError(f"{where}: model_type {name!r} is not supported; supported: {', '.join(CONFIGS)}")
     cls = CONFIGS[name]
+    if hasattr(cls, "published"):
+        values = cls.published(values, where)
     known = {field.name: field for field in fields(cls)}
     kept = {}
     for key, value in values.items():
@@ -289,15 +378,28 @@ def _recognise(values: Mapping[str, Any], where: str) -> str:
 
 
 def _coerce(value: Any, field: Any, where: str) -> Any:
-    """Checks one JSON value against a field's annotation: bool, int, float, `int | None` or tuple[int, ...]."""
+    """Checks one JSON value against a field's annotation: a scalar, `scalar | None` or tuple[scalar, ...]."""
     kind = field.type
-    if kind == (int | None):
+    if type(None) in get_args(kind):
         if value is None:
             return None
-        kind = int
+        kind = get_args(kind)[0]
+    if not get_args(kind):
+        return _scalar(value, kind, where)
+    kind = get_args(kind)[0]
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ConfigError(f"{where} must be a list of {_PLURALS[kind]}, found {value!r}")
+    return tuple(_scalar(item, kind, f"{where}, entry {i},") for i, item in enumerate(value))
+
+
+def _scalar(value: Any, kind: type, where: str) -> Any:
     if kind is bool:
         if not isinstance(value, bool):
             raise ConfigError(f"{where} must be true or false, found {value!r}")
+        return value
+    if kind is str:
+        if not isinstance(value, str):
+            raise ConfigError(f"{where} must be a name, found {value!r}")
         return value
     if kind is int:
         if isinstance(value, bool) or not isinstance(value, int):
@@ -305,15 +407,8 @@ def _coerce(value: Any, field: Any, where: str) -> Any:
         if not -_LARGEST < value < _LARGEST:
             raise ConfigError(f"{where} is {value}, beyond any real model")
         return value
-    if kind is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{where} must be a number, found {value!r}")
-        if value != value or value in (float("inf"), float("-inf")):
-            raise ConfigError(f"{where} must be finite, found {value!r}")
-        return float(value)
-    if not isinstance(value, (list, tuple)) or not value:
-        raise ConfigError(f"{where} must be a list of whole numbers, found {value!r}")
-    for item in value:
-        if isinstance(item, bool) or not isinstance(item, int) or not -_LARGEST < item < _LARGEST:
-            raise ConfigError(f"{where} must be a list of whole numbers, found {item!r} in it")
-    return tuple(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{where} must be a number, found {value!r}")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ConfigError(f"{where} must be finite, found {value!r}")
+    return float(value)

@@ -41,7 +41,7 @@ class Row:
         self._history = list(prompt)
         self._last = len(prompt) + count
         self._sampler, self._stops = sampler, stops
-        self._end = None if tokenizer is None else tokenizer.eos_id
+        self._end = frozenset() if tokenizer is None else tokenizer.end_ids
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
         if self._decoder is not None:
             for token in prompt:  # the text goes on where the prompt ends: spaces and half characters included
@@ -52,7 +52,7 @@ class Row:
         chosen, logprob = engine.sample(self._sampler, logits, self._history)
         token = int(chosen)
         self._history.append(token)
-        ends = len(self._history) == self._last or (self._end is not None and token == self._end)
+        ends = len(self._history) == self._last or token in self._end
         text, stopped = self._stops.push(self._decoder.push(token) if self._decoder else "")
         if ends and not stopped:
             tail, stopped = self._stops.push(self._decoder.flush() if self._decoder else "")

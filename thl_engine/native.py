@@ -191,6 +191,14 @@ def gelu(x: Tensor, out: Tensor) -> None:
     _native.gelu(to_dlpack(x), to_dlpack(out))
 
 
+def geglu(gate: Tensor, up: Tensor, quantile: float | None, out: Tensor) -> None:
+    """out = gelu(gate) * up, all [B, d], with the tanh form of GELU.
+
+    quantile: of each row of gate only what exceeds its mean by that many standard deviations, None for all of it.
+    """
+    _native.geglu(to_dlpack(gate), to_dlpack(up), quantile, to_dlpack(out))
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: Tensor | None, out: Tensor) -> None:
     """out [B, A, T, d] = softmax(scale * query keyᵀ) value for query [B, A, T, d], key and value [B, A_k, S, d].
 

@@ -241,8 +241,15 @@ def plan_pack(
 
 
 def without_aliases(config: Any, found: Mapping[str, T]) -> dict[str, T]:
-    """Tensors by the names of the model's blocks: published checkpoints repeat shared ones under further names."""
-    aliases = getattr(architecture(config.model_type), "aliases", lambda config: {})(config)
+    """Tensors by the names of the model's blocks.
+
+    Published checkpoints repeat shared ones under further names, and may hold the model as one part among others.
+    """
+    model = architecture(config.model_type)
+    if hasattr(model, "stored_name"):
+        names = {name: model.stored_name(config, name) for name in found}
+        found = {names[name]: value for name, value in found.items() if names[name] is not None}
+    aliases = getattr(model, "aliases", lambda config: {})(config)
     out = {name: value for name, value in found.items() if name not in aliases}
     for alias, name in aliases.items():
         if alias in found:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from thl_engine.chat_template import COMPANIONS, join_files
 from thl_engine.checksum import crc32c
 from thl_engine.config import parse_config
 from thl_engine.errors import CheckpointError, ConfigError
@@ -100,7 +101,7 @@ class Store:
     format      "packed" or "plain"
     tensors     every block of the model and, under `<name>.scale` and as vectors, the scales of int8 ones
     pages       all pages, in the order of their index, which is the order of the files
-    tokenizer_json  text of tokenizer.json or of a character vocabulary, from the file itself or beside it
+    tokenizer_json  text for `load_tokenizer`, from the file itself or beside it
     """
 
     path: Path
@@ -199,10 +200,11 @@ def find_config(index: CheckpointIndex) -> tuple[dict, str]:
 
 
 def tokenizer_beside(folder: Path) -> str | None:
-    """Text of the tokenizer file in a folder, if there is one."""
+    """Text of the tokenizer file in a folder, if there is one; with what a tokenizer.json has beside it."""
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
-            return read_text(folder / name)
+            beside = COMPANIONS if name == "tokenizer.json" else ()
+            return join_files({file: read_text(folder / file) for file in (name, *beside) if (folder / file).is_file()})
     return None
 
 

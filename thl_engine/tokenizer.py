@@ -11,10 +11,11 @@ import json
 import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from thl_engine.chat_template import chat_template, end_ids, split_files
 from thl_engine.errors import TokenizerError
 
 REPLACEMENT = "\ufffd"
@@ -40,6 +41,19 @@ class Tokenizer(ABC):
     @abstractmethod
     def stream(self) -> "TokenStream":
         """A fresh decoder of this tokenizer's ids; `StreamDecoder` is what callers use."""
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """All tokens that end a text: `eos_id`, and others where a checkpoint has several."""
+        return frozenset() if self.eos_id is None else frozenset({self.eos_id})
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a prompt that asks for an answer to messages, each with "role" and "content".
+
+        TokenizerError where the checkpoint has no chat template, or its template refuses the messages.
+        """
+        raise TokenizerError("the checkpoint has no chat template; put its chat_template.jinja or "
+                             "tokenizer_config.json beside it, or give the prompt as text")
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. Special tokens are left out; bytes that are no UTF-8 become U+FFFD."""
@@ -202,7 +216,9 @@ class HFTokenizer(Tokenizer):
     library replaces the whole run, here the valid characters around it are kept, since they are out already.
     """
 
-    def __init__(self, text: str, id_limit: int, eos_id: int | None = None):
+    def __init__(self, text: str, id_limit: int, eos_id: int | None = None,
+                 companions: Mapping[str, str] | None = None):
+        """companions: texts of files beside it, by name, as `chat_template.COMPANIONS` lists them."""
         try:
             import tokenizers
         except ImportError:
@@ -218,11 +234,26 @@ class HFTokenizer(Tokenizer):
         special = {added.content: token for token, added in inner.get_added_tokens_decoder().items()
                    if added.special}
         named = next((special[name] for name in _HF_END if name in special), None)
-        self.eos_id = named if eos_id is None else eos_id
+        ends = end_ids(companions or {}, inner.get_vocab(with_added_tokens=True))
+        self._end_ids = frozenset(ends)
+        self.eos_id = (ends or [named])[0] if eos_id is None else eos_id
+        self._template = chat_template(companions or {})
         self._special = frozenset(special.values())
         # The decoder as the library understood it: it accepts several spellings of one thing.
         decoder = inner.decoder
         self._steps = None if decoder is None else _byte_steps(json.loads(decoder.__getstate__()))
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        return self._end_ids | super().end_ids
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        if self._template is None:
+            return super().chat(messages)
+        text = self._template.render(messages)  # with the special tokens that belong to it
+        _utf8(text)
+        with _library_errors("the messages cannot be encoded"):
+            return self._inner.encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str) -> list[int]:
         _utf8(text)
@@ -357,7 +388,8 @@ def load_tokenizer(text: str, vocab_size: int, where: str, eos_id: int | None = 
     text: a Hugging Face tokenizer.json, or a character vocabulary: {char: id}, such a map as "char_to_id",
       "stoi" or "vocab" of an object, or a list of characters. Names such as <pad> and [UNK] among the entries
       are special tokens. Beside the map may stand "unk", "eos", "pad", "bos" (also with _id, _token or
-      _token_id; an id or an entry) and "special_tokens" (a list of entries, or {name: id}).
+      _token_id; an id or an entry) and "special_tokens" (a list of entries, or {name: id}). Also several files in
+      one text, as `chat_template.join_files` writes them.
     vocab_size: the model's vocabulary. where: the file's name, for messages.
     eos_id: the id that ends a text, where the model's configuration gives one; else it is looked up by name.
     Errors: TokenizerError for malformed JSON, a file of neither kind, and ids that the model does not have.
@@ -367,8 +399,11 @@ def load_tokenizer(text: str, vocab_size: int, where: str, eos_id: int | None = 
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{where}: not valid JSON: {_first_line(error)}") from None
     try:
-        if isinstance(data, dict) and isinstance(data.get("model"), dict):
-            tokenizer: Tokenizer = HFTokenizer(text, vocab_size, eos_id)
+        files = split_files(data)
+        if files is not None:
+            tokenizer: Tokenizer = HFTokenizer(files["tokenizer.json"], vocab_size, eos_id, files)
+        elif isinstance(data, dict) and isinstance(data.get("model"), dict):
+            tokenizer = HFTokenizer(text, vocab_size, eos_id)
         else:
             tokenizer = _char_tokenizer(data, vocab_size, eos_id)
     except TokenizerError as error:
@@ -378,9 +413,9 @@ def load_tokenizer(text: str, vocab_size: int, where: str, eos_id: int | None = 
             f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}; "
             "use the tokenizer that was saved with this checkpoint"
         )
-    if tokenizer.eos_id is not None and not 0 <= tokenizer.eos_id < vocab_size:
-        raise TokenizerError(
-            f"{where}: the end-of-text id {tokenizer.eos_id} is outside the model's {vocab_size} ids")
+    for end in tokenizer.end_ids:
+        if not 0 <= end < vocab_size:
+            raise TokenizerError(f"{where}: the end-of-text id {end} is outside the model's {vocab_size} ids")
     return tokenizer
 
 

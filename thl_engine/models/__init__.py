@@ -30,14 +30,18 @@ A State has timestep, batch_size, nbytes (all that it will ever take), clone(), 
 where the walk depends on some. `advance` may update its tensors in place. The engine passes the options `context`,
 `kv_cache` and `sliding_window` to an `init_state` that names them; with device "meta" it only asks for sizes.
 
+and, where published checkpoints name tensors otherwise or hold others besides,
+
+  stored_name(config, name) -> str | None      the block that such a tensor is, None for what is not used
+
 Models see tensors, weights by name and ops; never files, devices or threads.
 """
 
 from types import ModuleType
 
-from thl_engine.models import him, hrm, inl, thl
+from thl_engine.models import gemma3n, him, hrm, inl, thl
 
-ARCHITECTURES: dict[str, ModuleType] = {"thl": thl, "hrm": hrm, "him": him, "inl": inl}
+ARCHITECTURES: dict[str, ModuleType] = {"thl": thl, "hrm": hrm, "him": him, "inl": inl, "gemma3n": gemma3n}
 
 
 def architecture(model_type: str) -> ModuleType:

@@ -1,0 +1,65 @@
+"""Configurations as Hugging Face publishes them, turned into the fields of this package's dataclasses."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from thl_engine.errors import ConfigError
+
+# model_type of a part that is published by itself -> the architecture that it is.
+MODEL_TYPES = {"gemma3n_text": "gemma3n"}
+# Fields that choose among implementations elsewhere, and the values that mean what is computed here.
+_FIXED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True}
+_ROPES = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+_PER_LAYER = ("intermediate_size", "activation_sparsity_pattern")
+
+
+def gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of `Gemma3nConfig` from a published config.json of Gemma-3n, whole or of its text part alone.
+
+    The text part may stand under `text_config`, beside parts for images and sound that are left out; RoPE bases under
+    `rope_parameters` or as fields; one number may stand for all layers. Raises ConfigError for variants that are
+    computed differently.
+    """
+    values = dict(given)
+    quantization = values.get("quantization_config")
+    nested = values.get("text_config")
+    if isinstance(nested, Mapping):
+        values = {key: value for key, value in nested.items() if key != "model_type"}
+        where = f"{where}: text_config"
+        quantization = quantization or values.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise ConfigError(f"{where}: the checkpoint was quantised by another tool (quantization_config: {method!r}); "
+                          "supported are float checkpoints, and those of `thl quantize`, which makes int8 of them")
+    values.pop("quantization_config", None)
+    for name, computed in _FIXED.items():
+        value = values.pop(name, computed)
+        if value != computed:
+            raise ConfigError(f"{where}: {name} is {value!r}; supported is {computed!r}, as in published models")
+    scaling = values.pop("rope_scaling", None)
+    if scaling is not None:
+        raise ConfigError(f"{where}: rope_scaling is {scaling!r}; supported is null, as in published models")
+    ropes = values.pop("rope_parameters", None)
+    if ropes is not None:
+        values |= _rope_bases(ropes, f"{where}: rope_parameters")
+    layers = values.get("num_hidden_layers")
+    for name in _PER_LAYER:
+        if isinstance(layers, int) and 0 < layers < 10000 and isinstance(values.get(name), (int, float)):
+            values[name] = [values[name]] * layers
+    return values
+
+
+def _rope_bases(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where} must be an object with {' and '.join(_ROPES)}, found {given!r}")
+    out = {}
+    for kind, rope in given.items():
+        if kind not in _ROPES or not isinstance(rope, Mapping):
+            raise ConfigError(f"{where}: {kind!r} is {rope!r}; expected an object for each of {', '.join(_ROPES)}")
+        for name, value in rope.items():
+            if name == "rope_theta":
+                out[_ROPES[kind]] = value
+            elif (name, value) != ("rope_type", "default"):
+                raise ConfigError(f"{where}: {kind}: {name} is {value!r}; supported are rope_type 'default' and "
+                                  "rope_theta")
+    return out
