@@ -16,9 +16,7 @@ namespace {
 // A thread gets at least this much work: some microseconds, the cost of starting a thread's share.
 constexpr int64_t kGrainFloats = 8 * 1024;
 constexpr int64_t kGrainGates = 1024;  // exponentials are dearer
-constexpr int64_t kGrainProducts = 64 * 1024;
-// The integrator's threads have what they read in their caches and do not sleep between its steps.
-constexpr int64_t kGrainController = 16 * 1024;
+constexpr int64_t kGrainProducts = 16 * 1024;  // about a microsecond
 constexpr int64_t kGrainBytes = 16 * 1024;
 
 constexpr int64_t kScoreFloats = 64 * 1024;  // of one thread's scores, unless a row is longer
@@ -213,7 +211,7 @@ private:
     template <typename Body>
     void over_groups(int64_t each, int64_t cost, const Body& body) const {
         const int64_t count = static_cast<int64_t>(active_.size());
-        parallel(blocks_of(count, kTokens) * each, share(kGrainController, cost), [&](int64_t begin, int64_t end) {
+        parallel(blocks_of(count, kTokens) * each, share(kGrainProducts, cost), [&](int64_t begin, int64_t end) {
             while (begin < end) {
                 const int64_t group = begin / each * kTokens, from = begin % each;
                 const int64_t to = std::min(each, from + end - begin);

@@ -287,7 +287,7 @@ def _run(c: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, blo
         return hidden, state
     averages, counts = state.avg_iterations, state.num_forwards
     if len(counts):
-        averages, counts = 0.99 * averages + 0.01 * torch.stack(used).float().mean(dim=1), counts + 1
+        averages, counts = 0.99 * averages + 0.01 * torch.stack(used).mean(dim=1, dtype=torch.float32), counts + 1
     if record is not None:
         for i in range(len(counts)):
             record(f"layer{i}.avg_iterations_after", averages[i])
@@ -309,7 +309,8 @@ def _attend(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, state: Stat
     prefix = f"layers.{i}.attention."
     qkv = ops.linear(x, weights[f"{prefix}in_proj_weight"], weights[f"{prefix}in_proj_bias"],
                      norm=_norm(weights, f"layers.{i}.norm_attn"))
-    query, key, value = qkv.unflatten(-1, (3, c.num_heads, c.head_dim)).permute(2, 0, 3, 1, 4)  # each [B, A, T, d]
+    heads = qkv.view(*x.shape[:2], 3, c.num_heads, c.head_dim)
+    query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, A, T, d]
     if state is not None:
         key, value = state.cache.append(i, state.timestep, key, value, c.max_seq_len)
     mixed = ops.attention(query, key, value, 1.0 / math.sqrt(c.head_dim), blocked)
