@@ -179,14 +179,14 @@ def controller(width, hidden=64):
             torch.randn(3 * width) - 1.0, 0.1 * torch.randn(width))
 
 
-def hold(w, stored, cls=Held):
+def hold(w, stored):
     """A matrix as it is stored, and the float64 values that it stands for."""
     if stored in ("int8", "grouped"):
         group = 128 if stored == "grouped" else None
         q, scales = quantize_rows(w, group)
-        return cls(q, scales, group), dequantize_rows(q, scales, group).double()
+        return Held(q, scales, group), dequantize_rows(q, scales, group).double()
     w = w.to(getattr(torch, stored))
-    return cls(w), w.double()
+    return Held(w), w.double()
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -236,8 +236,8 @@ def test_integrate(stored, rows, width, together):
                                         mu.double(), steps=9, threshold=threshold, together=together)
         out = everywhere(lambda threshold=threshold: NATIVE.integrate(
             x, context, first, b1, second, b2, mu, steps=9, threshold=threshold, together=together)[:3])
-        paged = NATIVE.integrate(x, context, hold(w1, stored, Paged)[0], b1, hold(w2, stored, Paged)[0], b2, mu, steps=9,
-                                 threshold=threshold, together=together)
+        paged = NATIVE.integrate(x, context, Paged(*vars(first).values()), b1, Paged(*vars(second).values()), b2, mu,
+                                 steps=9, threshold=threshold, together=together)
         assert all(torch.equal(a, b) for a, b in zip(out, paged[:3], strict=True)) and paged.steps == expected.steps
         close(out[0], expected.x, 2e-6)
         close(out[1], expected.v, 4e-6)

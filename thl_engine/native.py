@@ -5,9 +5,9 @@ operation runs on the threads of `set_threads`, releases the interpreter lock, a
 of threads and any instruction set. A row's result does not depend on the rest of the batch or matrix.
 
 All tensors are on the CPU, float32 where not said otherwise, with a contiguous last dimension; other strides are
-free except for small state tensors. Arguments that do not fit raise ValueError, naming argument, expected and found.
-Leading dimensions
-".." lie evenly, so that they can be taken as one. Letters: B batch, C inputs, R outputs, H heads, J slots, d features, k entries read per head, W slots written.
+free except for small state tensors. Leading dimensions written ".." lie evenly, so that they can be taken as one.
+Arguments that do not fit raise ValueError, naming argument, expected and found.
+Letters: B batch, C inputs, R outputs, H heads, J slots, d features, k entries read per head, W slots written.
 """
 
 from torch import Tensor

@@ -5,7 +5,6 @@ that they are given in place; they return the tensors to use from then on.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,8 +143,9 @@ class NativeOps(ReferenceOps):
         self._controller = native.KeptMatrix(False), native.KeptMatrix(True)
 
     def scratch_bytes(self, page_elements: int, reused_elements: int = 0) -> int:
-        # Kernels read the stored weights. Copies of two matrices used again; of these as int8, a quarter.
-        return 4 * reused_elements
+        # Kernels read the stored weights. Copies of two matrices used again, and one of them on the way there as
+        # floats; as int8 these take a quarter.
+        return 4 * reused_elements * 3 // 2
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None, *,
                norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:
@@ -154,25 +154,28 @@ class NativeOps(ReferenceOps):
         packed = normed = None
         for part in matrix.parts():
             if part.scales is not None:
-                packed = packed or native.pack_activations(x, self._packed, norm, LAYER_NORM_EPS)
+                if packed is None:
+                    packed = native.pack_activations(x, self._packed, norm, LAYER_NORM_EPS)
                 native.linear_int8(packed, part.data, part.scales, bias, out, part.start, gelu, addend)
             else:
-                normed = x if norm is None else self.layer_norm(x, *norm) if normed is None else normed
+                if normed is None:
+                    normed = x if norm is None else self.layer_norm(x, *norm)
                 native.linear_float(normed, part.data, bias, out, part.start, gelu, addend)
         return out
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         heads = x.shape[1]
         out = torch.empty(x.shape[0], matrix.shape[0])
-        packed: dict[int, Any] = {}
+        packed = None  # head
         for part, h, first in _by_head(matrix, heads):
             start = h * (matrix.shape[0] // heads) + first
             if part.scales is None:
                 native.linear_float(x[:, h], part.data, None, out, start)
                 continue
-            if h not in packed:
-                packed = {h: native.pack_activations(x[:, h], self._packed)}
-            native.linear_int8(packed[h], part.data, part.scales, None, out, start)
+            if packed != h:
+                native.pack_activations(x[:, h], self._packed)
+                packed = h
+            native.linear_int8(self._packed, part.data, part.scales, None, out, start)
         return out
 
     def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
