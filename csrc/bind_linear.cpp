@@ -42,41 +42,74 @@ const float* check_bias(py::handle bias, int64_t rows) {
     return bias.is_none() ? nullptr : view(bias, "bias").with_dtype(DType::f32).with_shape({rows}).as<float>();
 }
 
-std::shared_ptr<thl::PackedActivations> pack_activations(py::handle x_capsule,
+std::shared_ptr<thl::PackedActivations> pack_activations(py::handle x_capsule, py::handle weight_capsule,
+                                                         py::handle bias_capsule, float eps,
                                                          std::shared_ptr<thl::PackedActivations> into) {
-    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).with_shape({-1, -1});
+    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).rows();
+    thl::Norm norm;
+    if (!weight_capsule.is_none())
+        norm = {view(weight_capsule, "weight").with_dtype(DType::f32).with_shape({x.shape[1]}).as<float>(),
+                view(bias_capsule, "bias").with_dtype(DType::f32).with_shape({x.shape[1]}).as<float>(), eps};
     if (!into) into = std::make_shared<thl::PackedActivations>();
     py::gil_scoped_release release;
-    thl::pack_activations(x.as<float>(), x.stride[0], x.shape[0], x.shape[1], *into);
+    thl::pack_activations(x.as<float>(), x.stride[0], x.shape[0], x.shape[1], norm, *into);
     return into;
 }
 
+// Where a product of `rows` rows of weights goes: columns from `start` on of `out`, which has these alone if that is
+// negative. Bias and addend have the columns of `out`.
+struct Target {
+    float* out;
+    int64_t stride;
+    const float* bias;
+    thl::Epilogue epilogue;
+};
+
+Target target(py::handle out_capsule, int64_t batch, int64_t rows, int64_t start, py::handle bias_capsule, bool gelu,
+              py::handle addend_capsule) {
+    const TensorView out =
+        view(out_capsule, "out").with_dtype(DType::f32).rows().with_shape({batch, start < 0 ? rows : -1}).writable();
+    const int64_t width = out.shape[1];
+    if (start < 0) start = 0;
+    if (rows > width - start)
+        thl::bad_argument("out", "at least " + std::to_string(start + rows) + " columns", std::to_string(width));
+    const float* bias = check_bias(bias_capsule, width);
+    thl::Epilogue epilogue{gelu, nullptr, 0};
+    if (!addend_capsule.is_none()) {
+        const TensorView addend =
+            view(addend_capsule, "addend").with_dtype(DType::f32).rows().with_shape({batch, width});
+        epilogue.addend = addend.as<float>() + start;
+        epilogue.addend_stride = addend.stride[0];
+    }
+    return {out.as<float>() + start, out.stride[0], bias ? bias + start : nullptr, epilogue};
+}
+
 void linear_int8(const thl::PackedActivations& packed, py::handle w_capsule, py::handle scales_capsule,
-                 py::handle bias_capsule, py::handle out_capsule) {
+                 py::handle bias_capsule, py::handle out_capsule, int64_t start, bool gelu,
+                 py::handle addend_capsule) {
     const TensorView w = view(w_capsule, "w").with_dtype(DType::i8).with_shape({-1, packed.columns});
     const int64_t rows = w.shape[0];
     const Scales scales = check_scales(scales_capsule, rows, packed.columns);
-    const float* bias = check_bias(bias_capsule, rows);
-    const TensorView out = view(out_capsule, "out").with_dtype(DType::f32).with_shape({packed.batch, rows}).writable();
+    const Target to = target(out_capsule, packed.batch, rows, start, bias_capsule, gelu, addend_capsule);
     py::gil_scoped_release release;
-    thl::linear_int8({&packed, w.as<int8_t>(), w.stride[0], scales.data, scales.stride, scales.grouped, bias,
-                      out.as<float>(), out.stride[0]},
-                     rows);
+    thl::linear_int8({&packed, w.as<int8_t>(), w.stride[0], scales.data, scales.stride, scales.grouped, to.bias,
+                      to.out, to.stride},
+                     rows, to.epilogue);
 }
 
-void linear_float(py::handle x_capsule, py::handle w_capsule, py::handle bias_capsule, py::handle out_capsule) {
-    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).with_shape({-1, -1});
+void linear_float(py::handle x_capsule, py::handle w_capsule, py::handle bias_capsule, py::handle out_capsule,
+                  int64_t start, bool gelu, py::handle addend_capsule) {
+    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).rows();
     const TensorView w = view(w_capsule, "w").with_shape({-1, x.shape[1]});
     if (w.dtype == DType::i8) thl::bad_argument("w", "float32, bfloat16 or float16", "int8");
     const thl::Weight type = weight_type(w);
     const int64_t rows = w.shape[0];
-    const float* bias = check_bias(bias_capsule, rows);
-    const TensorView out = view(out_capsule, "out").with_dtype(DType::f32).with_shape({x.shape[0], rows}).writable();
+    const Target to = target(out_capsule, x.shape[0], rows, start, bias_capsule, gelu, addend_capsule);
     py::gil_scoped_release release;
     thl::linear_float(type,
-                      {x.as<float>(), x.stride[0], x.shape[0], x.shape[1], w.data, w.stride[0], bias, out.as<float>(),
-                       out.stride[0]},
-                      rows);
+                      {x.as<float>(), x.stride[0], x.shape[0], x.shape[1], w.data, w.stride[0], to.bias, to.out,
+                       to.stride},
+                      rows, to.epilogue);
 }
 
 // int8 weights with scales, or float weights with None.
@@ -125,9 +158,10 @@ void bind_linear(py::module_& m) {
     m.def("read_seconds", &read_seconds);
 
     py::class_<thl::PackedActivations, std::shared_ptr<thl::PackedActivations>>(m, "PackedActivations")
+        .def(py::init<>())
         .def_readonly("batch", &thl::PackedActivations::batch)
         .def_readonly("columns", &thl::PackedActivations::columns);
-    m.def("pack_activations", &pack_activations, py::arg("x"), py::arg("into") = py::none());
+    m.def("pack_activations", &pack_activations);
     m.def("linear_int8", &linear_int8);
     m.def("linear_float", &linear_float);
     m.def("linear_transposed", &linear_transposed);

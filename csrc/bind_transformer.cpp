@@ -60,9 +60,9 @@ void swiglu(py::handle gate_capsule, py::handle up_capsule, py::handle out_capsu
 }
 
 void gelu(py::handle x_capsule, py::handle out_capsule) {
-    const TensorView x = floats(x_capsule, "x", {-1, -1});
+    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).rows();
     const int64_t batch = x.shape[0], d = x.shape[1];
-    const TensorView out = floats(out_capsule, "out", {batch, d}).writable();
+    const TensorView out = view(out_capsule, "out").with_dtype(DType::f32).rows().with_shape({batch, d}).writable();
     py::gil_scoped_release release;
     thl::gelu(x.as<float>(), x.stride[0], batch, d, out.as<float>(), out.stride[0]);
 }
@@ -96,35 +96,47 @@ void attention(py::handle query_capsule, py::handle key_capsule, py::handle valu
                     blocked.as<uint8_t>(), {blocked.stride[0], blocked.stride[1], blocked.stride[2]}, scale});
 }
 
-// float32 matrices with None for scales, or int8 ones with a scale for each row.
-int64_t integrate(py::handle x_capsule, py::handle context_capsule, py::handle first_capsule,
-                  py::handle first_scales_capsule, py::handle first_bias_capsule, py::handle second_capsule,
-                  py::handle second_scales_capsule, py::handle second_bias_capsule, py::handle mu_capsule,
-                  int64_t steps, int64_t first_check, float threshold, bool together, py::handle values_capsule,
-                  py::handle iterations_capsule) {
-    const TensorView x = floats(x_capsule, "x", {-1, -1});
-    const int64_t rows = x.shape[0], d = x.shape[1];
-    const TensorView context = floats(context_capsule, "context", {rows, d});
-    const DType type = first_scales_capsule.is_none() ? DType::f32 : DType::i8;
-    const TensorView first = view(first_capsule, "first").with_dtype(type).with_shape({-1, 3 * d});
-    const int64_t hidden = first.shape[0];
-    const TensorView second = view(second_capsule, "second").with_dtype(type).with_shape({3 * d, hidden});
-    const float* first_scales = optional(first_scales_capsule, "first scales", hidden);
-    const float* second_scales = optional(second_scales_capsule, "second scales", 3 * d);
-    if (!first_scales != !second_scales)
-        thl::bad_argument("second scales", "scales for both matrices or for neither", "one");
+// Rows from `start` on of a kept matrix of `rows` rows: float32 with None for scales, or int8 with a scale for each row.
+void keep(thl::KeptMatrix& kept, int64_t rows, int64_t start, py::handle w_capsule, py::handle scales_capsule) {
+    const DType type = scales_capsule.is_none() ? DType::f32 : DType::i8;
+    const TensorView w = view(w_capsule, "w").with_dtype(type).with_shape({-1, -1});
+    const int64_t count = w.shape[0];
+    const float* scales = optional(scales_capsule, "scales", count);
+    if (start < 0 || count > rows - start)
+        thl::bad_argument("w", "rows within " + std::to_string(rows),
+                          std::to_string(start) + " to " + std::to_string(start + count));
+    if (start > 0 && (kept.rows != rows || kept.columns != w.shape[1] || kept.int8 != (type == DType::i8)))
+        thl::bad_argument("w", "more rows of the same matrix", "those of another");
+    py::gil_scoped_release release;
+    kept.take(rows, w.shape[1], start, count, w.data, w.stride[0], scales);
+}
+
+int64_t integrate(py::handle x_capsule, py::handle context_capsule, const thl::KeptMatrix& first,
+                  py::handle first_bias_capsule, const thl::KeptMatrix& second, py::handle second_bias_capsule,
+                  py::handle mu_capsule, int64_t group, int64_t steps, int64_t first_check, float threshold,
+                  bool together, py::handle values_capsule, py::handle iterations_capsule) {
+    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).rows();
+    const int64_t rows = x.shape[0], d = x.shape[1], hidden = first.rows;
+    const TensorView context = view(context_capsule, "context").with_dtype(DType::f32).rows().with_shape({rows, d});
+    if (first.transposed || first.columns != 3 * d)
+        thl::bad_argument("first", std::to_string(3 * d) + " columns", std::to_string(first.columns));
+    if (!second.transposed || second.rows != 3 * d || second.columns != hidden)
+        thl::bad_argument("second", "transposed, " + std::to_string(3 * d) + " rows of " + std::to_string(hidden),
+                          std::to_string(second.rows) + " rows of " + std::to_string(second.columns));
+    if (group < 1) thl::bad_argument("group", "at least 1", std::to_string(group));
     const float* first_bias = floats(first_bias_capsule, "first bias", {hidden}).as<float>();
     const float* second_bias = floats(second_bias_capsule, "second bias", {3 * d}).as<float>();
-    const float* mu = floats(mu_capsule, "mu", {d}).as<float>();
+    const float* mu = floats(mu_capsule, "mu", {d > 0 ? (d - 1) / group + 1 : 0}).as<float>();
     const TensorView values = floats(values_capsule, "values", {rows, 2 * d}).contiguous();
     const TensorView iterations =
         view(iterations_capsule, "iterations").with_dtype(DType::i64).with_shape({rows}).contiguous();
     py::gil_scoped_release release;
+    std::vector<float> centres(d);
+    for (int64_t i = 0; i < d; ++i) centres[i] = mu[i / group];
     return thl::integrate({rows, steps, first_check, threshold, together, x.as<float>(), x.stride[0],
                            context.as<float>(), context.stride[0], values.as<float>(), iterations.as<int64_t>()},
-                          {first.data, first_scales, first.stride[0], nullptr, second_scales, first_bias, second_bias,
-                           mu, hidden, d},
-                          second.data, second.stride[0]);
+                          {first.data.data(), first.scale(), 3 * d, second.data.data(), second.scale(), first_bias,
+                           second_bias, centres.data(), hidden, d});
 }
 
 }  // namespace
@@ -136,5 +148,7 @@ void bind_transformer(py::module_& m) {
     m.def("gelu", &gelu);
     m.def("geglu", &geglu);
     m.def("attention", &attention);
+    py::class_<thl::KeptMatrix>(m, "KeptMatrix").def(py::init<bool>());
+    m.def("keep", &keep);
     m.def("integrate", &integrate);
 }

@@ -46,11 +46,24 @@ void int8_product(const Kernels& isa, const Int8Linear& arguments, int64_t rows)
     });
 }
 
+// Columns [begin, end) of the outputs [first, last), which one product or more have written.
+void finish(const Epilogue& epilogue, float* out, int64_t stride, int64_t first, int64_t last, int64_t begin,
+            int64_t end) {
+    for (int64_t b = first; b < last; ++b) {
+        float* row = out + b * stride;
+        if (epilogue.gelu) kernels().transformer.gelu(row + begin, end - begin, row + begin);
+        if (!epilogue.addend) continue;
+        const float* addend = epilogue.addend + b * epilogue.addend_stride;
+        for (int64_t r = begin; r < end; ++r) row[r] += addend[r];
+    }
+}
+
 int64_t weight_bytes(Weight type) { return type == Weight::i8 ? 1 : type == Weight::f32 ? 4 : 2; }
 
 }  // namespace
 
-void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t columns, PackedActivations& packed) {
+void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t columns, const Norm& norm,
+                      PackedActivations& packed) {
     packed.batch = batch;
     packed.columns = columns;
     packed.padded = (columns + kGroup - 1) / kGroup * kGroup;
@@ -61,26 +74,42 @@ void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t col
     const Kernels& isa = kernels();
     // Packing 4 bytes takes about as long as reading one of weights from memory.
     ThreadPool::instance().parallel_for(batch, grain_rows(columns), [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) isa.pack(x + b * stride, b, packed);
+        thread_local std::vector<float> normalised;
+        if (norm.weight) normalised.resize(columns);
+        for (int64_t b = begin; b < end; ++b) {
+            const float* row = x + b * stride;
+            if (norm.weight) isa.layer_norm(row, columns, norm.weight, norm.bias, norm.eps, normalised.data());
+            isa.pack(norm.weight ? normalised.data() : row, b, packed);
+        }
     });
 }
 
-void linear_int8(const Int8Linear& arguments, int64_t rows) {
+void linear_int8(const Int8Linear& arguments, int64_t rows, const Epilogue& epilogue) {
     const Kernels& isa = kernels();
-    if (isa.int8_product && arguments.x->batch >= kManyRows && rows > 0 && !arguments.grouped) {
+    const int64_t batch = arguments.x->batch;
+    float* out = arguments.out;
+    if (isa.int8_product && batch >= kManyRows && rows > 0 && !arguments.grouped) {
         int8_product(isa, arguments, rows);
+        if (!epilogue.gelu && !epilogue.addend) return;
+        ThreadPool::instance().parallel_for(batch, grain_rows(rows), [&](int64_t first, int64_t last) {
+            finish(epilogue, out, arguments.out_stride, first, last, 0, rows);
+        });
         return;
     }
     ThreadPool::instance().parallel_for(rows, grain_rows(arguments.x->columns), [&](int64_t begin, int64_t end) {
         isa.linear_int8(arguments, begin, end);
+        finish(epilogue, out, arguments.out_stride, 0, batch, begin, end);
     });
 }
 
-void linear_float(Weight type, const FloatLinear& arguments, int64_t rows) {
+void linear_float(Weight type, const FloatLinear& arguments, int64_t rows, const Epilogue& epilogue) {
     const Kernels& isa = kernels();
     const auto kernel = type == Weight::f32 ? isa.linear_f32 : type == Weight::bf16 ? isa.linear_bf16 : isa.linear_f16;
     ThreadPool::instance().parallel_for(rows, grain_rows(arguments.columns * weight_bytes(type)),
-                                        [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+                                        [&](int64_t begin, int64_t end) {
+        kernel(arguments, begin, end);
+        finish(epilogue, arguments.out, arguments.out_stride, 0, arguments.batch, begin, end);
+    });
 }
 
 void linear_transposed(Weight type, const Transposed& arguments, int64_t columns) {

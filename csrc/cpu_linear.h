@@ -7,11 +7,25 @@ namespace thl {
 
 enum class Weight { i8, f32, bf16, f16 };
 
-// Rows of x are `stride` floats apart. The memory of `packed` is kept from call to call.
-void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t columns, PackedActivations& packed);
+// A layer normalisation; none without a weight.
+struct Norm {
+    const float *weight = nullptr, *bias = nullptr;
+    float eps = 0.0f;
+};
 
-void linear_int8(const Int8Linear& arguments, int64_t rows);
-void linear_float(Weight type, const FloatLinear& arguments, int64_t rows);
+// Rows of x, normalised first, are `stride` floats apart. The memory of `packed` is kept from call to call.
+void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t columns, const Norm& norm,
+                      PackedActivations& packed);
+
+// What follows a product while it is in the cache: out = addend + gelu(out), each where asked for.
+struct Epilogue {
+    bool gelu = false;
+    const float* addend = nullptr;
+    int64_t addend_stride = 0;
+};
+
+void linear_int8(const Int8Linear& arguments, int64_t rows, const Epilogue& epilogue);
+void linear_float(Weight type, const FloatLinear& arguments, int64_t rows, const Epilogue& epilogue);
 void linear_transposed(Weight type, const Transposed& arguments, int64_t columns);
 
 // Seconds that the pool's threads take to read `count` floats once.

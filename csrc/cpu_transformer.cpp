@@ -16,7 +16,8 @@ namespace {
 // A thread gets at least this much work: some microseconds, the cost of starting a thread's share.
 constexpr int64_t kGrainFloats = 8 * 1024;
 constexpr int64_t kGrainGates = 1024;  // exponentials are dearer
-constexpr int64_t kGrainProducts = 64 * 1024;
+constexpr int64_t kGrainProducts = 16 * 1024;  // about a microsecond
+constexpr int64_t kGrainBytes = 16 * 1024;
 
 constexpr int64_t kScoreFloats = 64 * 1024;  // of one thread's scores, unless a row is longer
 
@@ -67,17 +68,17 @@ void transpose_tile(const T* w, int64_t stride, T* out, int64_t out_stride) {
 
 // out [columns, rows] from w [rows, columns].
 template <typename V, typename T>
-void transpose(const T* w, int64_t stride, int64_t rows, int64_t columns, T* out) {
+void transpose(const T* w, int64_t stride, int64_t rows, int64_t columns, T* out, int64_t out_stride) {
     constexpr int64_t n = 16 / sizeof(T), kBlock = 16;
     const auto tile = [&](int64_t row, int64_t column) {
         const T* from = w + row * stride + column;
-        T* to = out + column * rows + row;
+        T* to = out + column * out_stride + row;
         if (rows - row >= n && columns - column >= n) {
-            transpose_tile<V>(from, stride, to, rows);
+            transpose_tile<V>(from, stride, to, out_stride);
             return;
         }
         for (int64_t c = 0; c < std::min(n, columns - column); ++c)
-            for (int64_t r = 0; r < std::min(n, rows - row); ++r) to[c * rows + r] = from[r * stride + c];
+            for (int64_t r = 0; r < std::min(n, rows - row); ++r) to[c * out_stride + r] = from[r * stride + c];
     };
     for (int64_t first = 0; first < rows; first += kBlock)  // a cache line of each row of `out` at a time
         for (int64_t column = 0; column < columns; column += n)
@@ -168,14 +169,28 @@ void attention(const Attention& a) {
 
 namespace {
 
+// Rows of T into memory for `rows` of them.
+template <typename V, typename T>
+void keep_rows(KeptMatrix& kept, int64_t start, int64_t count, const T* w, int64_t stride) {
+    T* data = reinterpret_cast<T*>(kept.data.data());
+    // Shares of a transposed matrix are runs of whole cache lines of its rows.
+    const int64_t grain = share(kGrainBytes, kept.columns * sizeof(T)) + 63;
+    ThreadPool::instance().parallel_for(count, grain / 64 * 64, [&](int64_t begin, int64_t end) {
+        if (kept.transposed) {
+            transpose<V>(w + begin * stride, stride, end - begin, kept.columns, data + start + begin, kept.rows);
+            return;
+        }
+        for (int64_t r = begin; r < end; ++r)
+            std::memcpy(data + (start + r) * kept.columns, w + r * stride, kept.columns * sizeof(T));
+    });
+}
+
 // Rows [first, last) of the integrator, with all phases of a step on the calling thread, or spread over the pool.
 class Settling {
 public:
-    Settling(const Integrate& arguments, const Controller& controller, bool int8, int64_t first, int64_t last,
-             bool spread)
-        : a_(arguments), c_(controller), int8_(int8), spread_(spread), first_(first), moved_((last - first) * c_.d),
-          start_((last - first) * c_.hidden), hidden_((last - first) * c_.hidden), active_(last - first),
-          converged_(last - first, 0) {
+    Settling(const Integrate& arguments, const Controller& controller, int64_t first, int64_t last, bool spread)
+        : a_(arguments), c_(controller), spread_(spread), first_(first), moved_((last - first) * c_.d), start_((last - first) * c_.hidden),
+          hidden_((last - first) * c_.hidden), active_(last - first), converged_(last - first, 0) {
         std::iota(active_.begin(), active_.end(), 0);
     }
 
@@ -221,7 +236,8 @@ private:
 
     // The first matrix with the context, which every step starts from, or with position and velocity.
     void products(bool context) {
-        const auto kernel = int8_ ? kernels().transformer.controller_int8 : kernels().transformer.controller_f32;
+        const auto kernel = c_.first_scales ? kernels().transformer.controller_int8
+                                             : kernels().transformer.controller_f32;
         const int64_t column = context ? 0 : c_.d, count = context ? c_.d : 2 * c_.d;
         over_groups(c_.hidden, count, [&](const int64_t* rows, int64_t n, int64_t begin, int64_t end) {
             const float *inputs[kTokens], *from[kTokens];
@@ -236,7 +252,8 @@ private:
     }
 
     void step() {
-        const auto kernel = int8_ ? kernels().transformer.integrate_int8 : kernels().transformer.integrate_f32;
+        const auto kernel = c_.second_scales ? kernels().transformer.integrate_int8
+                                              : kernels().transformer.integrate_f32;
         over_groups(blocks_of(c_.d, kFeatures), 3 * kFeatures * c_.hidden,
                     [&](const int64_t* rows, int64_t n, int64_t begin, int64_t end) {
             const float* inputs[kTokens];
@@ -268,7 +285,7 @@ private:
 
     const Integrate& a_;
     const Controller& c_;
-    bool int8_, spread_;
+    bool spread_;
     int64_t first_;
     std::vector<float> moved_, start_, hidden_;
     std::vector<int64_t> active_;  // rows still moving, counted from `first`
@@ -277,30 +294,34 @@ private:
 
 }  // namespace
 
-int64_t integrate(const Integrate& a, Controller c, const void* second, int64_t second_stride) {
-    const bool int8 = c.first_scales != nullptr;
-    // Kept: a step calls this for every layer, and fresh memory of this size would be mapped anew each time.
-    thread_local std::vector<char> transposed;
-    transposed.resize(3 * c.d * c.hidden * (int8 ? 1 : sizeof(float)));
-    if (int8) {
-        transpose<Bytes>(static_cast<const int8_t*>(second), second_stride, 3 * c.d, c.hidden,
-                         reinterpret_cast<int8_t*>(transposed.data()));
-    } else {
-        transpose<Floats>(static_cast<const float*>(second), second_stride, 3 * c.d, c.hidden,
-                          reinterpret_cast<float*>(transposed.data()));
+void KeptMatrix::take(int64_t of_rows, int64_t of_columns, int64_t start, int64_t count, const void* w, int64_t stride,
+                      const float* w_scales) {
+    if (start == 0) {
+        rows = of_rows;
+        columns = of_columns;
+        int8 = w_scales != nullptr;
+        data.resize(rows * columns * (int8 ? 1 : sizeof(float)));
+        scales.resize(int8 ? rows : 0);
     }
-    c.second = transposed.data();
+    if (int8) {
+        std::copy_n(w_scales, count, scales.data() + start);
+        keep_rows<Bytes>(*this, start, count, static_cast<const int8_t*>(w), stride);
+    } else {
+        keep_rows<Floats>(*this, start, count, static_cast<const float*>(w), stride);
+    }
+}
 
+int64_t integrate(const Integrate& a, const Controller& c) {
     // Rows that do not wait for each other need no barrier between the phases of a step.
     ThreadPool& pool = ThreadPool::instance();
     const int64_t groups = blocks_of(a.rows, kTokens);
     if ((a.together && a.threshold >= 0.0f) || groups < pool.threads())
-        return Settling(a, c, int8, 0, a.rows, true).run();
+        return Settling(a, c, 0, a.rows, true).run();
     std::atomic<int64_t> made{0};
     pool.parallel_for(groups, 1, [&](int64_t begin, int64_t end) {
         for (int64_t group = begin; group < end; ++group) {
             const int64_t first = group * kTokens, last = std::min(a.rows, first + kTokens);
-            const int64_t steps = Settling(a, c, int8, first, last, false).run();
+            const int64_t steps = Settling(a, c, first, last, false).run();
             for (int64_t most = made; most < steps && !made.compare_exchange_weak(most, steps);) {}
         }
     });

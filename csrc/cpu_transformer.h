@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu_transformer_kernels.h"
 
@@ -55,7 +56,24 @@ struct Integrate {
     int64_t* iterations;   // [N], output
 };
 
-// Returns the number of steps made. `second` [3 D, hidden] is transposed here, into memory of its own.
-int64_t integrate(const Integrate& arguments, Controller controller, const void* second, int64_t second_stride);
+// A matrix in memory of its own, row by row or transposed: float32, or int8 with a scale for each row. The memory is
+// kept from one matrix to the next.
+struct KeptMatrix {
+    explicit KeptMatrix(bool transposed) : transposed(transposed) {}
+
+    // Rows [start, start + count) of a matrix [rows, columns], of which start 0 begins a new one.
+    void take(int64_t rows, int64_t columns, int64_t start, int64_t count, const void* w, int64_t stride,
+              const float* scales);
+    const float* scale() const { return int8 ? scales.data() : nullptr; }
+
+    const bool transposed;
+    bool int8 = false;
+    int64_t rows = 0, columns = 0;
+    std::vector<char> data;
+    std::vector<float> scales;
+};
+
+// Returns the number of steps made.
+int64_t integrate(const Integrate& arguments, const Controller& controller);
 
 }  // namespace thl

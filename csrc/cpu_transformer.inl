@@ -276,7 +276,7 @@ void controller(const Controller& c, int64_t begin, int64_t end, int64_t column,
                 const float* const* start, float* const* sums, int64_t tokens) {
     const auto rows = [&]<int B>() {
         int64_t row = begin;
-        constexpr int kRows = kSums / B < 4 ? kSums / B : 4;
+        constexpr int kRows = kSums / B < 8 ? kSums / B : 8;
         for (; row + kRows <= end; row += kRows) controller_block<T, kRows, B>(c, row, column, count, x, start, sums);
         for (; row < end; ++row) controller_block<T, 1, B>(c, row, column, count, x, start, sums);
     };
@@ -290,25 +290,36 @@ void controller(const Controller& c, int64_t begin, int64_t end, int64_t column,
 
 constexpr float kIntegratorStep = 0.1f;
 
-// 16 features or fewer of B tokens. The second matrix is transposed, so that lanes are features.
-template <typename T, int B>
-THL_INLINE void integrate_block(const Controller& c, int64_t at, int64_t count, const float* const* hidden,
-                                float* const* x, float* const* v, float* const* moved) {
+// The second matrix times the hidden features: 16 outputs or fewer in each third, of B tokens, for P runs of 16. The
+// matrix is transposed, so that lanes are features.
+template <typename T, int B, int P, bool whole>
+THL_INLINE void gate_sums(const Controller& c, int64_t at, int64_t count, const float* const* hidden,
+                          float (&raws)[P][B][3][kFeatures]) {
     const T* w = static_cast<const T*>(c.second) + at;
     const int64_t d = c.d, stride = 3 * d;
-    Lanes sum[3][B];
+    Lanes sum[3][B][P];
     THL_UNROLL for (int k = 0; k < 3; ++k)
-        THL_UNROLL for (int b = 0; b < B; ++b) sum[k][b] = zero();
+        THL_UNROLL for (int b = 0; b < B; ++b)
+            THL_UNROLL for (int p = 0; p < P; ++p) sum[k][b][p] = zero();
     for (int64_t j = 0; j < c.hidden; ++j) {
         THL_UNROLL for (int k = 0; k < 3; ++k) {
-            const T* weights = w + j * stride + k * d;
-            const Lanes lanes = count == kFeatures ? load(weights) : load_tail(weights, count);
-            THL_UNROLL for (int b = 0; b < B; ++b) add_product(sum[k][b], lanes, hidden[b][j]);
+            THL_UNROLL for (int p = 0; p < P; ++p) {
+                const T* weights = w + j * stride + k * d + p * kFeatures;
+                const Lanes lanes = whole ? load(weights) : load_tail(weights, count);
+                THL_UNROLL for (int b = 0; b < B; ++b) add_product(sum[k][b][p], lanes, hidden[b][j]);
+            }
         }
     }
-    float raws[B][3][kFeatures];
     THL_UNROLL for (int k = 0; k < 3; ++k)
-        THL_UNROLL for (int b = 0; b < B; ++b) store(raws[b][k], sum[k][b]);
+        THL_UNROLL for (int b = 0; b < B; ++b)
+            THL_UNROLL for (int p = 0; p < P; ++p) store(raws[p][b][k], sum[k][b][p]);
+}
+
+// 16 features or fewer of B tokens.
+template <int B>
+THL_INLINE void integrate_block(const Controller& c, int64_t at, int64_t count, const float (&raws)[B][3][kFeatures],
+                                float* const* x, float* const* v, float* const* moved) {
+    const int64_t d = c.d;
     float scale[3][kFeatures], bias[3][kFeatures] = {}, mu[kFeatures] = {};
     for (int k = 0; k < 3; ++k) {
         for (int i = 0; i < kFeatures; ++i) scale[k][i] = 1.0f;
@@ -342,9 +353,21 @@ template <typename T>
 void integrate(const Controller& c, int64_t begin, int64_t end, const float* const* hidden, float* const* x,
                float* const* v, float* const* moved, int64_t tokens) {
     const auto features = [&]<int B>() {
+        constexpr int P = kSums / (3 * B) < 1 ? 1 : kSums / (3 * B) < 4 ? kSums / (3 * B) : 4;
         int64_t at = begin;
-        for (; at + kFeatures <= end; at += kFeatures) integrate_block<T, B>(c, at, kFeatures, hidden, x, v, moved);
-        if (at < end) integrate_block<T, B>(c, at, end - at, hidden, x, v, moved);
+        for (; at + P * kFeatures <= end; at += P * kFeatures) {
+            float raws[P][B][3][kFeatures];
+            gate_sums<T, B, P, true>(c, at, kFeatures, hidden, raws);
+            for (int p = 0; p < P; ++p)
+                integrate_block<B>(c, at + p * kFeatures, kFeatures, raws[p], x, v, moved);
+        }
+        for (; at < end; at += kFeatures) {
+            float raws[1][B][3][kFeatures];
+            const int64_t count = end - at < kFeatures ? end - at : kFeatures;
+            if (count == kFeatures) gate_sums<T, B, 1, true>(c, at, count, hidden, raws);
+            else gate_sums<T, B, 1, false>(c, at, count, hidden, raws);
+            integrate_block<B>(c, at, count, raws[0], x, v, moved);
+        }
     };
     // Three sums for each token.
     constexpr int64_t kMost = kSums / 3 < 4 ? kSums / 3 : 4;

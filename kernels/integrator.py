@@ -35,16 +35,24 @@ class Integration(NamedTuple):
     v_trajectory: Tensor | None = None
 
 
+def spread(mu: Tensor, group: int, width: int) -> Tensor:
+    """mu [ceil(width / group)] for each of the features: [width]."""
+    return mu[:, None].expand(-1, group).flatten()[:width]
+
+
 def integrate(x: Tensor, context: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, mu: Tensor, *, steps: int,
-              threshold: float | None = None, together: bool = False, trajectory: bool = False) -> Integration:
+              threshold: float | None = None, together: bool = False, trajectory: bool = False,
+              group: int = 1) -> Integration:
     """Up to `steps` steps from x [N, D] at rest.
 
-    context [N, D]; w1 [C, 3 D], b1 [C], w2 [3 D, C], b2 [3 D] of the controller; mu [D], the equilibrium.
+    context [N, D]; w1 [C, 3 D], b1 [C], w2 [3 D, C], b2 [3 D] of the controller; mu [ceil(D / group)], the equilibrium,
+    the same for runs of `group` features.
     A row has converged when a step moves it by less than `threshold` (Euclidean norm), tested from step FIRST_CHECK on
     and never taken back; None makes all steps. A converged row stops there. With `together`, as published, all rows go
     on until the last one has converged, which makes a row depend on the others.
     """
     width = x.shape[1]
+    mu = spread(mu, group, width)
     start = functional.linear(context, w1[:, :width], b1)
     moving = w1[:, width:]
     v = torch.zeros_like(x)

@@ -1,5 +1,6 @@
 """Sinusoidal position encoding (Vaswani et al. 2017, arXiv 1706.03762)."""
 
+from functools import lru_cache
 from math import log
 
 import torch
@@ -12,7 +13,11 @@ def sinusoid(positions: int, width: int, start: int = 0, device: torch.device | 
     Angles are taken in float32 as published models do; in float64 the table would differ by up to 2e-5. The rates'
     exponents are float32 too, but the exponential is rounded from float64: processors differ in the last bit of it.
     """
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) * (-log(10000.0) / width)
-    rates = exponents.double().exp().float()
-    angles = torch.arange(start, start + positions, dtype=torch.float32, device=device)[:, None] * rates
+    angles = torch.arange(start, start + positions, dtype=torch.float32, device=device)[:, None] * _rates(width, device)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+
+
+@lru_cache(maxsize=8)
+def _rates(width: int, device: torch.device | str) -> Tensor:
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) * (-log(10000.0) / width)
+    return exponents.double().exp().float()

@@ -521,7 +521,7 @@ PACKED = native.pack_activations(f(2, 8)) if native.available() else None
 
 
 @pytest.mark.parametrize("call,message", [
-    (lambda: native.pack_activations(f(8)), "x: expected shape"),
+    (lambda: native.pack_activations(f(2, 3, 8).transpose(0, 1)), "x: expected rows at even distances"),
     (lambda: native.pack_activations(f(2, 8).double()), "x: expected float32"),
     (lambda: native.pack_activations(f(8, 2).T), "x: expected a contiguous last dimension"),
     (lambda: linear_int8(f(1, 8), i8(3, 9), f(3)), r"w: expected shape \[any, 8\], found \[3, 9\]"),
@@ -556,7 +556,7 @@ PACKED = native.pack_activations(f(2, 8)) if native.available() else None
     (lambda: write(f(1, 3), f(1, 4, 3), f(2, 4).T, f(1, 4), f(1, 4), i64(1, 4), 0, 1), "norms: expected"),
     (lambda: native.memory_bandwidth(10, 1), "nbytes: expected at least 4096"),
     (lambda: native.memory_bandwidth(4096, 0), "repeats: expected at least 1"),
-    (lambda: native._native.pack_activations(3, None), "x: expected a DLPack capsule"),
+    (lambda: native._native.pack_activations(3, None, None, 0.0, None), "x: expected a DLPack capsule"),
 ])
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):

@@ -15,6 +15,7 @@ from thl_engine.weights import Held, Part
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.reason()))
 
 ISAS = native.available_isas() if native.available() else []
+STORED = ["int8", "grouped", "float32", "bfloat16"]
 REFERENCE, NATIVE = ReferenceOps(), NativeOps()
 
 
@@ -198,30 +199,65 @@ def controller(width, hidden=64):
             torch.randn(3 * width) - 1.0, 0.1 * torch.randn(width))
 
 
-@pytest.mark.parametrize("stored", ["int8", "grouped", "float32", "bfloat16"])
+def hold(w, stored):
+    """A matrix as it is stored, and the float64 values that it stands for."""
+    if stored in ("int8", "grouped"):
+        group = 128 if stored == "grouped" else None
+        q, scales = quantize_rows(w, group)
+        return Held(q, scales, group), dequantize_rows(q, scales, group).double()
+    w = w.to(getattr(torch, stored))
+    return Held(w), w.double()
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("shape", [(1, 64), (1, 1, 512), (3, 130), (2, 5, 160), (3, 4, 1)])
+def test_linear_with_what_stands_around_it(stored, shape):
+    rows, columns = 75, shape[-1]
+    x, addend = torch.randn(*shape[:-1], 2 * columns)[..., columns:], torch.randn(*shape[:-1], rows)
+    matrix, wide = hold(torch.randn(rows, columns) / math.sqrt(columns), stored)
+    paged = Paged(*vars(matrix).values())
+    norm_of, bias = (torch.randn(columns), torch.randn(columns)), torch.randn(rows)
+    for around in ({}, {"norm": norm_of}, {"gelu": True}, {"addend": addend},
+                   {"norm": norm_of, "gelu": True, "addend": addend}):
+        expected = x.double()
+        if "norm" in around:
+            expected = norm.layer_norm(expected, *(t.double() for t in norm_of), 1e-5)
+        expected = torch.nn.functional.linear(expected, wide, bias.double())
+        expected = torch.nn.functional.gelu(expected) if "gelu" in around else expected
+        expected = expected + addend if "addend" in around else expected
+        close(REFERENCE.linear(x, paged, bias, **around), expected, 4e-6)
+        out = everywhere(lambda around=around: NATIVE.linear(x, matrix, bias, **around))
+        close(out, expected, 2e-4 if matrix.scales is not None else 4e-6)
+        assert torch.equal(out, NATIVE.linear(x, paged, bias, **around))
+        plain = NATIVE.linear(x if "norm" not in around else NATIVE.layer_norm(x, *norm_of), matrix, bias)
+        plain = NATIVE.gelu(plain) if "gelu" in around else plain
+        assert torch.equal(out, plain + addend if "addend" in around else plain)
+
+
+def test_linear_of_many_rows_with_what_stands_around_it():
+    x, addend, norm_of = torch.randn(70, 260), torch.randn(70, 50), (torch.randn(260), torch.randn(260))
+    matrix, _ = hold(torch.randn(50, 260), "int8")
+    out = everywhere(lambda: NATIVE.linear(x, matrix, None, norm=norm_of, gelu=True, addend=addend))
+    alone = [NATIVE.linear(x[b : b + 1], matrix, None, norm=norm_of, gelu=True, addend=addend[b : b + 1])
+             for b in range(70)]
+    assert torch.equal(out, torch.cat(alone))
+
+
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize(("rows", "width"), [(1, 512), (1, 1), (7, 24), (66, 33), (3, 130)])
 @pytest.mark.parametrize("together", [False, True])
 def test_integrate(stored, rows, width, together):
     x, context = torch.randn(rows, 2 * width).chunk(2, dim=-1)
     w1, b1, w2, b2, mu = controller(width)
-
-    def hold(w, cls):
-        if stored in ("int8", "grouped"):
-            group = 128 if stored == "grouped" else None
-            q, scales = quantize_rows(w, group)
-            return cls(q, scales, group), dequantize_rows(q, scales, group).double()
-        w = w.to(getattr(torch, stored))
-        return cls(w), w.double()
-
-    (first, wide1), (second, wide2) = hold(w1, Held), hold(w2, Held)
+    (first, wide1), (second, wide2) = hold(w1, stored), hold(w2, stored)
     stopped = set()
     for threshold in (None, 0.05 * math.sqrt(width), 1e9):
         expected = integrator.integrate(x.double(), context.double(), wide1, b1.double(), wide2, b2.double(),
                                         mu.double(), steps=9, threshold=threshold, together=together)
         out = everywhere(lambda threshold=threshold: NATIVE.integrate(
             x, context, first, b1, second, b2, mu, steps=9, threshold=threshold, together=together)[:3])
-        paged = NATIVE.integrate(x, context, hold(w1, Paged)[0], b1, hold(w2, Paged)[0], b2, mu, steps=9,
-                                 threshold=threshold, together=together)
+        paged = NATIVE.integrate(x, context, Paged(*vars(first).values()), b1, Paged(*vars(second).values()), b2, mu,
+                                 steps=9, threshold=threshold, together=together)
         assert all(torch.equal(a, b) for a, b in zip(out, paged[:3], strict=True)) and paged.steps == expected.steps
         close(out[0], expected.x, 2e-6)
         close(out[1], expected.v, 4e-6)
@@ -233,7 +269,39 @@ def test_integrate(stored, rows, width, together):
     assert {4, 9} <= stopped
 
 
+def test_integrate_with_few_equilibria():
+    w1, b1, w2, b2, _ = controller(70)
+    matrices, mu, x = (Held(w1), Held(w2)), torch.randn(5), torch.randn(2, 70)
+    spread = mu.repeat_interleave(16)[:70]
+    assert torch.equal(integrator.spread(mu, 16, 70), spread)
+    for ops in (REFERENCE, NATIVE):
+        few = ops.integrate(x, x, matrices[0], b1, matrices[1], b2, mu, steps=3, group=16)
+        each = ops.integrate(x, x, matrices[0], b1, matrices[1], b2, spread, steps=3)
+        assert torch.equal(few.x, each.x) and torch.equal(few.v, each.v)
+
+
 def test_wrong_arguments():
+    matrix, x = Held(*quantize_rows(torch.randn(3, 8))), torch.randn(2, 8)
+    with pytest.raises(ValueError, match=r"addend: expected shape \[2, 3\], found \[2, 4\]"):
+        NATIVE.linear(x, matrix, addend=torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"weight: expected shape \[8\], found \[7\]"):
+        NATIVE.linear(x, matrix, norm=(torch.randn(7), torch.randn(8)))
+    packed = native.pack_activations(x)
+    for start in (1, 5):
+        with pytest.raises(ValueError, match=f"out: expected at least {start + 3} columns, found 3"):
+            native.linear_int8(packed, matrix.data, matrix.scales, None, torch.randn(2, 3), start)
+    kept = native.KeptMatrix(False)
+    with pytest.raises(ValueError, match="w: expected rows within 4, found 2 to 5"):
+        native.keep(kept, 4, 2, matrix.data, matrix.scales)
+    with pytest.raises(ValueError, match="w: expected more rows of the same matrix, found those of another"):
+        native.keep(kept, 6, 3, matrix.data, matrix.scales)
+    w1, b1, w2, b2, mu = controller(8)
+    with pytest.raises(ValueError, match="first: expected 24 columns, found 8"):
+        NATIVE.integrate(x, x, matrix, b1, Held(w2), b2, mu, steps=1)
+    with pytest.raises(ValueError, match="second: expected transposed, 24 rows of 64, found 3 rows of 8"):
+        NATIVE.integrate(x, x, Held(w1), b1, matrix, b2, mu, steps=1)
+    with pytest.raises(ValueError, match=r"mu: expected shape \[2\], found \[8\]"):
+        NATIVE.integrate(x, x, Held(w1), b1, Held(w2), b2, mu, steps=1, group=4)
     q, k = torch.randn(1, 3, 2, 4), torch.randn(1, 2, 5, 4)
     with pytest.raises(ValueError, match="key: expected a number of heads that divides 3, found 2"):
         NATIVE.attention(q, k, k, 1.0)

@@ -5,7 +5,8 @@ operation runs on the threads of `set_threads`, releases the interpreter lock, a
 of threads and any instruction set. A row's result does not depend on the rest of the batch or matrix.
 
 All tensors are on the CPU, float32 where not said otherwise, with a contiguous last dimension; other strides are
-free except for small state tensors. Arguments that do not fit raise ValueError, naming argument, expected and found.
+free except for small state tensors. Leading dimensions written ".." lie evenly, so that they can be taken as one.
+Arguments that do not fit raise ValueError, naming argument, expected and found.
 Letters: B batch, C inputs, R outputs, H heads, J slots, d features, k entries read per head, W slots written.
 """
 
@@ -21,6 +22,7 @@ except ImportError as error:
     _reason = f"the C++ extension is not built ({error}); reinstall where a C++20 compiler is found"
 
 PackedActivations = None if _native is None else _native.PackedActivations
+KeptMatrix = None if _native is None else _native.KeptMatrix  # (transposed): filled by `keep`, for `integrate`
 
 
 def available() -> bool:
@@ -68,23 +70,33 @@ def read_seconds(memory: Tensor) -> float:
     return _native.read_seconds(to_dlpack(memory))
 
 
-def pack_activations(x: Tensor, into: "PackedActivations | None" = None) -> "PackedActivations":
-    """x [B, C] as 16-bit integers with one scale a row, for `linear_int8`. Reuses the memory of `into`.
+def pack_activations(x: Tensor, into: "PackedActivations | None" = None, norm: tuple[Tensor, Tensor] | None = None,
+                     eps: float = 0.0) -> "PackedActivations":
+    """x [.., C] as 16-bit integers with one scale a row, for `linear_int8`. Reuses the memory of `into`.
 
-    The rounding error is at most 1/65278 of the row's largest magnitude.
+    norm: weight and bias [C] of a `layer_norm` before. The rounding error is at most 1/65278 of the row's largest
+    magnitude.
     """
-    return _native.pack_activations(to_dlpack(x), into)
+    weight, bias = (None, None) if norm is None else (to_dlpack(norm[0]), to_dlpack(norm[1]))
+    return _native.pack_activations(to_dlpack(x), weight, bias, eps, into)
 
 
-def linear_int8(packed: "PackedActivations", w: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out [B, R] = x times the transpose of w, int8 [R, C] with scales [R] or [R, ceil(C / 128)], plus bias [R]."""
+def linear_int8(packed: "PackedActivations", w: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor,
+                start: int = -1, gelu: bool = False, addend: Tensor | None = None) -> None:
+    """out [.., R] = x times the transpose of w, int8 [R, C] with scales [R] or [R, ceil(C / 128)], plus bias [R].
+
+    gelu: that is followed by `gelu`, and addend [.., R] is added to the result. start: w holds the rows from there on
+    of a larger matrix, to which out, bias and addend belong; -1 for a whole one.
+    """
     _native.linear_int8(packed, to_dlpack(w), to_dlpack(scales), None if bias is None else to_dlpack(bias),
-                        to_dlpack(out))
+                        to_dlpack(out), start, gelu, None if addend is None else to_dlpack(addend))
 
 
-def linear_float(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out [B, R] = x [B, C] times the transpose of w [R, C] (float32, bfloat16 or float16), plus bias [R]."""
-    _native.linear_float(to_dlpack(x), to_dlpack(w), None if bias is None else to_dlpack(bias), to_dlpack(out))
+def linear_float(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, start: int = -1, gelu: bool = False,
+                 addend: Tensor | None = None) -> None:
+    """out [.., R] = x [.., C] times the transpose of w [R, C] (float32, bfloat16 or float16); else as `linear_int8`."""
+    _native.linear_float(to_dlpack(x), to_dlpack(w), None if bias is None else to_dlpack(bias), to_dlpack(out), start,
+                         gelu, None if addend is None else to_dlpack(addend))
 
 
 def linear_int8_transposed(x: Tensor, w: Tensor, scales: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -111,7 +123,7 @@ def gru_update(update: Tensor, candidate: Tensor, state: Tensor) -> None:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
-    """Over the last axis of x [B, d], biased variance; weight and bias [d]."""
+    """Over the last axis of x [.., d], biased variance; weight and bias [d]."""
     _native.layer_norm(to_dlpack(x), to_dlpack(weight), to_dlpack(bias), eps, to_dlpack(out))
 
 
@@ -187,7 +199,7 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
 
 
 def gelu(x: Tensor, out: Tensor) -> None:
-    """out = x times the standard normal distribution function of x, both [B, d]."""
+    """out = x times the standard normal distribution function of x, both [.., d]."""
     _native.gelu(to_dlpack(x), to_dlpack(out))
 
 
@@ -209,17 +221,21 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
                       None if blocked is None else to_dlpack(blocked), to_dlpack(out))
 
 
-def integrate(x: Tensor, context: Tensor, first: tuple[Tensor, Tensor | None], first_bias: Tensor,
-              second: tuple[Tensor, Tensor | None], second_bias: Tensor, mu: Tensor, steps: int, first_check: int,
-              threshold: float | None, together: bool, values: Tensor, iterations: Tensor) -> int:
-    """INL's integrator from x [N, D] at rest; returns the number of steps made.
+def keep(kept: "KeptMatrix", rows: int, start: int, w: Tensor, scales: Tensor | None) -> None:
+    """Copies rows `start` on of a matrix of `rows` rows: w int8 with scales, one a row, or float32 with None."""
+    _native.keep(kept, rows, start, to_dlpack(w), None if scales is None else to_dlpack(scales))
 
-    Matrices [C, 3 D] and [3 D, C] with their scales: int8 with one a row, or float32 with None. values [N, 2 D] takes
-    the final positions and velocities, iterations int64 [N] the steps of each row. Rules as in kernels/integrator.py:
-    convergence is tested from step `first_check` on, counted from 0.
+
+def integrate(x: Tensor, context: Tensor, first: "KeptMatrix", first_bias: Tensor, second: "KeptMatrix",
+              second_bias: Tensor, mu: Tensor, group: int, steps: int, first_check: int, threshold: float | None,
+              together: bool, values: Tensor, iterations: Tensor) -> int:
+    """INL's integrator from x [.., D], N rows, at rest; returns the number of steps made.
+
+    Matrices [C, 3 D] and, transposed, [3 D, C]; mu [ceil(D / group)]. values [N, 2 D] takes the final positions and
+    velocities, iterations int64 [N] the steps of each row. Rules as in kernels/integrator.py: convergence is tested
+    from step `first_check` on, counted from 0.
     """
-    scales = [None if s is None else to_dlpack(s) for _, s in (first, second)]
-    return _native.integrate(to_dlpack(x), to_dlpack(context), to_dlpack(first[0]), scales[0], to_dlpack(first_bias),
-                             to_dlpack(second[0]), scales[1], to_dlpack(second_bias), to_dlpack(mu), steps, first_check,
+    return _native.integrate(to_dlpack(x), to_dlpack(context), first, to_dlpack(first_bias), second,
+                             to_dlpack(second_bias), to_dlpack(mu), group, steps, first_check,
                              -1.0 if threshold is None else threshold, together, to_dlpack(values),
                              to_dlpack(iterations))

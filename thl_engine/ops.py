@@ -5,7 +5,6 @@ that they are given in place; they return the tensors to use from then on.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,11 +77,20 @@ class ReferenceOps:
         """Rows of a table: int64 [B] -> float32 [B, C]."""
         return table.rows(ids)
 
-    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        """x [..., C] -> [..., R]."""
-        out = [linear_kernels.linear(x, _widen(part), None if bias is None else bias[part.start : part.stop])
-               for part in matrix.parts()]
-        return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None, *,
+               norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:
+        """x [..., C] -> [..., R], with what commonly stands around a product.
+
+        norm: weight and bias of a `layer_norm` of x before; gelu: `gelu` after; addend [..., R]: added at the end.
+        """
+        if norm is not None:
+            x = self.layer_norm(x, *norm)
+        parts = [linear_kernels.linear(x, _widen(part), None if bias is None else bias[part.start : part.stop])
+                 for part in matrix.parts()]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if gelu:
+            out = self.gelu(out)
+        return out if addend is None else out + addend
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         """Each head's features through its own rows: x [B, H, C], matrix [R, C] -> [B, R], R/H rows a head."""
@@ -112,10 +120,10 @@ class ReferenceOps:
 
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
-                  together: bool = False, trajectory: bool = False) -> integrator.Integration:
+                  together: bool = False, trajectory: bool = False, group: int = 1) -> integrator.Integration:
         """INL's integrator with the controller's two matrices, each read once whatever the number of steps."""
         return integrator.integrate(x, context, _whole(first), first_bias, _whole(second), second_bias, mu, steps=steps,
-                                    threshold=threshold, together=together, trajectory=trajectory)
+                                    threshold=threshold, together=together, trajectory=trajectory, group=group)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Over the last axis, biased variance."""
@@ -142,29 +150,45 @@ class NativeOps(ReferenceOps):
     name = "native"
     has_threads = True
 
+    def __init__(self) -> None:
+        # Memory that calls leave to each other.
+        self._packed = native.PackedActivations()
+        self._controller = native.KeptMatrix(False), native.KeptMatrix(True)
+
     def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0) -> int:
-        # Kernels read the stored weights. Of two matrices used again, copies and the second one transposed; as int8
-        # these take a quarter. Scores stay in the caches.
+        # Kernels read the stored weights. Copies of two matrices used again, and one of them on the way there as
+        # floats; as int8 these take a quarter. Scores stay in the caches.
         return 4 * reused_elements * 3 // 2
 
-    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        if x.dim() != 2:
-            return self.linear(x.reshape(-1, x.shape[-1]), matrix, bias).view(*x.shape[:-1], -1)
-        out = torch.empty(x.shape[0], matrix.shape[0])
-        product = _Product(x)
+    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None, *,
+               norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:
+        x = _rows(x)
+        out = torch.empty(*x.shape[:-1], matrix.shape[0])
+        packed = normed = None
         for part in matrix.parts():
-            rows = slice(part.start, part.stop)
-            product.into(out[:, rows], part, None if bias is None else bias[rows])
+            if part.scales is not None:
+                if packed is None:
+                    packed = native.pack_activations(x, self._packed, norm, LAYER_NORM_EPS)
+                native.linear_int8(packed, part.data, part.scales, bias, out, part.start, gelu, addend)
+            else:
+                if normed is None:
+                    normed = x if norm is None else self.layer_norm(x, *norm)
+                native.linear_float(normed, part.data, bias, out, part.start, gelu, addend)
         return out
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         heads = x.shape[1]
         out = torch.empty(x.shape[0], matrix.shape[0])
-        products = [_Product(x[:, h]) for h in range(heads)]
-        per_head = matrix.shape[0] // heads
+        packed = None  # head
         for part, h, first in _by_head(matrix, heads):
-            start = h * per_head + first
-            products[h].into(out[:, start : start + part.stop - part.start], part, None)
+            start = h * (matrix.shape[0] // heads) + first
+            if part.scales is None:
+                native.linear_float(x[:, h], part.data, None, out, start)
+                continue
+            if packed != h:
+                native.pack_activations(x[:, h], self._packed)
+                packed = h
+            native.linear_int8(self._packed, part.data, part.scales, None, out, start)
         return out
 
     def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
@@ -181,10 +205,9 @@ class NativeOps(ReferenceOps):
         return out
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        out = torch.empty_like(flat)
-        native.layer_norm(flat, weight, bias, LAYER_NORM_EPS, out)
-        return out.view(x.shape)
+        out = torch.empty(x.shape)
+        native.layer_norm(_rows(x), weight, bias, LAYER_NORM_EPS, out)
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         out = torch.empty(x.shape)
@@ -209,7 +232,7 @@ class NativeOps(ReferenceOps):
 
     def gelu(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape)
-        native.gelu(_flat(x), _flat(out))
+        native.gelu(_rows(x), out)
         return out
 
     def geglu(self, gate: Tensor, up: Tensor, quantile: float | None = None) -> Tensor:
@@ -253,17 +276,19 @@ class NativeOps(ReferenceOps):
 
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
-                  together: bool = False, trajectory: bool = False) -> integrator.Integration:
+                  together: bool = False, trajectory: bool = False, group: int = 1) -> integrator.Integration:
         if trajectory:
             return super().integrate(x, context, first, first_bias, second, second_bias, mu, steps=steps,
-                                     threshold=threshold, together=together, trajectory=True)
+                                     threshold=threshold, together=together, trajectory=True, group=group)
         rows, width = x.shape
         values, iterations = torch.empty(rows, 2 * width), torch.empty(rows, dtype=torch.int64)
-        matrices = _stored(first), _stored(second)
-        if any(scales is None for _, scales in matrices):
-            matrices = tuple((w if scales is None else linear_kernels.widen(w, scales), None) for w, scales in matrices)
-        made = native.integrate(x, context, matrices[0], first_bias, matrices[1], second_bias, mu, steps,
-                                integrator.FIRST_CHECK, threshold, together, values, iterations)
+        for kept, matrix in zip(self._controller, (first, second), strict=True):
+            for part in matrix.parts():
+                by_row = part.scales is not None and part.scales.dim() == 1
+                native.keep(kept, matrix.shape[0], part.start, part.data if by_row else _widen(part),
+                            part.scales if by_row else None)
+        made = native.integrate(x, context, self._controller[0], first_bias, self._controller[1], second_bias, mu,
+                                group, steps, integrator.FIRST_CHECK, threshold, together, values, iterations)
         return integrator.Integration(values[:, :width], values[:, width:], iterations, made)
 
     def gru_reset(self, reset: Tensor, state: Tensor) -> Tensor:
@@ -326,22 +351,6 @@ class NativeOps(ReferenceOps):
         return slot_memory.Write(memory, norms, write_ema, last_write, vector, gate, novelty, branch, indices)
 
 
-class _Product:
-    """Activations x [B, C] times parts of one matrix; int8 parts share one packing of the activations."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-        self.packed: Any = None
-
-    def into(self, out: Tensor, part: Part, bias: Tensor | None) -> None:
-        if part.scales is None:
-            native.linear_float(self.x, part.data, bias, out)
-            return
-        if self.packed is None:
-            self.packed = native.pack_activations(self.x)
-        native.linear_int8(self.packed, part.data, part.scales, bias, out)
-
-
 def _transposed_into(out: Tensor, x: Tensor, part: Part) -> None:
     if part.scales is None:
         native.linear_float_transposed(x, part.data, out, True)
@@ -357,15 +366,9 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _stored(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
-    """The matrix in memory of its own: int8 with a scale for each row, or else float32."""
-    parts = [(part.data.clone(), part.scales.clone()) if part.scales is not None and part.scales.dim() == 1
-             else (_widen(part).clone() if part.data.dtype == torch.float32 else _widen(part), None)
-             for part in matrix.parts()]
-    if len(parts) == 1:
-        return parts[0]
-    scales = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
-    return torch.cat([part[0] for part in parts]), scales
+def _rows(x: Tensor) -> Tensor:
+    """x [..., C], or a copy, whose leading dimensions are rows at even distances."""
+    return x if x.dim() == 2 or x.is_contiguous() else x.contiguous()
 
 
 def _whole(matrix: Matrix) -> Tensor:

@@ -46,7 +46,7 @@ def _gather(pager: Pager, name: str, columns: int, ids: Tensor) -> Tensor:
     flat = out.view(-1, columns)
     for i, row in enumerate(ids.flatten().tolist()):
         part = pager.row(name, row)
-        flat[i] = widen(part.data, part.scales, part.group)[0]
+        flat[i : i + 1] = widen(part.data, part.scales, part.group)
     return out
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from thl_engine.config import INLConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.attention import causal
+from thl_engine.kernels.integrator import spread
 from thl_engine.kernels.sinusoid import sinusoid
 from thl_engine.models import kv_cache as kv_caches
 from thl_engine.models.inl_modules import CONTROLLER, SharedController
@@ -338,12 +339,12 @@ def _run(c: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, blo
         used.append(iterations)
         if record is not None:
             record(f"layer{i}.block_output", x)
-    hidden = _norm(weights, ops, "final_norm", x)
+    hidden = ops.layer_norm(x, *_norm(weights, "final_norm"))
     if training:
         return hidden, state
     averages, counts = state.avg_iterations, state.num_forwards
     if len(counts):
-        averages, counts = 0.99 * averages + 0.01 * torch.stack(used).float().mean(dim=1), counts + 1
+        averages, counts = 0.99 * averages + 0.01 * torch.stack(used).mean(dim=1, dtype=torch.float32), counts + 1
     if record is not None:
         for i in range(len(counts)):
             record(f"layer{i}.avg_iterations_after", averages[i])
@@ -363,9 +364,10 @@ def _attend(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, state: Stat
             blocked: Tensor | None) -> Tensor:
     """Attention of x [B, T, D] over itself and what the state's cache holds, the output projection included."""
     prefix = f"layers.{i}.attention."
-    qkv = ops.linear(_norm(weights, ops, f"layers.{i}.norm_attn", x), weights[f"{prefix}in_proj_weight"],
-                     weights[f"{prefix}in_proj_bias"])
-    query, key, value = qkv.unflatten(-1, (3, c.num_heads, c.head_dim)).permute(2, 0, 3, 1, 4)  # each [B, A, T, d]
+    qkv = ops.linear(x, weights[f"{prefix}in_proj_weight"], weights[f"{prefix}in_proj_bias"],
+                     norm=_norm(weights, f"layers.{i}.norm_attn"))
+    heads = qkv.view(*x.shape[:2], 3, c.num_heads, c.head_dim)
+    query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, A, T, d]
     if state is not None:
         key, value = state.cache.append(i, state.timestep, key, value)
     mixed = ops.attention(query, key, value, 1.0 / math.sqrt(c.head_dim), blocked)
@@ -377,17 +379,16 @@ def _settle(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, context: Te
             record: Record | None) -> tuple[Tensor, Tensor]:
     """x [B, T, D] plus where the integrator takes its norm, and the iterations of each row, int64 [B * T]."""
     prefix = _integrator(c, i)
-    offsets = weights[f"{prefix}mu_local_offsets"]
-    mu = weights[f"{prefix}mu_global"] + offsets[:, None].expand(-1, c.hierarchical_group_size).flatten()[: c.d_model]
+    mu, group = weights[f"{prefix}mu_global"] + weights[f"{prefix}mu_local_offsets"], c.hierarchical_group_size
     stops = c.use_adaptive_stopping and not training
     out = ops.integrate(
-        _norm(weights, ops, f"layers.{i}.norm1", x).flatten(0, 1), context.flatten(0, 1),
+        ops.layer_norm(x, *_norm(weights, f"layers.{i}.norm1")).flatten(0, 1), context.flatten(0, 1),
         weights[f"{prefix}controller.0.weight"], weights[f"{prefix}controller.0.bias"],
         weights[f"{prefix}controller.2.weight"], weights[f"{prefix}controller.2.bias"], mu,
         steps=c.num_iterations_per_layer, threshold=c.adaptive_convergence_threshold if stops else None,
-        together=together, trajectory=training and record is not None)
+        together=together, trajectory=training and record is not None, group=group)
     if record is not None:
-        record(f"layer{i}.mu", mu)
+        record(f"layer{i}.mu", spread(mu, group, c.d_model))
         record(f"layer{i}.x_final", out.x)
         record(f"layer{i}.v_final", out.v)
         record(f"layer{i}.iterations_used", out.iterations)
@@ -400,13 +401,13 @@ def _settle(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, context: Te
 
 def _feed_forward(weights: Any, ops: Any, i: int, x: Tensor) -> Tensor:
     prefix = f"layers.{i}.ff."
-    inner = ops.linear(_norm(weights, ops, f"layers.{i}.norm2", x), weights[f"{prefix}0.weight"],
-                       weights[f"{prefix}0.bias"])
-    return x + ops.linear(ops.gelu(inner), weights[f"{prefix}3.weight"], weights[f"{prefix}3.bias"])
+    inner = ops.linear(x, weights[f"{prefix}0.weight"], weights[f"{prefix}0.bias"],
+                       norm=_norm(weights, f"layers.{i}.norm2"), gelu=True)
+    return ops.linear(inner, weights[f"{prefix}3.weight"], weights[f"{prefix}3.bias"], addend=x)
 
 
-def _norm(weights: Any, ops: Any, name: str, x: Tensor) -> Tensor:
-    return ops.layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+def _norm(weights: Any, name: str) -> tuple[Tensor, Tensor]:
+    return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
 
 def _integrator(c: INLConfig, i: int) -> str:
