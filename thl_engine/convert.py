@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from thl_engine.config import parse_config
+from thl_engine.config import named_config, parse_config
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.index import PICKLE_SUFFIXES, config_beside, read_config, read_text, shown
 from thl_engine.models import architecture
@@ -103,12 +104,11 @@ def init_checkpoint(
     group: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes a freshly initialised model of any size; config is a JSON file or its fields.
+    """Writes a freshly initialised model of any size; config is a JSON file, its fields, or a published size's name.
 
     The weights depend on model_type, config and seed alone.
     """
-    fields, where = (config, "config") if isinstance(config, Mapping) else read_config(Path(config))
-    parsed = parse_config(fields, model_type, where)
+    parsed = _open_config(config, model_type)
     module = architecture(parsed.model_type)
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers, "init") as pool:
@@ -120,6 +120,16 @@ def init_checkpoint(
 
             sources[block.name] = Source("F32", block.shape, RandomRows(block, seed, draw, pool))
         write_store(dst, parsed.to_dict(), sources, quantize=quantize, group=group, progress=progress)
+
+
+def _open_config(config: str | os.PathLike | Mapping, model_type: str | None) -> Any:
+    if isinstance(config, Mapping):
+        return parse_config(config, model_type)
+    name = os.fspath(config)
+    if not os.path.exists(name) and not os.path.dirname(name) and not os.path.splitext(name)[1]:
+        return named_config(name, model_type)
+    fields, where = read_config(Path(config))
+    return parse_config(fields, model_type, where)
 
 
 @dataclass

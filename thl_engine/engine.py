@@ -47,14 +47,16 @@ class Piece:
 
 
 class Trace:
-    """Named intermediates of the steps made while it was open: `steps[i][name]` is a copy."""
+    """Named intermediates of the steps made while it was open: `steps[i][name]` is a copy. `names`: None for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: frozenset[str] | None = None) -> None:
         self.steps: list[dict[str, Tensor]] = []
+        self._names = names
 
     def record(self, name: str, value: Tensor) -> None:
         """Notes a value of the current step."""
-        self.steps[-1][name] = value.detach().cpu().clone()
+        if self._names is None or name in self._names:
+            self.steps[-1][name] = value.detach().cpu().clone()
 
 
 def _computing(method: Callable) -> Callable:
@@ -384,9 +386,9 @@ class Engine:
         }
 
     @contextmanager
-    def trace(self) -> Iterator[Trace]:
-        """Records named intermediates of every step made inside the `with`."""
-        self._trace = Trace()
+    def trace(self, *names: str) -> Iterator[Trace]:
+        """Records intermediates of every step made inside the `with`: those named, or all."""
+        self._trace = Trace(frozenset(names) or None)
         try:
             yield self._trace
         finally:
