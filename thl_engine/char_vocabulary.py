@@ -9,7 +9,8 @@ from thl_engine.token_stream import ByteStream, Tokenizer, TokenStream, table_by
 _MAP_KEYS = ("char_to_id", "stoi", "vocab")
 _ROLES = ("pad", "unk", "bos", "eos")
 _ROLE_KEYS = {role + suffix: role for role in _ROLES for suffix in ("", "_id", "_token", "_token_id")}
-_OTHER_KEYS = {"id_to_char", "itos", "vocab_size", "special_tokens", "level", "type"}
+INVERSE_KEYS = ("id_to_char", "itos")
+_OTHER_KEYS = {*INVERSE_KEYS, "vocab_size", "special_tokens", "level", "type"}
 _SPECIAL_FORM = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
 _ROLE_NAMES = {"unk": "unk", "unknown": "unk", "eos": "eos", "/s": "eos", "endoftext": "eos", "end": "eos"}
 
@@ -78,11 +79,17 @@ def char_tokenizer(data: Any, id_limit: int, eos_id: int | None) -> CharTokenize
     return CharTokenizer(chars, special, roles.get("unk"), eos_id, id_limit)
 
 
+def entries_key(data: Any) -> str | None:
+    """The field of a parsed vocabulary file that holds the entries; None where it is nothing but entries."""
+    keys = _MAP_KEYS if isinstance(data, dict) else ()
+    return next((key for key in keys if isinstance(data.get(key), dict | list)), None)
+
+
 def _entries(data: Any) -> tuple[dict[str, int], dict[str, Any]]:
     """The map from entry to id in a character vocabulary, and the fields beside it."""
     extra: dict[str, Any] = {}
     if isinstance(data, dict):
-        key = next((k for k in _MAP_KEYS if isinstance(data.get(k), dict | list)), None)
+        key = entries_key(data)
         if key is not None:
             extra = {k: v for k, v in data.items() if k != key}
             data = data[key]

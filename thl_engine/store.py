@@ -44,7 +44,7 @@ from thl_engine.pack import (
 from thl_engine.quant import GROUP, dequantize_rows, scale_shape
 from thl_engine.schedule import Block
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "continual_tokenizer.json", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)

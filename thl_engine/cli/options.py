@@ -125,6 +125,8 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="folder with config.json and pytorch_model.bin, or a .bin, "
                                                      ".pt or .pth file; nothing in it is executed")
     parser.add_argument("target", metavar="OUT", help="a .safetensors file, or a folder to write")
+    parser.add_argument("--config", metavar="FILE", help="JSON configuration, or a published size such as inl-small "
+                                                         "(default: config.json beside the file, or what is in it)")
 
 
 def _init(parser: argparse.ArgumentParser) -> None:
@@ -138,6 +140,25 @@ def _init(parser: argparse.ArgumentParser) -> None:
                         help="same seed, same weights (default: %(default)s)")
     parser.add_argument("--quantize", choices=("none", "int8"), default="none",
                         help="write float32 or int8 weights (default: %(default)s)")
+
+
+def _grow(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command="files.grow", check=partial(_check_growth, parser))
+    parser.add_argument("source", metavar="IN", help="a float checkpoint of an hrm model: file or folder")
+    parser.add_argument("target", metavar="OUT", help="the .safetensors file to write; what the model has is kept bit "
+                                                      "for bit")
+    tokens = parser.add_mutually_exclusive_group()
+    tokens.add_argument("--vocabulary", type=int, metavar="N", help="tokens afterwards")
+    tokens.add_argument("--text", metavar="FILE", help="a text whose characters the vocabulary has afterwards")
+    parser.add_argument("--layers", type=int, metavar="N",
+                        help="layers that each of the two modules has afterwards; new ones need training")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of the new weights (default: %(default)s)")
+
+
+def _check_growth(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.vocabulary is None and arguments.text is None and arguments.layers is None:
+        parser.error("one of --vocabulary, --text and --layers is needed")
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
@@ -197,6 +218,7 @@ COMMANDS = {
     "quantize": (_quantize, "write a float checkpoint as int8 pages"),
     "convert": (_convert, "write a .bin, .pt or .pth checkpoint as safetensors"),
     "init": (_init, "write a model of random weights, of any size"),
+    "grow": (_grow, "write an hrm model with more tokens or more layers"),
     "plan": (_plan, "tell what a memory budget costs: what is pinned, what is streamed, how fast"),
     "inspect": (_inspect, "tell what is in a checkpoint: tensors, pages, schedule"),
     "train": (_train, "train a small model on a text"),
