@@ -1,11 +1,15 @@
 """The commands with models other than THL: modes and chat of HRM, the batch mode of HIM, what they report."""
 
 import json
+import random
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as models_of_tokenizers
 
 from thl_engine import Engine
 from thl_engine.cli import main
@@ -14,6 +18,7 @@ from thl_engine.convert import init_checkpoint
 from thl_engine.errors import ConfigError, TokenizerError
 from thl_engine.hrm_chat import chat
 from thl_engine.sampler import Sampling
+from thl_engine.tokenizer import StreamDecoder, load_tokenizer
 
 CHARACTERS = ["<PAD>", "<UNK>", "<BOS>", "<EOS>", "\n", *(chr(code) for code in range(32, 127))]
 CONFIGS = {
@@ -239,3 +244,68 @@ def test_prompts_longer_than_the_model_takes(model, models, succeeds, fails):
     else:  # these see the last tokens only
         window = {"him": 20, "hrm": 60}[model]
         assert succeeds(*argv) == succeeds(*argv[:4], "a" * window, *argv[5:])
+
+
+# --- a tokenizer of the size that HIM is published with ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large_vocabulary() -> str:
+    """A byte-level BPE tokenizer.json of 32,000 entries, made of syllables rather than learnt, which would take long."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *alphabet])}
+    merges: list[tuple[str, str]] = []
+
+    def merge(left: str, right: str) -> None:
+        if left + right not in vocabulary and len(vocabulary) < 32_000:
+            vocabulary[left + right] = len(vocabulary)
+            merges.append((left, right))
+
+    syllables = [consonant + vowel for consonant in "bcdfghjklmnpqrstvwxz" for vowel in "aeiouy"]
+    for syllable in syllables:
+        merge(*syllable)
+    for syllable in syllables:
+        merge("Ġ", syllable)  # as begins a word
+    for left, right in product(syllables, syllables):
+        merge(left, right)
+    for first, second in product(syllables, syllables):
+        merge(f"Ġ{first}", second)
+    for first, second in product(syllables, [a + b for a, b in product(syllables, syllables)]):
+        merge(first, second)
+    tokenizer = Tokenizer(models_of_tokenizers.BPE(vocabulary, merges, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+    return tokenizer.to_str()
+
+
+def test_a_vocabulary_of_32000(large_vocabulary, succeeds, tmp_path):
+    tokenizer = load_tokenizer(large_vocabulary, 32_000, "large")
+    assert tokenizer.vocab_size == 32_000 and tokenizer.eos_id == 2
+    chosen = random.Random(0)
+    texts = ["banana caramelo", "To be, or not to be?\n", "  two  spaces ", "naïve 東京 👍🏽", "", "</s> in text \x00\r\n",
+             *("".join(chosen.choices("banecodu \n.é東", k=60)) for _ in range(50))]
+    for text in texts[:5] + texts[6:]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and all(0 <= token < 32_000 for token in ids)
+        stream = StreamDecoder(tokenizer)
+        assert "".join(map(stream.push, ids)) + stream.flush() == text
+    assert max(tokenizer.encode("banana caramelo")) > 1000 and len(tokenizer.encode("banana")) < 6
+    assert tokenizer.decode(tokenizer.encode(texts[5])) == texts[5].replace("</s>", "")  # a special token, left out
+    every = list(range(4, 32_000))
+    assert tokenizer.decode(every).count("\ufffd") <= 256  # bytes alone are the only entries that are no text
+
+    fields = {"model_type": "him", "vocab_size": 32_000, **CONFIGS["him"]}
+    init_checkpoint("him", fields, tmp_path / "model.safetensors", seed=2)
+    (tmp_path / "tokenizer.json").write_text(large_vocabulary)
+    with Engine.from_pretrained(tmp_path) as engine:
+        pieces = list(engine.generate("banana caramelo", max_new_tokens=12, seed=1))
+        with_prompt = engine.tokenizer.decode([*engine.tokenizer.encode("banana caramelo"), *(p.id for p in pieces)])
+    assert "banana caramelo" + "".join(piece.text for piece in pieces) == with_prompt
+    argv = ["run", "--model", tmp_path, "--prompt", "banana caramelo", "--max-new-tokens", 12, "--seed", 1]
+    assert succeeds(*argv) == "".join(piece.text for piece in pieces) + "\n"
+    (tmp_path / "samples.json").write_text(json.dumps([{"prompt": "banana"}, {"prompt": "caramelo " * 30}]))
+    succeeds("run", "--model", tmp_path, "--input", tmp_path / "samples.json", "--output", tmp_path / "out.json",
+             "--seed", 0)
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [tokenizer.decode(result["ids"]) for result in results] == [result["output"] for result in results]
