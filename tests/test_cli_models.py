@@ -251,7 +251,7 @@ def test_prompts_longer_than_the_model_takes(model, models, succeeds, fails):
 
 @pytest.fixture(scope="module")
 def large_vocabulary() -> str:
-    """A byte-level BPE tokenizer.json of 32,000 entries, made of syllables rather than learnt, which would take long."""
+    """A byte-level BPE tokenizer.json of 32,000 entries, made of syllables: learning one would take long."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *alphabet])}
     merges: list[tuple[str, str]] = []
@@ -283,8 +283,8 @@ def test_a_vocabulary_of_32000(large_vocabulary, succeeds, tmp_path):
     tokenizer = load_tokenizer(large_vocabulary, 32_000, "large")
     assert tokenizer.vocab_size == 32_000 and tokenizer.eos_id == 2
     chosen = random.Random(0)
-    texts = ["banana caramelo", "To be, or not to be?\n", "  two  spaces ", "naïve 東京 👍🏽", "", "</s> in text \x00\r\n",
-             *("".join(chosen.choices("banecodu \n.é東", k=60)) for _ in range(50))]
+    texts = ["banana caramelo", "To be, or not to be?\n", "  two  spaces ", "naïve 東京 👍🏽", "",
+             "</s> in text \x00\r\n", *("".join(chosen.choices("banecodu \n.é東", k=60)) for _ in range(50))]
     for text in texts[:5] + texts[6:]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and all(0 <= token < 32_000 for token in ids)

@@ -29,6 +29,10 @@ ALLOWED = {
     "models.inl": {"config", "errors", "kernels", "models", "schedule"},
     "models.inl_modules": {"schedule"},
     "models.kv_cache": set(),
+    "hrm_chat": {"engine", "sampler", "tokenizer"},
+    "hrm_tokenizer": {"char_vocabulary", "errors", "index", "tokenizer"},
+    "growth": {"config", "errors", "hrm_tokenizer", "models", "pack", "schedule", "spool", "store"},
+    "train.objectives": {"errors", "hrm_tokenizer", "models", "train"},
 }
 
 
