@@ -70,6 +70,16 @@ def test_hrm_chats_in_the_mode_asked_for(mode, cycles, models, succeeds):
     assert succeeds(*argv, "--no-chat") == text + "\n"
 
 
+def test_a_kept_context_goes_on_in_another_mode(models, succeeds, tmp_path):
+    kept, after = tmp_path / "state.safetensors", tmp_path / "after.safetensors"
+    argv = ["run", "--model", models["hrm"], "--max-new-tokens", 4, "--seed", 2]
+    first = succeeds(*argv, "--prompt", "abc", "--save-state", kept, "--no-chat")
+    assert load_file(kept)["cycles"].tolist() == [2, 2] and int(load_file(kept)["timestep"]) == 3 + 4
+    succeeds(*argv, "--prompt", "d", "--state", kept, "--mode", "fast", "--save-state", after, "--no-chat")
+    found = load_file(after)
+    assert found["cycles"].tolist() == [1, 1] and int(found["timestep"]) == 3 + 4 + 1 + 4 and first
+
+
 @pytest.fixture
 def stubborn(models, tmp_path) -> Path:
     """An HRM model that writes "a" for ever."""

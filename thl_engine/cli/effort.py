@@ -30,7 +30,10 @@ def has_modes(model_type: str) -> bool:
 def open_state(engine: Engine, file: str | None, mode: str | None) -> Any:
     """A new state, or the one in `file`, in the given mode."""
     options = state_options(engine.model_type, mode)
-    return replace(engine.load_state(file), **options) if file else engine.new_state(**options)
+    if file is None:
+        return engine.new_state(**options)
+    state = engine.load_state(file)
+    return replace(state, **options) if options else state
 
 
 def traced(engine: Engine) -> tuple[str, ...]:
