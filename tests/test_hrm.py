@@ -8,6 +8,7 @@ import torch
 from conftest import cases
 from safetensors.torch import load_file
 
+from thl_engine import Engine
 from thl_engine.config import HRMConfig, parse_config
 from thl_engine.errors import CheckpointError
 from thl_engine.growth import expand_layers, expand_vocabulary
@@ -135,25 +136,16 @@ def test_recorded_layer_growth(backend):
 
 def test_recorded_chat(backend):
     case = Recorded("chat_greedy")
-    ops, weights = load_ops(backend, "cpu"), weights_of(case.config, case.tensors)
-    state = hrm.init_state(case.config, 1, cycles=case.cycles)
-    rows, segments = [], []
-
-    @torch.inference_mode()
-    def step(tokens):
-        nonlocal state
-        seen = {}
-        hidden, state = hrm.advance(case.config, weights, ops, tokens, state, seen.__setitem__)
-        assert hidden.shape == (1, 1, case.config.hidden_size)
-        rows.append(hrm.logits(case.config, weights, ops, hidden[:, 0]))
-        segments.append(int(seen["num_segments"]))
-        return rows[-1]
-
     prompt, expected = case.io["prompt_ids"].tolist(), case.io["output_ids"].tolist()
-    answer = list(chat(step, prompt, case.config.vocab_size, len(expected), Sampling(temperature=0)))
-    assert answer == expected
-    assert segments == case.io["num_segments"].tolist()
-    assert distance(torch.cat(rows), case.io["step_logits"]) <= VALUES
+    with Engine.from_state_dict("hrm", case.config.to_dict(), case.tensors, device="cpu", backend=backend) as engine:
+        state = engine.new_state(cycles=case.cycles)
+        with engine.trace("num_segments", "logits") as trace:
+            answer = list(chat(engine, prompt, max_new_tokens=len(expected), sampling=Sampling(temperature=0),
+                               state=state))
+    assert [piece.id for piece in answer] == expected
+    assert all(step.keys() == {"num_segments", "logits"} for step in trace.steps)
+    assert [int(step["num_segments"]) for step in trace.steps] == case.io["num_segments"].tolist()
+    assert distance(torch.cat([step["logits"] for step in trace.steps]), case.io["step_logits"]) <= VALUES
     assert state.timestep == len(prompt) + len(expected) - 1 > hrm.WINDOW  # the window slid
 
 

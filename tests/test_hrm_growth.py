@@ -9,9 +9,8 @@ from test_hrm import ODD, random_tensors
 from thl_engine.config import HRMConfig, parse_config
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.growth import expand_layers, expand_vocabulary
-from thl_engine.hrm_chat import ChatEnd, chat, chat_prompt
+from thl_engine.hrm_chat import ChatEnd, chat_prompt
 from thl_engine.models import hrm
-from thl_engine.sampler import Sampling
 
 
 def test_growing_keeps_the_old_rows_and_is_repeatable():
@@ -82,10 +81,3 @@ def test_chat_rules():
     assert [end.reached(7) for _ in range(12)] == [False] * 11 + [True]
     end = ChatEnd(50)
     assert not any(end.reached(token) for token in [7] * 11 + [8] + [7] * 11)
-    always_three = torch.zeros(1, 50).index_fill_(1, torch.tensor(3), 9.0)
-    assert list(chat(lambda tokens: always_three, [5], 50, 10, Sampling(temperature=0))) == []
-    always_seven = torch.zeros(1, 50).index_fill_(1, torch.tensor(7), 9.0)
-    assert list(chat(lambda tokens: always_seven, [5], 50, 40, Sampling(temperature=0))) == [7] * 11
-    asked = []
-    list(chat(lambda tokens: asked.append(tokens.tolist()) or always_seven, [5, 6], 50, 3, Sampling(temperature=0)))
-    assert asked == [[[5, 6]], [[7]], [[7]]]

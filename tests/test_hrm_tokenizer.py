@@ -79,8 +79,7 @@ def test_the_candidate_that_fits_is_found(tmp_path):
 
 
 def test_a_mismatch_is_explained_in_one_line(tmp_path):
-    with pytest.raises(TokenizerError, match="needs a vocabulary of 9 ids, .* has none; put the continual"):
-        find_vocabulary(9, tmp_path, "m.pt")
+    assert find_vocabulary(9, tmp_path, "m.pt") is None
     write(tmp_path / CONTINUAL_FILE, "abc")
     with pytest.raises(TokenizerError, match="has 7 ids, the model in m.pt 9: ids 7 to 8 have no text") as caught:
         find_vocabulary(9, tmp_path, "m.pt")

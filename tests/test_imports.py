@@ -18,7 +18,9 @@ ALLOWED = {
     "weights": {"schedule"},
     "native": {"_native"},
     "sampler": {"errors"},
-    "tokenizer": {"chat_template", "errors"},
+    "token_stream": {"errors"},
+    "char_vocabulary": {"errors", "token_stream"},
+    "tokenizer": {"char_vocabulary", "chat_template", "errors", "token_stream"},
     "ops": {"errors", "kernels", "native", "weights"},
     "transfer": {"reader"},
     "pager": {"checksum", "errors", "reader", "store", "transfer", "weights"},
@@ -31,6 +33,10 @@ ALLOWED = {
     "models.kv_cache": set(),
     "generation": {"sampler", "tokenizer"},
     "chat_template": {"errors"},
+    "hrm_chat": {"engine", "sampler", "tokenizer"},
+    "hrm_tokenizer": {"char_vocabulary", "errors", "index", "tokenizer"},
+    "growth": {"config", "errors", "hrm_tokenizer", "models", "pack", "schedule", "spool", "store"},
+    "train.objectives": {"errors", "hrm_tokenizer", "models", "train"},
 }
 
 

@@ -6,7 +6,7 @@ import resource
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from thl_engine import native
+from thl_engine.config import parse_config
 from thl_engine.engine import Engine
 from thl_engine.errors import ConfigError
+from thl_engine.models import architecture
 from thl_engine.ops import ReferenceOps, load_ops
 from thl_engine.pager import extent
-from thl_engine.plan import NOMINAL, Bandwidths
+from thl_engine.plan import NOMINAL, Bandwidths, PageSchedule
 from thl_engine.reader import Arena, Reader
 from thl_engine.resources import (
     choose_device,
@@ -117,10 +119,11 @@ def largest_matrix(store: Store) -> StoredTensor:
 def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: int = 0, device: str = "auto",
               backend: str = "auto", stream: bool | str = "auto", memory_budget: str | int | None = None,
               threads: int | None = None, batch_size: int = 1, context: int | None = None, kv_cache: str = "float32",
-              sliding_window: int | None = None) -> dict[str, Any]:
+              sliding_window: int | None = None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Decodes random tokens one at a time and compares with what the memory gives and the plan predicted.
 
     With a batch_size each step takes a token of each sequence, and tokens per second are those of all of them.
+    `options` are further ones of `Engine.new_state`, and count as the longest that a step can take with them.
     Bandwidths are measured while the model is not in memory, before and after, so that they add nothing to its peak.
     Returns plain values: sizes in bytes, times in seconds, rates per second.
     """
@@ -130,15 +133,15 @@ def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: in
     set_threads(threads)
     store = open_store(path)
     chosen, ops = choose_device(device), load_ops(backend, choose_device(device).type)
-    options = state_options(store.model_type, context, kv_cache, sliding_window)
-    schedule, plan = divide_memory(store, ops, chosen, stream, memory_budget, batch_size=batch_size, **options)
+    cache = state_options(store.model_type, context, kv_cache, sliding_window)
+    schedule, plan = divide_memory(store, ops, chosen, stream, memory_budget, batch_size=batch_size, **cache)
     rates, rows = _Rates(), rows_of_products(store, batch_size)
     rates.measure(store, ops, chosen, plan.streamed_pages > 0, rows)
     reset_peak()
     with Engine(store, device=str(chosen), backend=backend, stream=stream, memory_budget=memory_budget,
-                batch_size=batch_size, **options) as engine:
+                batch_size=batch_size, **cache) as engine:
         plan = engine.plan()
-        found = _decode(engine, tokens, warmup, seed, batch_size)
+        found = _decode(engine, tokens, warmup, seed, batch_size, options or {})
         found["peak_rss_bytes"] = peak_bytes()
         stats = engine.stats()
     del engine  # its memory goes with it
@@ -146,7 +149,9 @@ def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: in
     rates.measure(store, ops, chosen, plan.streamed_pages > 0, rows)
 
     bandwidths = Bandwidths(statistics.mean(rates.disk), statistics.mean(rates.products), link_bandwidth(chosen))
-    traffic = state_traffic(store, batch_size, options, warmup + tokens // 2)
+    if options:
+        schedule = schedule_of(store, options)
+    traffic = state_traffic(store, batch_size, cache, warmup + tokens // 2)
     plan = plan.at(bandwidths, store, schedule, traffic)
     steps = range(warmup, warmup + tokens)
     read = sum(store.pages[page].nbytes for t in steps for page in (*schedule.step(t), *schedule.head)) / tokens
@@ -166,6 +171,12 @@ def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: in
     }
 
 
+def schedule_of(store: Store, options: Mapping[str, Any]) -> PageSchedule:
+    """What steps read of a state made with these options. Pages are pinned whatever a state's options are."""
+    model, config = architecture(store.model_type), parse_config(store.config, store.model_type)
+    return PageSchedule(store, model.walk(config, **options), model.head(config))
+
+
 @dataclass
 class _Rates:
     """Bytes per second, as often as they were measured."""
@@ -180,10 +191,11 @@ class _Rates:
         self.disk.append(disk_bandwidth(store) if streams else NOMINAL.disk)
 
 
-def _decode(engine: Engine, tokens: int, warmup: int, seed: int, batch_size: int) -> dict[str, Any]:
+def _decode(engine: Engine, tokens: int, warmup: int, seed: int, batch_size: int,
+            options: Mapping[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(engine.config.vocab_size, (warmup + tokens, batch_size), generator=generator)
-    state, latencies, resident = engine.new_state(batch_size), [], 0
+    state, latencies, resident = engine.new_state(batch_size, **options), [], 0
     for i in range(warmup):
         engine.step(ids[i], state)
     before = engine.stats()

@@ -333,6 +333,19 @@ PRESETS: dict[str, Any] = {
 } | {"gemma3n-e4b": Gemma3nConfig()}
 
 
+def named_config(name: str, model_type: str | None = None) -> Any:
+    """A published size by its name, with or without the architecture's in front: "inl-small", or "small" of "inl".
+
+    Raises ConfigError that lists the names.
+    """
+    found = PRESETS.get(name, PRESETS.get(f"{model_type}-{name}"))
+    if found is None:
+        raise ConfigError(f"config {name!r}: no such file and no published size; sizes: {', '.join(PRESETS)}")
+    if model_type not in (None, found.model_type):
+        raise ConfigError(f"config {name} is a size of {found.model_type}, not of {model_type}")
+    return found
+
+
 def parse_config(given: Mapping[str, Any], model_type: str | None = None, where: str = "config") -> Any:
     """Checks a configuration read from JSON and returns its dataclass.
 

@@ -5,24 +5,30 @@ All three go through the one writer, chunk by chunk, so memory does not grow wit
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from thl_engine.config import parse_config
+from thl_engine.chat_template import join_files
+from thl_engine.config import named_config, parse_config
 from thl_engine.errors import CheckpointError, ConfigError
-from thl_engine.index import PICKLE_SUFFIXES, config_beside, read_config, read_text, shown
+from thl_engine.hrm_tokenizer import CONTINUAL_FILE, find_vocabulary
+from thl_engine.index import PICKLE_SUFFIXES, config_beside, read_config, shown
 from thl_engine.models import architecture
 from thl_engine.pack import Progress, Source, replacing, write_store
 from thl_engine.schedule import Block
 from thl_engine.spool import tensor_sources
-from thl_engine.store import TOKENIZER_FILES, open_store, tokenizer_beside
+from thl_engine.store import open_store, tokenizer_files
 
+_log = logging.getLogger("thl_engine")
+CONFIGS_INSIDE = ("config", "model_config", "model_args")  # keys under which they keep the configuration
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training scripts keep the weights
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 DRAW_ELEMENTS = 1 << 20  # drawn from one random stream; part of what `thl init --seed` means
@@ -55,21 +61,27 @@ def quantize_checkpoint(
 
 
 def convert_checkpoint(
-    src: str | os.PathLike, dst: str | os.PathLike, progress: Progress | None = None
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    progress: Progress | None = None,
+    config: str | os.PathLike | Mapping | None = None,
 ) -> None:
     """Converts a published folder (config.json + pytorch_model.bin) or a torch.save file to safetensors.
 
-    dst is one .safetensors file that holds configuration and tokenizer too, or else a folder for
-    model.safetensors, config.json and the tokenizer's files. Matrices keep their dtype, except that float64
-    becomes float32; vectors become float32. Nothing in the file is run: it is read with weights_only=True.
+    config, as for `init_checkpoint`, takes the place of what is beside the file or in it. dst is one .safetensors
+    file that holds configuration and tokenizer too, or else a folder for model.safetensors, config.json and the
+    tokenizer's files. Matrices keep their dtype, except that float64 becomes float32; vectors become float32. Nothing
+    in the file is run: it is read with weights_only=True. An HRM checkpoint brings the vocabulary that it holds or
+    that fits it; TokenizerError where there are only others.
     """
     file, dst = _pickled_checkpoint(Path(src)), Path(dst)
     _refuse_overwriting(dst, (file,))
     loaded = _load(file)
-    fields, where = _configuration(file, loaded)
-    config = parse_config(fields, where=where).to_dict()
-    sources = tensor_sources(_state_dict(file, loaded), str(file))
-    tokenizer = tokenizer_beside(file.parent)
+    parsed = parse_config(*_configuration(file, loaded)) if config is None else _open_config(config, None)
+    sources = tensor_sources(_adopted(file, parsed, _state_dict(file, loaded)), str(file))
+    files = _tokenizer_files(file, parsed, loaded)
+    tokenizer = join_files(files) if files else None
+    config = parsed.to_dict()
     if dst.suffix == ".safetensors":
         write_store(dst, config, sources, tokenizer=tokenizer, progress=progress)
         return
@@ -77,12 +89,8 @@ def convert_checkpoint(
     try:
         dst.mkdir(exist_ok=True)
         write_store(dst / "model.safetensors", config, sources, tokenizer=tokenizer, progress=progress)
-        copies = {"config.json": json.dumps(config, indent=1) + "\n"}
-        for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
-            if (file.parent / name).is_file():
-                copies[name] = read_text(file.parent / name)
-        for name, text in copies.items():
-            if (dst / name).exists() and (dst / name).samefile(file.parent / name):
+        for name, text in {"config.json": json.dumps(config, indent=1) + "\n", **files}.items():
+            if (dst / name).exists() and (file.parent / name).exists() and (dst / name).samefile(file.parent / name):
                 continue  # converted in place
             with replacing(dst / name, len(text)) as descriptor, open(descriptor, "wb", closefd=False) as out:
                 out.write(text.encode())
@@ -103,12 +111,11 @@ def init_checkpoint(
     group: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes a freshly initialised model of any size; config is a JSON file or its fields.
+    """Writes a freshly initialised model of any size; config is a JSON file, its fields, or a published size's name.
 
     The weights depend on model_type, config and seed alone.
     """
-    fields, where = (config, "config") if isinstance(config, Mapping) else read_config(Path(config))
-    parsed = parse_config(fields, model_type, where)
+    parsed = _open_config(config, model_type)
     module = architecture(parsed.model_type)
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers, "init") as pool:
@@ -120,6 +127,16 @@ def init_checkpoint(
 
             sources[block.name] = Source("F32", block.shape, RandomRows(block, seed, draw, pool))
         write_store(dst, parsed.to_dict(), sources, quantize=quantize, group=group, progress=progress)
+
+
+def _open_config(config: str | os.PathLike | Mapping, model_type: str | None) -> Any:
+    if isinstance(config, Mapping):
+        return parse_config(config, model_type)
+    name = os.fspath(config)
+    if not os.path.exists(name) and not os.path.dirname(name) and not os.path.splitext(name)[1]:
+        return named_config(name, model_type)
+    fields, where = read_config(Path(config))
+    return parse_config(fields, model_type, where)
 
 
 @dataclass
@@ -201,18 +218,42 @@ def _load(file: Path) -> object:
         raise CheckpointError(f"{file}: not a usable torch.save file: {reason}") from error
 
 
-def _configuration(file: Path, loaded: object) -> tuple[dict, str]:
-    """From config.json beside the checkpoint, or else from the checkpoint itself."""
+def _configuration(file: Path, loaded: object) -> tuple[dict, None, str]:
+    """From config.json beside the checkpoint, or else from the checkpoint itself, as `parse_config` takes it."""
     found = config_beside(file.parent)
     if found is not None:
-        return found
-    inside = loaded.get("config") if isinstance(loaded, dict) else None
-    if isinstance(inside, dict):
-        return inside, f"{file}: 'config'"
+        return found[0], None, found[1]
+    for key in CONFIGS_INSIDE:
+        inside = loaded.get(key) if isinstance(loaded, dict) else None
+        if isinstance(inside, dict):
+            return inside, None, f"{file}: {key!r}"
     raise ConfigError(
-        f"{file.parent / 'config.json'}: no such file; put the model's configuration there, a JSON object of "
-        "its fields"
+        f"{file.parent / 'config.json'}: no such file, and the checkpoint holds no configuration; put the model's "
+        "there, a JSON object of its fields, or name one with --config"
     )
+
+
+def _tokenizer_files(file: Path, config: Any, loaded: object) -> dict[str, str]:
+    """Name -> text of the tokenizer's files that go with a checkpoint."""
+    files = tokenizer_files(file.parent)
+    if config.model_type != "hrm" or "tokenizer.json" in files:
+        return files
+    found = find_vocabulary(config.vocab_size, file.parent, str(file), loaded)
+    if found is None:
+        _log.warning("%s: no vocabulary in it or beside it; text needs its %s", file, CONTINUAL_FILE)
+        return {}
+    if found.where != str(file.parent / CONTINUAL_FILE):
+        _log.warning("%s: the vocabulary is %s", file, found.where)
+    return {CONTINUAL_FILE: found.text}
+
+
+def _adopted(file: Path, config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights as the model defines them, where published checkpoints have them otherwise."""
+    adopt = getattr(architecture(config.model_type), "adopt", None)
+    adopted = tensors if adopt is None else adopt(config, tensors)
+    for name in [name for name in tensors if adopted[name] is not tensors[name]][:1]:
+        _log.warning("%s: %s was saved in use, of shape %s, and is emptied", file, name, list(tensors[name].shape))
+    return adopted
 
 
 def _state_dict(file: Path, loaded: object) -> dict[str, torch.Tensor]:

@@ -44,14 +44,16 @@ _log = logging.getLogger("thl_engine")
 
 
 class Trace:
-    """Named intermediates of the steps made while it was open: `steps[i][name]` is a copy."""
+    """Named intermediates of the steps made while it was open: `steps[i][name]` is a copy. `names`: None for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: frozenset[str] | None = None) -> None:
         self.steps: list[dict[str, Tensor]] = []
+        self._names = names
 
     def record(self, name: str, value: Tensor) -> None:
         """Notes a value of the current step."""
-        self.steps[-1][name] = value.detach().cpu().clone()
+        if self._names is None or name in self._names:
+            self.steps[-1][name] = value.detach().cpu().clone()
 
 
 def _computing(method: Callable) -> Callable:
@@ -351,21 +353,24 @@ class Engine:
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 128,
                        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
                        repetition_penalty: float = 1.0, seed: int | None = None,
-                       stop: Sequence[str] = ()) -> Iterator[tuple[int, Piece]]:
+                       stop: Sequence[str] = (),
+                       state_options: Mapping[str, Any] | None = None) -> Iterator[tuple[int, Piece]]:
         """Continues several prompts with one pass over the weights for each token of all: (prompt's index, its piece).
 
-        Options as in `generate`; each prompt has a sampler of its own, so its text is what it gives alone with the same
-        seed. An engine with a memory budget is opened with batch_size=len(prompts), which leaves room for their
-        states. Where the sequences of a batch share their memory (HIM), prompts are answered one after the other.
+        Options as in `generate`, those of `new_state` in `state_options`. Each prompt has a sampler of its own, so its
+        text is what it gives alone with the same seed. An engine with a memory budget is opened with
+        batch_size=len(prompts), which leaves room for their states. Where the sequences of a batch share their memory
+        (HIM), prompts are answered one after the other.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise ConfigError(f"prompts is {prompts!r}; it must be a list of at least one prompt")
-        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        sampling, options = Sampling(temperature, top_k, top_p, repetition_penalty, seed), dict(state_options or {})
         rows = [self._row(prompt, max_new_tokens, sampling, stop) for prompt in prompts]
         longest = max(len(row.prompt) for row in rows) + max(max_new_tokens - 1, 0)
         if getattr(self._model, "ROWS_MEET", False):
-            return ((i, piece) for i, row in enumerate(rows) for _, piece in generate(self, [row], self.new_state()))
-        state = self.new_state(len(rows))
+            return ((i, piece) for i, row in enumerate(rows)
+                    for _, piece in generate(self, [row], self.new_state(**options)))
+        state = self.new_state(len(rows), **options)
         self._check_room(state, longest)
         return generate(self, rows, state)
 
@@ -414,9 +419,9 @@ class Engine:
         }
 
     @contextmanager
-    def trace(self) -> Iterator[Trace]:
-        """Records named intermediates of every step made inside the `with`."""
-        self._trace = Trace()
+    def trace(self, *names: str) -> Iterator[Trace]:
+        """Records intermediates of every step made inside the `with`: those named, or all."""
+        self._trace = Trace(frozenset(names) or None)
         try:
             yield self._trace
         finally:

@@ -1,20 +1,65 @@
-"""Growing HRM models: more tokens or more layers, as operations on configuration and state dict.
+"""Growing HRM models: more tokens or more layers, of a state dict or of a checkpoint.
 
-Both return new dicts and leave the given ones as they are; tensors that do not change are shared, not copied.
+What works on state dicts returns new ones and leaves the given ones as they are; tensors that do not change are
+shared, not copied.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from thl_engine.config import HRMConfig
-from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.config import HRMConfig, parse_config
+from thl_engine.errors import CheckpointError, ConfigError, TokenizerError
+from thl_engine.hrm_tokenizer import extended
 from thl_engine.models import hrm
+from thl_engine.pack import Progress, write_store
 from thl_engine.schedule import Block
+from thl_engine.spool import tensor_sources
+from thl_engine.store import Store, open_store
 
 VOCABULARY_TABLES = ("input_embedding.embedding_weight", "output_head.weight")
+
+
+def grow_checkpoint(src: str | os.PathLike, dst: str | os.PathLike, *, vocab_size: int | None = None,
+                    text: str | None = None, layers: int | None = None, seed: int = 0,
+                    progress: Progress | None = None) -> HRMConfig:
+    """Writes a float checkpoint with more tokens, more layers or both to the file `dst`; returns its configuration.
+
+    vocab_size: tokens afterwards. text: in place of it, the vocabulary that goes with the checkpoint is extended by the
+    characters of this text. layers: those that each of the two modules has afterwards. What the model had is kept bit
+    for bit. Raises ConfigError for sizes that are no growth, CheckpointError for another kind of checkpoint,
+    TokenizerError where there is no character vocabulary to extend.
+    """
+    with open_store(src) as store:
+        tensors = _float_tensors(store)
+        if Path(dst).exists() and any(Path(dst).samefile(file) for file in store.files):
+            raise CheckpointError(f"{dst}: is the file being read; write to another name")
+        config, tokenizer = parse_config(store.config, store.model_type), store.tokenizer_json
+        if text is not None:
+            if tokenizer is None:
+                raise TokenizerError(f"{store.path}: no vocabulary in or beside the checkpoint that could be extended; "
+                                     "put its continual_tokenizer.json there, or say how many tokens to have")
+            tokenizer, size = extended(tokenizer, text, str(store.path))
+            vocab_size = max(size, config.vocab_size)
+        if vocab_size is not None:
+            config, tensors = expand_vocabulary(config, tensors, vocab_size, seed)
+        if layers is not None:
+            _grown(config, L_layers=layers, H_layers=layers)
+            config, tensors = expand_layers(config, tensors, layers - config.L_layers, layers - config.H_layers, seed)
+        write_store(dst, config.to_dict(), tensor_sources(tensors, str(src)), tokenizer=tokenizer, progress=progress)
+    return config
+
+
+def _float_tensors(store: Store) -> dict[str, Tensor]:
+    if store.model_type != "hrm":
+        raise ConfigError(f"{store.path}: {store.model_type} models do not grow; hrm models do")
+    if any(tensor.scales for tensor in store.tensors.values()):
+        raise CheckpointError(f"{store.path}: is stored as int8; grow the checkpoint it was made from")
+    return {name: store.read(name) for name in store.tensors}
 
 
 def expand_vocabulary(config: HRMConfig, tensors: Mapping[str, Tensor], vocab_size: int,
@@ -70,6 +115,8 @@ def _shapes(config: HRMConfig) -> dict[str, Block]:
 
 def _check(tensors: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> None:
     for name, block in blocks.items():
+        if name not in tensors and block.kind == "unused":
+            continue
         if name not in tensors:
             raise CheckpointError(f"tensor {name!r} is missing; growing needs the whole model")
         if tuple(tensors[name].shape) != block.shape or not tensors[name].is_floating_point():

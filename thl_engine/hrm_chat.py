@@ -1,17 +1,41 @@
-"""The published chat rules of HRM-text: how a prompt is cut, how a token is chosen, and when the answer ends."""
+"""The published chat of HRM-text: how a prompt is cut, how tokens are chosen, and when the answer is over."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from thl_engine.sampler import Sampler, Sampling
+from thl_engine.engine import Engine, Piece
+from thl_engine.sampler import Sampling, StopStrings
+from thl_engine.tokenizer import Tokenizer
 
 PROMPT_LIMIT = 60  # tokens of a prompt that are kept, the last ones
 EMPTY_PROMPT = (2,)  # <BOS>
-END_IDS = frozenset({0, 3})  # <PAD>, <EOS>
+END_IDS = (0, 3)  # <PAD>, <EOS>
 REPETITION_LIMIT = 10  # repetitions of one token in a row that are still part of an answer
 SAMPLING = Sampling(temperature=0.8, top_k=50)
+
+
+class ChatEnd:
+    """Tells when an answer is over. The token that ends it is not part of it.
+
+    A token equal to the one before is counted, any other starts the count anew. The published chat may also stop at
+    the end of a line or sentence, but only beyond 1500 tokens or 90 % of the length asked for; that is left out.
+    """
+
+    def __init__(self, vocab_size: int, end_ids: Iterable[int] = END_IDS) -> None:
+        """vocab_size: ids from there on, which a tokenizer smaller than its model does not define, end the answer."""
+        self._vocab_size = vocab_size
+        self._end_ids = frozenset(end_ids)
+        self._last: int | None = None
+        self._repeats = 0
+
+    def reached(self, token: int) -> bool:
+        """Whether `token`, the next one chosen, ends the answer."""
+        if token in self._end_ids or token >= self._vocab_size:
+            return True
+        self._repeats = self._repeats + 1 if token == self._last else 0
+        self._last = token
+        return self._repeats > REPETITION_LIMIT
 
 
 def chat_prompt(ids: Sequence[int]) -> list[int]:
@@ -19,41 +43,43 @@ def chat_prompt(ids: Sequence[int]) -> list[int]:
     return list(ids[-PROMPT_LIMIT:]) or list(EMPTY_PROMPT)
 
 
-class ChatEnd:
-    """Tells when an answer is over. The token that ends it is not part of it.
+def end_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Those of <PAD> and <EOS> that a tokenizer has: under another numbering the same ids stand for text."""
+    return tuple(i for i in END_IDS if tokenizer is None or not tokenizer.decode([i]))
 
-    A token that repeats its predecessor is counted, any other starts the count anew. The published chat also stops at
-    a paragraph or sentence end, but only beyond 1500 tokens or 90 % of the length asked for; that is left out.
+
+def chat(engine: Engine, prompt: str | Sequence[int], *, max_new_tokens: int, sampling: Sampling = SAMPLING,
+         stop: Sequence[str] = (), state: Any = None) -> Iterator[Piece]:
+    """The pieces of an answer, as `Engine.generate` gives them, by the rules of the chat.
+
+    When one of its rules ends the answer, `state` has read all of it.
     """
-
-    def __init__(self, vocab_size: int) -> None:
-        """vocab_size: ids from there on, which a tokenizer smaller than its model does not define, end the answer."""
-        self._vocab_size = vocab_size
-        self._last: int | None = None
-        self._repeats = 0
-
-    def reached(self, token: int) -> bool:
-        """Whether `token`, the next one chosen, ends the answer."""
-        if token in END_IDS or token >= self._vocab_size:
-            return True
-        self._repeats = self._repeats + 1 if token == self._last else 0
-        self._last = token
-        return self._repeats > REPETITION_LIMIT
+    tokenizer = engine.tokenizer
+    if isinstance(prompt, str) and tokenizer is not None:
+        prompt = tokenizer.encode(prompt)
+    if not isinstance(prompt, str):  # without a tokenizer text is taken as bytes, whose numbering is not the chat's
+        prompt = chat_prompt(prompt)
+    pieces = engine.generate(prompt, max_new_tokens=max_new_tokens, temperature=sampling.temperature,
+                             top_k=sampling.top_k, top_p=sampling.top_p, state=state, seed=sampling.seed,
+                             repetition_penalty=sampling.repetition_penalty)
+    end = ChatEnd(engine.config.vocab_size if tokenizer is None else tokenizer.vocab_size, end_ids(tokenizer))
+    return _until(end, pieces, StopStrings(list(stop)))
 
 
-def chat(step: Callable[[Tensor], Tensor], prompt: Sequence[int], vocab_size: int, max_new_tokens: int,
-         sampling: Sampling = SAMPLING) -> Iterator[int]:
-    """The tokens of an answer.
-
-    step: takes the tokens that came since the last call, int64 [1, n], and returns the next one's logits [1, V]:
-    an engine's `prefill` or `step` with a state. sampling: as published unless given; temperature 0 is greedy.
-    """
-    sampler, end = Sampler(sampling), ChatEnd(vocab_size)
-    logits = step(torch.tensor([chat_prompt(prompt)]))
-    for count in range(1, max_new_tokens + 1):
-        token = int(sampler.sample(logits)[0])
-        if end.reached(token):
+def _until(end: ChatEnd, pieces: Iterator[Piece], stops: StopStrings) -> Iterator[Piece]:
+    """Pieces before the end. One whose text may begin a stop string waits until that is decided."""
+    waiting: Piece | None = None
+    for piece in pieces:
+        if end.reached(piece.id):
+            break
+        if waiting is not None:
+            yield waiting
+        text, stopped = stops.push(piece.text)
+        waiting = replace(piece, text=text)
+        if stopped or not stops.holding:
+            yield waiting
+            waiting = None
+        if stopped:
             return
-        yield token
-        if count < max_new_tokens:
-            logits = step(torch.tensor([[token]]))
+    if waiting is not None:
+        yield replace(waiting, text=waiting.text + stops.flush())

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from thl_engine.char_vocabulary import INVERSE_KEYS, entries_key
 from thl_engine.errors import TokenizerError
 from thl_engine.index import read_text, shown
 from thl_engine.tokenizer import Tokenizer, load_tokenizer
@@ -70,6 +71,31 @@ def vocabulary_of_texts(texts: Iterable[str]) -> Vocabulary:
     return _vocabulary(text, "vocabulary of the training texts")
 
 
+def extended(vocabulary: str, text: str, where: str) -> tuple[str, int]:
+    """A character vocabulary, JSON text, with the characters of `text` that it lacks, and its number of ids then.
+
+    New characters follow the old ids in the order of their first appearance; old ids stay. Raises TokenizerError for
+    text that is no character vocabulary.
+    """
+    size = _vocabulary(vocabulary, where).size
+    data = json.loads(vocabulary)
+    if isinstance(data, dict) and isinstance(data.get("model"), dict):
+        raise TokenizerError(f"{where}: the tokenizer is no character vocabulary; only these can be extended by a text")
+    key = entries_key(data)
+    entries = data if key is None else data[key]
+    missing = list(dict.fromkeys(char for char in text if char not in entries))
+    if isinstance(entries, list):
+        entries += missing
+    else:
+        entries.update({char: size + i for i, char in enumerate(missing)})
+    if key is not None:
+        for inverse in INVERSE_KEYS:  # would be out of date, and says nothing of its own
+            data.pop(inverse, None)
+        if "vocab_size" in data:
+            data["vocab_size"] = size + len(missing)
+    return json.dumps(data, ensure_ascii=False), size + len(missing)
+
+
 def check_fits(vocabulary: Vocabulary, vocab_size: int, checkpoint: str) -> None:
     """Raises TokenizerError, with both sizes and what to do, unless the vocabulary has as many ids as the model."""
     if vocabulary.size == vocab_size:
@@ -82,18 +108,20 @@ def check_fits(vocabulary: Vocabulary, vocab_size: int, checkpoint: str) -> None
                          f"earlier or another training run; use the {CONTINUAL_FILE} saved with this checkpoint")
 
 
-def find_vocabulary(vocab_size: int, folder: Path, checkpoint: str, loaded: Any = None) -> Vocabulary:
+def find_vocabulary(vocab_size: int, folder: Path, checkpoint: str, loaded: Any = None) -> Vocabulary | None:
     """The vocabulary of a checkpoint: the one inside it, else `continual_tokenizer.json`, else any that fits.
 
     vocab_size: rows of the checkpoint's embedding. folder: its JSON files are the candidates. checkpoint: its name,
-    for messages. loaded: as for `vocabulary_inside`. Raises TokenizerError that lists what was found where nothing, or
-    more than one different vocabulary, fits.
+    for messages. loaded: as for `vocabulary_inside`. None where there is no vocabulary at all. Raises TokenizerError
+    that lists what was found where nothing of it, or more than one different vocabulary, fits.
     """
     inside = vocabulary_inside(loaded, checkpoint)
     if inside is not None:
         check_fits(inside, vocab_size, checkpoint)
         return inside
     found = _candidates(folder)
+    if not found:
+        return None
     named = next((vocabulary for vocabulary in found if Path(vocabulary.where).name == CONTINUAL_FILE), None)
     fitting = [vocabulary for vocabulary in found if vocabulary.size == vocab_size]
     if named in fitting:
@@ -105,9 +133,8 @@ def find_vocabulary(vocab_size: int, folder: Path, checkpoint: str, loaded: Any 
                              f"{_listed(fitting)}; rename the one saved with this checkpoint to {CONTINUAL_FILE}")
     if len(found) == 1:
         check_fits(found[0], vocab_size, checkpoint)
-    others = f"found {_listed(found)}" if found else f"{folder} has none"
-    raise TokenizerError(f"{checkpoint}: needs a vocabulary of {vocab_size} ids, {others}; put the {CONTINUAL_FILE} "
-                         "saved with this checkpoint there")
+    raise TokenizerError(f"{checkpoint}: needs a vocabulary of {vocab_size} ids, found {_listed(found)}; put the "
+                         f"{CONTINUAL_FILE} saved with this checkpoint there")
 
 
 def _vocabulary(text: str, where: str) -> Vocabulary:

@@ -26,7 +26,7 @@ from thl_engine.kernels import (
 )
 from thl_engine.kernels import attention as attention_kernels
 from thl_engine.kernels import linear as linear_kernels
-from thl_engine.weights import Matrix, Part, Table
+from thl_engine.weights import Held, Matrix, Part, Table
 
 LAYER_NORM_EPS = 1e-5
 # Rows of a sparse gate for which reading only the matrix rows that some of them need is faster: 0.34 of the time for
@@ -85,12 +85,16 @@ class ReferenceOps:
         """
         if norm is not None:
             x = self.layer_norm(x, *norm)
-        parts = [linear_kernels.linear(x, _widen(part), None if bias is None else bias[part.start : part.stop])
-                 for part in matrix.parts()]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        out = self.product(x, matrix, bias)
         if gelu:
             out = self.gelu(out)
         return out if addend is None else out + addend
+
+    def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        """The product alone, which training varies."""
+        out = [linear_kernels.linear(x, _widen(part), None if bias is None else bias[part.start : part.stop])
+               for part in matrix.parts()]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         """Each head's features through its own rows: x [B, H, C], matrix [R, C] -> [B, R], R/H rows a head."""
@@ -245,16 +249,14 @@ class NativeOps(ReferenceOps):
         if quantile is None or rows > SPARSE_ROWS:
             return super().geglu_linear(gate, x, up, quantile)
         out = self.geglu(gate, torch.ones_like(gate), quantile)
-        values, product = _flat(out), _Product(_flat(x))
+        values = _flat(out)
         alive = values.any(dim=0)
         for part in up.parts():  # rows of the matrix that would be multiplied by zero are left out
             chosen = alive[part.start : part.stop].nonzero().flatten()
             if len(chosen):
                 scales = None if part.scales is None else part.scales.index_select(0, chosen)
-                some = Part(0, len(chosen), part.data.index_select(0, chosen), scales, part.group)
-                factors = torch.empty(rows, len(chosen))
-                product.into(factors, some, None)
-                values[:, chosen + part.start] *= factors
+                some = Held(part.data.index_select(0, chosen), scales, part.group)
+                values[:, chosen + part.start] *= self.linear(_flat(x), some)
         return out
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,

@@ -216,6 +216,11 @@ class StopStrings:
         self._held = text[len(text) - keep:]
         return text[:len(text) - keep], False
 
+    @property
+    def holding(self) -> bool:
+        """Whether text is held back."""
+        return bool(self._held)
+
     def flush(self) -> str:
         """The text still held back, at the end of the sequence; "" after a stop string was found."""
         held, self._held = self._held, ""

@@ -45,7 +45,7 @@ from thl_engine.pack import (
 from thl_engine.quant import GROUP, dequantize_rows, scale_shape
 from thl_engine.schedule import Block
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "continual_tokenizer.json", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +199,19 @@ def find_config(index: CheckpointIndex) -> tuple[dict, str]:
     return found
 
 
-def tokenizer_beside(folder: Path) -> str | None:
-    """Text of the tokenizer file in a folder, if there is one; with what a tokenizer.json has beside it."""
+def tokenizer_files(folder: Path) -> dict[str, str]:
+    """Name -> text of the tokenizer's file in a folder, if there is one, and of what a tokenizer.json has beside it."""
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             beside = COMPANIONS if name == "tokenizer.json" else ()
-            return join_files({file: read_text(folder / file) for file in (name, *beside) if (folder / file).is_file()})
-    return None
+            return {file: read_text(folder / file) for file in (name, *beside) if (folder / file).is_file()}
+    return {}
+
+
+def tokenizer_beside(folder: Path) -> str | None:
+    """The same as one text."""
+    files = tokenizer_files(folder)
+    return join_files(files) if files else None
 
 
 def _open_plain(path: Path, index: CheckpointIndex) -> Store:

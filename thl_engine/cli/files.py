@@ -1,9 +1,14 @@
-"""`thl quantize`, `thl convert` and `thl init`: checkpoints to checkpoints."""
+"""`thl quantize`, `thl convert`, `thl init` and `thl grow`: checkpoints to checkpoints."""
 
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 from thl_engine.cli.progress import progress_bar
 from thl_engine.convert import convert_checkpoint, init_checkpoint, quantize_checkpoint
+from thl_engine.errors import ConfigError
+from thl_engine.growth import grow_checkpoint
+from thl_engine.index import read_text
 
 
 def quantize(arguments: Namespace) -> None:
@@ -14,7 +19,7 @@ def quantize(arguments: Namespace) -> None:
 
 def convert(arguments: Namespace) -> None:
     with progress_bar("converting") as progress:
-        convert_checkpoint(arguments.source, arguments.target, progress)
+        convert_checkpoint(arguments.source, arguments.target, progress, arguments.config)
     print(arguments.target)
 
 
@@ -22,4 +27,13 @@ def init(arguments: Namespace) -> None:
     with progress_bar("writing") as progress:
         init_checkpoint(arguments.model_type, arguments.config, arguments.target, arguments.seed, arguments.quantize,
                         progress=progress)
+    print(arguments.target)
+
+
+def grow(arguments: Namespace) -> None:
+    text = None if arguments.text is None else read_text(Path(arguments.text), ConfigError)
+    with progress_bar("writing") as progress:
+        config = grow_checkpoint(arguments.source, arguments.target, vocab_size=arguments.vocabulary, text=text,
+                                 layers=arguments.layers, seed=arguments.seed, progress=progress)
+    print(f"thl: {config.vocab_size} tokens, {config.L_layers} + {config.H_layers} layers", file=sys.stderr)
     print(arguments.target)

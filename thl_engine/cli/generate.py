@@ -1,4 +1,4 @@
-"""`thl run`: text to stdout as it comes."""
+"""`thl run`: text to stdout as it comes, or a file of prompts to a file of answers."""
 
 import json
 import os
@@ -7,19 +7,25 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from thl_engine import native
+from thl_engine import hrm_chat, native
+from thl_engine.cli import batch
+from thl_engine.cli.effort import effort, has_modes, mode_options, open_state, traced
 from thl_engine.cli.options import cache_options
+from thl_engine.cli.progress import progress_bar
 from thl_engine.engine import Engine, Piece
 from thl_engine.errors import ConfigError, TokenizerError
 from thl_engine.plan import size
+from thl_engine.sampler import Sampling
 
 
 def run(arguments: Namespace) -> None:
-    prompts = [_prompt(given) for given in arguments.prompt or [None]]
+    prompts = [_prompt(given) for given in arguments.prompt or [None]] if arguments.input is None else [""]
     if len(prompts) > 1 and (arguments.state or arguments.save_state):
         raise ConfigError(f"--state and --save-state go with one prompt, not with {len(prompts)}")
     if not native.available() and arguments.backend != "reference":
@@ -31,27 +37,72 @@ def run(arguments: Namespace) -> None:
             **cache_options(arguments)) as engine:
         if arguments.stats:
             print(f"thl: model {engine.model_type}, {_backend(engine)}", file=sys.stderr)
-        options = {
-            "max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature,
-            "top_k": arguments.top_k, "top_p": arguments.top_p, "seed": arguments.seed,
-            "repetition_penalty": arguments.repetition_penalty, "stop": [_argument(text) for text in arguments.stop]}
-        if len(prompts) > 1:
-            stream, state = engine.generate_batch(prompts, **options), None
-        else:
-            state = engine.load_state(arguments.state) if arguments.state else engine.new_state()
-            stream = ((0, piece) for piece in engine.generate(prompts[0], state=state, **options))
-        pieces, timing = _write(engine, stream, prompts, arguments.json)
+        if arguments.input is not None:
+            _answer(engine, arguments)
+            return
+        state = open_state(engine, arguments.state, arguments.mode) if len(prompts) == 1 else None
+        names = traced(engine) if arguments.stats or arguments.json else ()
+        with engine.trace(*names) if names else nullcontext() as trace:
+            pieces, timing = _write(engine, _stream(engine, prompts, state, arguments), prompts, arguments.json)
+        unread = timing.pop("unread")
         if arguments.save_state:
-            if pieces[0]:
-                engine.step(torch.tensor([pieces[0][-1].id]), state)  # the last token has been written, not read
+            if unread:
+                engine.step(torch.tensor([pieces[0][-1].id]), state)
             engine.save_state(state, arguments.save_state)
-        stats = {**engine.stats(), **timing, "isa": _isa(engine), "threads": _threads(engine)}
+        stats = {**engine.stats(), **timing, **effort(trace), "isa": _isa(engine), "threads": _threads(engine)}
         if arguments.json:
             found = [{"text": "".join(piece.text for piece in of), "ids": [piece.id for piece in of],
                       "logprobs": [piece.logprob for piece in of], "stats": stats} for of in pieces]
             print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
         if arguments.stats:
             print(_table(stats), file=sys.stderr)
+
+
+def _answer(engine: Engine, arguments: Namespace) -> None:
+    """Answers a file of prompts."""
+    started = time.perf_counter()
+    with progress_bar("answering", "prompts") as progress:
+        count = batch.answer_file(engine, arguments.input, arguments.output, _sampling(arguments, batch.PUBLISHED),
+                                  progress=progress)
+    print(f"thl: {count} prompts answered in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    if arguments.stats:
+        print(_table(engine.stats()), file=sys.stderr)
+    print(arguments.output)
+
+
+def _sampling(arguments: Namespace, usual: Sampling) -> Sampling:
+    """The sampling asked for; what was not given is as usual."""
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    return replace(usual, **{name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None})
+
+
+def _stream(engine: Engine, prompts: list[str], state: Any, arguments: Namespace) -> Iterator[tuple[int, Piece]]:
+    """Pieces of the texts that go on from the prompts, or of answers to them where the model chats."""
+    stop = [_argument(text) for text in arguments.stop]
+    published = has_modes(engine.model_type)  # HRM, whose chat is a way of writing
+    if published and arguments.chat is not False:
+        if len(prompts) > 1:
+            raise ConfigError(f"{len(prompts)} prompts: an {engine.model_type} model's chat takes one; --no-chat "
+                              "continues several")
+        pieces = hrm_chat.chat(engine, prompts[0], max_new_tokens=arguments.max_new_tokens, stop=stop, state=state,
+                               sampling=_sampling(arguments, hrm_chat.SAMPLING))
+        return ((0, piece) for piece in pieces)
+    how = _sampling(arguments, Sampling())
+    options = {"max_new_tokens": arguments.max_new_tokens, "temperature": how.temperature, "top_k": how.top_k,
+               "top_p": how.top_p, "repetition_penalty": how.repetition_penalty, "seed": how.seed, "stop": stop}
+    starts: list[str | list[int]] = list(prompts)
+    if arguments.chat and not published:
+        starts = [_asked(engine, prompt) for prompt in prompts]
+    if len(starts) > 1:
+        return engine.generate_batch(starts, state_options=mode_options(engine.model_type, arguments.mode), **options)
+    return ((0, piece) for piece in engine.generate(starts[0], state=state, **options))
+
+
+def _asked(engine: Engine, text: str) -> list[int]:
+    """The prompt that asks a chat model for an answer to `text`."""
+    if engine.tokenizer is None:
+        raise TokenizerError("--chat: no tokenizer in or beside the checkpoint; put its tokenizer.json there")
+    return engine.tokenizer.chat([{"role": "user", "content": text}])
 
 
 def _write(engine: Engine, stream: Iterator[tuple[int, Piece]], prompts: list[str],
@@ -79,6 +130,8 @@ def _write(engine: Engine, stream: Iterator[tuple[int, Piece]], prompts: list[st
     return pieces, {
         "prompt_tokens": prompted, "prompt_seconds": read - started,
         "prompt_tokens_per_second": prompted / (read - started),
+        # Tokens that were written but not fed back: a model reads what it wrote when it is asked for the next.
+        "unread": before + prompted + count - engine.stats()["tokens"],
         "new_tokens": count, "decode_seconds": ended - read,
         # The first token comes with the prompt's time, every other one took a step.
         "decode_tokens_per_second": (count - 1) / (ended - read) if count > 1 else None,
@@ -159,11 +212,19 @@ def _backend(engine: Engine) -> str:
 
 def _table(stats: dict[str, Any]) -> str:
     uses = stats["page_hits"] + stats["page_misses"]
-    speed = stats["decode_tokens_per_second"]
     budget = "none" if stats["memory_budget"] is None else size(stats["memory_budget"])
-    rows = [
-        ("prompt", f"{stats['prompt_tokens']} tokens, {stats['prompt_tokens_per_second']:.1f} tokens/s"),
-        ("written", f"{stats['new_tokens']} tokens, {f'{speed:.1f} tokens/s' if speed else 'no step timed'}"),
+    rows = []
+    if "new_tokens" in stats:
+        speed = stats["decode_tokens_per_second"]
+        rows += [
+            ("prompt", f"{stats['prompt_tokens']} tokens, {stats['prompt_tokens_per_second']:.1f} tokens/s"),
+            ("written", f"{stats['new_tokens']} tokens, {f'{speed:.1f} tokens/s' if speed else 'no step timed'}"),
+        ]
+    if "segments_per_token" in stats:
+        rows.append(("thinking", f"{stats['segments_per_token']:.2f} segments a token"))
+    if "iterations_per_layer" in stats:
+        rows.append(("iterations", " ".join(f"{mean:.2f}" for mean in stats["iterations_per_layer"]) + " by layer"))
+    rows += [
         ("bytes streamed", f"{size(stats['bytes_streamed'])}, and {size(stats['bytes_gathered'])} of table rows"),
         ("waited for pages", f"{stats['stall_seconds']:.2f} s of {stats['seconds']:.2f} s"),
         ("pages", f"{stats['page_hits']} of {uses} uses found in memory, {stats['page_misses']} read"),

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from thl_engine import __version__
@@ -21,14 +22,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=about, description=_sentence(about), allow_abbrev=False)
         if name != "train" or name in argv[:1]:
             fill(command)
-    return parser.parse_args(argv)
+    return _checked(parser.parse_args(argv))
 
 
 def parse_run(argv: Sequence[str]) -> argparse.Namespace:
     """Options of `thl-run`."""
     parser = argparse.ArgumentParser(prog="thl-run", description=_sentence(COMMANDS["run"][1]), allow_abbrev=False)
     _run(parser)
-    return parser.parse_args(argv)
+    return _checked(parser.parse_args(argv))
+
+
+def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The options, if they go together; else wrong usage."""
+    if "check" in (arguments or ()):
+        arguments.check(arguments)
+    return arguments
 
 
 def _sentence(about: str) -> str:
@@ -36,7 +44,7 @@ def _sentence(about: str) -> str:
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command="generate.run")
+    parser.set_defaults(command="generate.run", check=partial(_check_files, parser))
     parser.add_argument("--model", required=True, metavar="PATH",
                         help="a .safetensors file, or a folder with config.json and *.safetensors")
     parser.add_argument("--prompt", action="append", metavar="TEXT",
@@ -46,15 +54,14 @@ def _run(parser: argparse.ArgumentParser) -> None:
                         help="tokens to write at most (default: %(default)s)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="end before this text; may be given several times")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--temperature", type=float, default=1.0, metavar="T",
-                          help="0 takes the likeliest token each time (default: %(default)s)")
-    sampling.add_argument("--top-k", type=int, metavar="K",
-                          help="choose among the K likeliest tokens (default: all)")
+    sampling = parser.add_argument_group("sampling", "Defaults are 1, all, all and 1; with --input 1, 50, 0.9 and with "
+                                                     "--chat 0.8, 50, all, as published.")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens; 0 for all")
     sampling.add_argument("--top-p", type=float, metavar="P",
-                          help="choose among the likeliest that together exceed probability P (default: all)")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
-                          help="above 1 disfavours tokens that occurred lately (default: %(default)s)")
+                          help="choose among the likeliest that together exceed probability P; 1 for all")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R",
+                          help="above 1 disfavours tokens that occurred lately")
     sampling.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a new one each time)")
     _engine(parser)
     _cache(parser)
@@ -64,11 +71,35 @@ def _run(parser: argparse.ArgumentParser) -> None:
     context.add_argument("--state", metavar="FILE", help="go on from a context that --save-state wrote")
     context.add_argument("--save-state", metavar="FILE",
                          help="keep the context afterwards: all that was read and written")
+    batch = parser.add_argument_group("many prompts, for models that answer in one pass (him)")
+    batch.add_argument("--input", metavar="FILE", help="JSON list of objects with the text under \"prompt\" or "
+                                                       "\"input\"; each is answered at the model's own length")
+    batch.add_argument("--output", metavar="FILE", help="where to write that list with \"output\" and \"ids\" added")
+    thinking = parser.add_argument_group("models that think in cycles (hrm)")
+    _mode(thinking)
+    thinking.add_argument("--chat", action=argparse.BooleanOptionalAction,
+                          help="follow the rules of the published chat, the only way in which the published model "
+                               "writes: the last 60 tokens of the prompt; an end at <PAD>, <EOS> or the 11th "
+                               "repetition of a token (default: for hrm models, yes)")
     report = parser.add_argument_group("output")
     report.add_argument("--stats", action="store_true", help="end with speed, traffic and memory on stderr")
     report.add_argument("--json", action="store_true",
                         help="print one JSON object (text, ids, logprobs, stats) in place of the text; a list of them "
                              "for several prompts")
+
+
+def _check_files(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if (arguments.input is None) != (arguments.output is None):
+        parser.error("--input and --output go together")
+    excluded = ("prompt", "stop", "state", "save_state", "json", "mode", "chat", "repetition_penalty")
+    for name in excluded if arguments.input is not None else ():
+        if getattr(arguments, name) not in (None, [], False):
+            parser.error(f"--{name.replace('_', '-')} does not go with --input")
+
+
+def _mode(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--mode", metavar="M", help="cycles of a segment: fast, normal, deep, thorough, extreme, or "
+                                                    "NxT such as 3x2 (hrm; default: normal)")
 
 
 def _engine(parser: argparse.ArgumentParser) -> None:
@@ -115,18 +146,40 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="folder with config.json and pytorch_model.bin, or a .bin, "
                                                      ".pt or .pth file; nothing in it is executed")
     parser.add_argument("target", metavar="OUT", help="a .safetensors file, or a folder to write")
+    parser.add_argument("--config", metavar="FILE", help="JSON configuration, or a published size such as inl-small "
+                                                         "(default: config.json beside the file, or what is in it)")
 
 
 def _init(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="files.init")
     parser.add_argument("--model-type", metavar="T",
                         help="architecture, such as thl (default: as the configuration says)")
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON configuration of the model")
+    parser.add_argument("--config", required=True, metavar="FILE",
+                        help="JSON configuration of the model, or a published size: small, medium, 5b or 10b of inl")
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--seed", type=int, default=0, metavar="N",
                         help="same seed, same weights (default: %(default)s)")
     parser.add_argument("--quantize", choices=("none", "int8"), default="none",
                         help="write float32 or int8 weights (default: %(default)s)")
+
+
+def _grow(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command="files.grow", check=partial(_check_growth, parser))
+    parser.add_argument("source", metavar="IN", help="a float checkpoint of an hrm model: file or folder")
+    parser.add_argument("target", metavar="OUT", help="the .safetensors file to write; what the model has is kept bit "
+                                                      "for bit")
+    tokens = parser.add_mutually_exclusive_group()
+    tokens.add_argument("--vocabulary", type=int, metavar="N", help="tokens afterwards")
+    tokens.add_argument("--text", metavar="FILE", help="a text whose characters the vocabulary has afterwards")
+    parser.add_argument("--layers", type=int, metavar="N",
+                        help="layers that each of the two modules has afterwards; new ones need training")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of the new weights (default: %(default)s)")
+
+
+def _check_growth(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.vocabulary is None and arguments.text is None and arguments.layers is None:
+        parser.error("one of --vocabulary, --text and --layers is needed")
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +197,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--backend", default="auto",
                         help="auto, native (C++) or reference (torch) (default: %(default)s)")
+    _mode(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
 
 
@@ -165,6 +219,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     _batch(parser)
     _engine(parser)
     _cache(parser)
+    _mode(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
 
 
@@ -193,6 +248,7 @@ COMMANDS = {
     "quantize": (_quantize, "write a float checkpoint as int8 pages"),
     "convert": (_convert, "write a .bin, .pt or .pth checkpoint as safetensors"),
     "init": (_init, "write a model of random weights, of any size"),
+    "grow": (_grow, "write an hrm model with more tokens or more layers"),
     "plan": (_plan, "tell what a memory budget costs: what is pinned, what is streamed, how fast"),
     "inspect": (_inspect, "tell what is in a checkpoint: tensors, pages, schedule"),
     "train": (_train, "train a small model on a text"),

@@ -13,8 +13,11 @@ BAR = 24
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Progress]:
-    """Gives a function (bytes done, bytes in all) that shows how far `what` is; the bar is gone at the end."""
+def progress_bar(what: str, unit: str | None = None) -> Iterator[Progress]:
+    """Gives a function (done, in all) that shows how far `what` is; the bar is gone at the end.
+
+    What is counted are bytes, or things called `unit`.
+    """
     live = sys.stderr.isatty()
     started = time.monotonic()
     shown = started - LIVE_SECONDS if live else started
@@ -26,10 +29,12 @@ def progress_bar(what: str) -> Iterator[Progress]:
             return
         shown = now
         share, rate = done / max(total, 1), done / max(now - started, 1e-9)
-        left = int((total - done) / max(rate, 1.0))
+        left = int((total - done) / max(rate, 1e-9))
+        amount = (f"{done / 1e9:.2f} of {total / 1e9:.2f} GB  {rate / 1e6:4.0f} MB/s" if unit is None
+                  else f"{done} of {total} {unit}")
         bar = "#" * int(share * BAR)
-        print(f"{chr(13) if live else ''}{what} [{bar:<{BAR}}] {share:4.0%}  {done / 1e9:.2f} of {total / 1e9:.2f} GB  "
-              f"{rate / 1e6:4.0f} MB/s  {left // 60}:{left % 60:02} left", end=" " if live else "\n", file=sys.stderr,
+        print(f"{chr(13) if live else ''}{what} [{bar:<{BAR}}] {share:4.0%}  {amount}  "
+              f"{left // 60}:{left % 60:02} left", end=" " if live else "\n", file=sys.stderr,
               flush=True)
 
     try:

@@ -5,6 +5,7 @@ from argparse import Namespace
 from typing import Any
 
 from thl_engine import bench as measure
+from thl_engine.cli.effort import mode_options
 from thl_engine.cli.options import cache_options
 from thl_engine.cli.progress import progress_bar
 from thl_engine.ops import load_ops
@@ -19,17 +20,17 @@ def plan(arguments: Namespace) -> None:
     device = choose_device(arguments.device)
     ops = load_ops(arguments.backend, device.type)
     with open_store(arguments.path) as store:
-        options = cache_options(arguments)
+        modes = mode_options(store.model_type, arguments.mode)
         schedule, division = divide_memory(store, ops, device, memory_budget=arguments.memory_budget,
                                            batch_size=arguments.batch_size,
-                                           **state_options(store.model_type, **options))
+                                           **state_options(store.model_type, **cache_options(arguments)))
         bandwidths = Bandwidths(
             disk=arguments.disk_bandwidth or measure.disk_bandwidth(store),
             memory=arguments.memory_bandwidth
             or measure.product_bandwidth(ops, device, measure.largest_matrix(store),
                                          rows_of_products(store, arguments.batch_size)),
             link=arguments.link_bandwidth or measure.link_bandwidth(device))
-        found = division.at(bandwidths, store, schedule)
+        found = division.at(bandwidths, store, measure.schedule_of(store, modes) if modes else schedule)
     print(json.dumps(found.to_dict()) if arguments.json else found)
 
 
@@ -50,11 +51,13 @@ def inspect(arguments: Namespace) -> None:
 
 
 def bench(arguments: Namespace) -> None:
+    with open_store(arguments.path) as store:
+        options = mode_options(store.model_type, arguments.mode)
     found = measure.benchmark(
         arguments.path, tokens=arguments.tokens, warmup=arguments.warmup, seed=arguments.seed, device=arguments.device,
         backend=arguments.backend, stream="auto" if arguments.stream is None else arguments.stream,
         memory_budget=arguments.memory_budget, threads=arguments.threads, batch_size=arguments.batch_size,
-        **cache_options(arguments))
+        options=options, **cache_options(arguments))
     print(json.dumps(found) if arguments.json else _bench_table(found))
 
 

@@ -8,12 +8,15 @@ from thl_engine.train import TrainOptions, train
 
 # Field of TrainOptions -> (placeholder, help). Types and defaults are those of the field.
 HELP = {
-    "model_type": ("T", "architecture, such as thl"),
+    "model_type": ("T", "architecture: thl, inl, him or hrm"),
     "config": ("FILE", "JSON configuration of the model; vocab_size may be left out"),
     "data": ("TEXT", "UTF-8 text to learn from"),
     "out": ("DIR", "folder for the checkpoint and what --resume needs"),
+    "objective": ("NAME", "what to minimise: of hrm, simple (one segment, as its trainer) or deep (all segments and "
+                          "halting); of him, answers (the tokens that follow) or reconstruction (those given) "
+                          "(default: the first; of inl and thl there is one)"),
     "tokenizer": ("FILE", "tokenizer.json or character vocabulary to use; without it one is made from the text"),
-    "tokenizer_type": ("KIND", "of the tokenizer that is made: bpe (byte-level) or char"),
+    "tokenizer_type": ("KIND", "of the tokenizer that is made: bpe (byte-level) or char (default: bpe; of hrm, char)"),
     "vocab_size": ("N", "entries of the vocabulary, in place of the configuration's"),
     "steps": ("N", "updates"),
     "batch_size": ("N", "sequences read side by side"),

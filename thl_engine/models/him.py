@@ -145,6 +145,19 @@ def aliases(config: HIMConfig) -> dict[str, str]:
     return out
 
 
+def adopt(config: HIMConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published state dict with the memory of one sequence.
+
+    Published training leaves the memory of its last batch in the checkpoint, [B, m, D]. Published generation begins by
+    emptying it, so it is emptied here.
+    """
+    out, shape = dict(tensors), (config.mem_slots, config.embed_dim)
+    for name, value in tensors.items():
+        if name.endswith("memory.memory") and value.dim() == 3 and value.shape[0] != 1 and value.shape[1:] == shape:
+            out[name] = torch.zeros(1, *shape, dtype=value.dtype)
+    return out
+
+
 def walk(config: HIMConfig) -> Walk:
     """Matrices of one pass, read at each step that the number of answer positions divides."""
     return Walk(tuple((name, config.max_answer_len) for name in (*_encoder_reads(config), *_decoder_reads())))

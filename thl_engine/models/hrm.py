@@ -10,6 +10,7 @@ Attention sees the whole window in both directions, so a new token changes every
 64 tokens from the start. Nothing but those tokens passes from one step to the next.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import e, erf, pi, sqrt
@@ -34,13 +35,14 @@ Q_HEAD_BIAS = -5.0  # of a fresh model; equal for both outputs, so that it never
 
 
 def parse_cycles(value: str | Sequence[int]) -> tuple[int, int]:
-    """(N, T) from a preset's name or from two numbers. Raises ConfigError."""
+    """(N, T) from a preset's name, from "NxT" or from two numbers. Raises ConfigError."""
     if isinstance(value, str) and value in PRESETS:
         return PRESETS[value]
-    pair = tuple(value) if isinstance(value, (tuple, list)) else ()
+    written = re.fullmatch("([0-9]{1,3})x([0-9]{1,3})", value) if isinstance(value, str) else None
+    pair = tuple(map(int, written.groups())) if written else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= LARGEST_CYCLES
                              for n in pair):
-        raise ConfigError(f"cycles is {value!r}; it must be one of {', '.join(PRESETS)}, or (N, T) with whole numbers "
+        raise ConfigError(f"cycles is {value!r}; it must be one of {', '.join(PRESETS)}, or NxT with whole numbers "
                           f"from 1 to {LARGEST_CYCLES}")
     return pair
 

@@ -47,6 +47,10 @@ class Carry:
     high: Tensor
     low: Tensor
 
+    def to_dict(self) -> dict[str, Tensor]:
+        """The fields by name."""
+        return {"high": self.high, "low": self.low}
+
 
 def deep_supervision(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, labels: Tensor,
                      cycles: str | Sequence[int] = hrm.NORMAL) -> Supervised:

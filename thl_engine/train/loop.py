@@ -15,7 +15,8 @@ from thl_engine.errors import CheckpointError, ConfigError, EngineError
 from thl_engine.sampler import Sampler, Sampling
 from thl_engine.tokenizer import Tokenizer, load_tokenizer
 from thl_engine.train import checkpoint, data
-from thl_engine.train.modules import TrainableModel, chunk_loss
+from thl_engine.train.modules import TrainableModel
+from thl_engine.train.objectives import Objective, objective_of
 from thl_engine.train.options import TrainOptions, rate
 from thl_engine.train.progress import Progress
 
@@ -23,7 +24,6 @@ RESUME_FILE = "training.safetensors"
 DEFAULT_VOCABULARY = 1024
 BETAS = (0.9, 0.99)
 SAME_WHEN_RESUMED = ("batch_size", "chunk", "carry", "seed", "held_out")  # the order of the data follows
-EVALUATION_CHUNK = 64  # tokens whose logits are in memory at a time
 SAMPLING = Sampling(temperature=0.8, top_k=50, seed=0)
 
 
@@ -40,11 +40,12 @@ class Run:
     """A training run between two updates.
 
     held_out: int64 [n]. origin: what a resumed run must have in common with its beginning.
-    state: detached, None before the first update. best: the best evaluation so far.
+    state: what the objective carries from update to update. best: the best evaluation so far.
     """
 
     options: TrainOptions
     model: TrainableModel
+    objective: Objective
     optimizer: torch.optim.Optimizer
     lanes: data.Lanes
     held_out: Tensor
@@ -57,16 +58,17 @@ class Run:
     best: Evaluation | None = None
 
     def update(self) -> float:
-        """One update on the next chunk. Returns the chunk's loss in nats a token."""
+        """One update on the next chunk. Returns the chunk's loss; where it is a cross-entropy, in nats a token."""
         options, model = self.options, self.model
         inputs, targets = self.lanes.read(self.step)
         if self.lanes.fresh(self.step):
-            self.state = model.init_state(options.batch_size)
+            self.state = self.objective.fresh(model, options.batch_size)
         for group in self.optimizer.param_groups:
             group["lr"] = rate(options, self.step)
         model.train()
-        logits, state = model(inputs, self.state)
-        loss = chunk_loss(logits, targets)
+        with model.casting():
+            loss, state = self.objective.loss(model, inputs, targets, self.state,
+                                              self.step // self.lanes.chunks_per_pass)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise EngineError(f"the loss is {value} at update {self.step + 1}; resume with a learning rate "
@@ -75,7 +77,7 @@ class Run:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         self.optimizer.step()
-        self.state, self.step = state.detach(), self.step + 1
+        self.state, self.step = state, self.step + 1
         return value
 
     def save(self) -> None:
@@ -85,7 +87,8 @@ class Run:
             tensors[f"model.{name}"] = parameter
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        tensors |= {f"state.{name}": value for name, value in self.state.to_dict().items()}
+        if self.state is not None:
+            tensors |= {f"state.{name}": value for name, value in self.state.to_dict().items()}
         best = None if self.best is None else asdict(self.best)
         record = {"step": self.step, "best": best, "origin": self.origin, "tokenizer": self.tokenizer_text}
         checkpoint.save(self.options.out / RESUME_FILE, tensors, record)
@@ -108,7 +111,7 @@ class Run:
                 self.optimizer.state[named[name]][slot] = value
             elif part == "state":
                 fields[name] = value
-        self.state = self.model.state_from_dict(fields)
+        self.state = self.objective.restore(self.model, fields)
         self.model.noise.set_state(tensors["noise"])
         self.step = record["step"]
         self.best = None if record["best"] is None else Evaluation(**record["best"])
@@ -141,7 +144,7 @@ def _train(run: Run) -> Evaluation:
         progress.update(run.update())
         last = run.step == options.steps
         if last or run.step % options.evaluate_every == 0:
-            found = evaluate(run.model, run.held_out, run.tokens_per_character, options.batch_size)
+            found = evaluate(run.model, run.held_out, run.tokens_per_character, options.batch_size, run.objective)
             better = run.best is None or found.bits_per_character < run.best.bits_per_character
             if better:
                 run.best = found
@@ -156,6 +159,7 @@ def _train(run: Run) -> Evaluation:
 
 def prepare(options: TrainOptions) -> Run:
     """Reads the files, makes the tokenizer and the model, and restores the run that is to be resumed."""
+    kind = objective_of(options.model_type, options.objective)
     given = _read_config(options.config)
     text = data.read_text(options.data)
     training, held_out = data.split_text(text, options.held_out)
@@ -163,12 +167,13 @@ def prepare(options: TrainOptions) -> Run:
     if not options.resume and resumed.exists():
         raise ConfigError(f"{options.out} holds a training run; resume it, or choose another folder")
     tensors, record = checkpoint.load(resumed) if options.resume else ({}, {})
-    tokenizer_text, where = _tokenizer_text(options, given, training, record)
+    tokenizer_text, where = _tokenizer_text(options, kind, given, training, record)
     if options.vocab_size is not None:
         given["vocab_size"] = options.vocab_size
     elif "vocab_size" not in given:
         given["vocab_size"] = load_tokenizer(tokenizer_text, data.LARGEST_VOCABULARY, where).vocab_size
     config = parse_config(given, options.model_type, str(options.config))
+    objective = kind(config, options.chunk)
     tokenizer = load_tokenizer(tokenizer_text, config.vocab_size, where)
     lanes = data.Lanes(data.encode(tokenizer, training), options.batch_size, options.chunk, options.carry,
                        options.seed)
@@ -181,9 +186,10 @@ def prepare(options: TrainOptions) -> Run:
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}],
                                   lr=options.learning_rate, betas=BETAS, weight_decay=options.weight_decay,
                                   fused=True)
-    origin = {"config": config.to_dict(), "text": f"CRC-32 {zlib.crc32(text.encode()):08x}",
+    origin = {"config": config.to_dict(), "objective": kind.name,
+              "text": f"CRC-32 {zlib.crc32(text.encode()):08x}",
               **{name: getattr(options, name) for name in SAME_WHEN_RESUMED}}
-    run = Run(options, model, optimizer, lanes, held_out_tokens, len(held_out_tokens) / len(held_out),
+    run = Run(options, model, objective, optimizer, lanes, held_out_tokens, len(held_out_tokens) / len(held_out),
               tokenizer, tokenizer_text, origin)
     if options.resume:
         try:
@@ -196,24 +202,16 @@ def prepare(options: TrainOptions) -> Run:
 
 
 @torch.no_grad()
-def evaluate(model: TrainableModel, tokens: Tensor, tokens_per_character: float,
-             lanes: int = 1) -> Evaluation:
-    """Loss of a text without router noise, the state carried from its beginning to its end.
+def evaluate(model: TrainableModel, tokens: Tensor, tokens_per_character: float, lanes: int = 1,
+             objective: Objective | None = None) -> Evaluation:
+    """Loss of a text without noise and dropout, as the objective measures it; None for the model's usual one.
 
     tokens: int64 [n], at least 2. With several lanes the text is cut into as many parts, read side by side,
-    which is faster and a little pessimistic: each part starts from an empty state.
+    which is faster and, where a state is carried on, a little pessimistic: each part starts from an empty one.
     """
     model.eval()
-    lanes = min(lanes, len(tokens) - 1)
-    length = (len(tokens) - 1) // lanes
-    inputs = tokens[: lanes * length].view(lanes, length)
-    targets = tokens[1 : lanes * length + 1].view(lanes, length)
-    state, total = model.init_state(lanes), 0.0
-    for start in range(0, length, EVALUATION_CHUNK):
-        part = slice(start, start + EVALUATION_CHUNK)
-        logits, state = model(inputs[:, part], state)
-        total += float(chunk_loss(logits, targets[:, part], "sum"))
-    nats = total / (lanes * length)
+    objective = objective or objective_of(model.config.model_type)(model.config, TrainOptions.chunk)
+    nats = objective.measure(model, tokens, lanes)
     return Evaluation(math.exp(min(nats, 700.0)), nats * tokens_per_character / math.log(2))
 
 
@@ -221,25 +219,28 @@ def evaluate(model: TrainableModel, tokens: Tensor, tokens_per_character: float,
 def sample(model: TrainableModel, tokenizer: Tokenizer, length: int, prompt: str = "\n") -> str:
     """`length` tokens of text that the model writes after `prompt`."""
     model.eval()
-    sampler = Sampler(SAMPLING)
-    logits, state = model(torch.tensor([tokenizer.encode(prompt)]), model.init_state(1))
+    sampler, state, weights, arch = Sampler(SAMPLING), model.init_state(1), model.weights(), model.arch
+    given = torch.tensor(tokenizer.encode(prompt))
+    longest = getattr(model.config, "max_seq_len", len(given) + length)
     written: list[int] = []
-    for _ in range(length):
-        token, _ = sampler.sample(logits[0, -1])
-        written.append(int(token))
-        logits, state = model(token.view(1, 1), state)
+    for _ in range(min(length, longest - len(given))):
+        for token in given:
+            hidden, state = arch.advance(model.config, weights, model.ops, token.view(1, 1), state)
+        logits = arch.logits(model.config, weights, model.ops, hidden[:, -1])
+        given, _ = sampler.sample(logits)
+        written.append(int(given))
     return tokenizer.decode(written)
 
 
-def _tokenizer_text(options: TrainOptions, given: dict[str, Any], training: str,
+def _tokenizer_text(options: TrainOptions, kind: type[Objective], given: dict[str, Any], training: str,
                     record: dict[str, Any]) -> tuple[str, str]:
     """The tokenizer's JSON and where it came from: the run to be resumed, a file, or the training text."""
     if record:
         return record["tokenizer"], f"{options.out / RESUME_FILE}"
     if options.tokenizer is not None:
         return data.read_text(options.tokenizer), str(options.tokenizer)
-    if options.tokenizer_type == "char":
-        return data.character_vocabulary(training), "character vocabulary"
+    if (options.tokenizer_type or kind.tokenizer_type) == "char":
+        return kind.character_vocabulary(training), "character vocabulary"
     size = options.vocab_size or given.get("vocab_size", DEFAULT_VOCABULARY)
     if isinstance(size, bool) or not isinstance(size, int):
         raise ConfigError(f"{options.config}: vocab_size must be a whole number, found {size!r}")

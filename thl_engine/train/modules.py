@@ -5,6 +5,7 @@ stored rows) and the ops: `TrainingOps` adds the published Gumbel noise to the r
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +18,23 @@ from thl_engine.schedule import Block
 from thl_engine.weights import Matrix, trainable
 
 
-class MixedOps(TrainingOps):
+class DroppingOps(TrainingOps):
+    """Training with a share of the features that enter the output head zeroed. `head`: its weights, as a parameter."""
+
+    name = "dropping"
+
+    def __init__(self, generator: torch.Generator, share: float) -> None:
+        super().__init__(generator)
+        self.share = share
+        self.head: Tensor | None = None
+
+    def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        if self.share and matrix.tensor is self.head:
+            x = x * mask(x.shape, self.share, self.generator)
+        return super().product(x, matrix, bias)
+
+
+class MixedOps(DroppingOps):
     """Products with matrices in bfloat16, under autocast, and float32 for everything else.
 
     States and gates stay in float32: a GRU's (1 - z) s would lose every z below 1/256.
@@ -25,8 +42,8 @@ class MixedOps(TrainingOps):
 
     name = "mixed"
 
-    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        return super().linear(x, matrix, bias).float()
+    def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        return super().product(x, matrix, bias).float()
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         return super().linear_heads(x, matrix).float()
@@ -56,19 +73,21 @@ class TrainableModel(nn.Module):
         self.config = config
         self.arch = architecture(config.model_type)
         self.blocks: tuple[Block, ...] = self.arch.blocks(config)
-        self.dropout, self.weight_dropout = dropout, weight_dropout
+        self.weight_dropout = weight_dropout
         self.noise = torch.Generator().manual_seed(seed)  # of the router and of both kinds of dropout
         self._head = frozenset(self.arch.head(config))
         self.mixed = precision == "bfloat16"
-        self._training_ops = (MixedOps if self.mixed else TrainingOps)(self.noise)
+        self._training_ops = (MixedOps if self.mixed else DroppingOps)(self.noise, dropout)
         self._plain_ops = ReferenceOps()
         drawn = torch.Generator().manual_seed(seed)
         for block in self.blocks:
             _insert(self, block.name, nn.Parameter(self.arch.initial(config, block, slice(None), drawn)))
+        self._training_ops.head = self.get_parameter(self.arch.head(config)[0])
 
     def init_state(self, batch_size: int) -> Any:
         """The empty state of `batch_size` fresh sequences."""
-        return self.arch.init_state(self.config, batch_size)
+        with torch.no_grad():
+            return self.arch.init_state(self.config, batch_size, weights=dict(self.named_parameters()))
 
     def state_from_dict(self, fields: Mapping[str, Tensor]) -> Any:
         """The state that `state.to_dict()` described."""
@@ -80,22 +99,24 @@ class TrainableModel(nn.Module):
         tokens: int64 [B, T]. Returns float32 [B, T, vocab_size] and the next state, which is still part of
         the graph: `state.detach()` truncates the backpropagation there.
         """
-        # A cache of the cast weights would have their gradients summed over the steps in bfloat16.
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.training and self.mixed, cache_enabled=False):
-            return self._run(tokens, state)
+        with self.casting():
+            weights, hidden = self.weights(), []
+            for column in tokens.unbind(dim=1):
+                features, state = self.arch.advance(self.config, weights, self.ops, column[:, None], state)
+                hidden.append(features)
+            features = torch.cat(hidden, dim=1)  # [B, T, features]
+            logits = self.arch.logits(self.config, weights, self.ops, features.flatten(0, 1))
+            return logits.unflatten(0, tokens.shape), state
 
-    def _run(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        ops = self._training_ops if self.training else self._plain_ops
-        weights = self._weights()
-        hidden = []
-        for column in tokens.unbind(dim=1):
-            features, state = self.arch.advance(self.config, weights, ops, column[:, None], state)
-            hidden.append(features)
-        features = torch.cat(hidden, dim=1)  # [B, T, features]
-        if self.training and self.dropout:
-            features = features * self._mask(features.shape, self.dropout)
-        logits = self.arch.logits(self.config, weights, ops, features.flatten(0, 1))
-        return logits.unflatten(0, tokens.shape), state
+    def casting(self) -> AbstractContextManager:
+        """Inside of it products are computed in the precision of training, while training."""
+        # A cache of the cast weights would have their gradients summed over the steps in bfloat16.
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.training and self.mixed, cache_enabled=False)
+
+    @property
+    def ops(self) -> ReferenceOps:
+        """What the models compute with: with noise and dropout while training."""
+        return self._training_ops if self.training else self._plain_ops
 
     def decayed(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The parameters that weight decay applies to (matrices), and the other ones that are used."""
@@ -103,7 +124,8 @@ class TrainableModel(nn.Module):
         matrices = [named[b.name] for b in self.blocks if b.kind == "matrix"]
         return matrices, [named[b.name] for b in self.blocks if b.kind in ("table", "vector")]
 
-    def _weights(self) -> dict[str, Any]:
+    def weights(self) -> dict[str, Any]:
+        """The parameters as models take them; while training, anew with each call, with a share of the weights zero."""
         return trainable(self.blocks, dict(self._dropped() if self.training and self.weight_dropout
                                            else self.named_parameters()))
 
@@ -112,12 +134,13 @@ class TrainableModel(nn.Module):
         for block in self.blocks:
             value: Tensor = named[block.name]
             if block.kind == "matrix" and block.name not in self._head:
-                value = value * self._mask(value.shape, self.weight_dropout)
+                value = value * mask(value.shape, self.weight_dropout, self.noise)
             yield block.name, value
 
-    def _mask(self, shape: torch.Size, share: float) -> Tensor:
-        """Zeros with probability `share`, elsewhere what keeps the expectation."""
-        return torch.rand(shape, generator=self.noise).ge_(share).div_(1.0 - share)
+
+def mask(shape: torch.Size, share: float, generator: torch.Generator) -> Tensor:
+    """Zeros with probability `share`, elsewhere what keeps the expectation."""
+    return torch.rand(shape, generator=generator).ge_(share).div_(1.0 - share)
 
 
 def chunk_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

@@ -13,8 +13,9 @@ class TrainOptions:
     """Options of a run. Raises ConfigError for values that cannot work.
 
     config, data: JSON and UTF-8 text files. out: the folder that the run writes.
+    objective: one of the model's ways of training, None for its usual one.
     tokenizer: a file, or None to make one from the training part of the text, of `tokenizer_type` "bpe"
-      (byte-level) or "char". vocab_size: in place of the configuration's.
+      (byte-level) or "char", None for the objective's usual one. vocab_size: in place of the configuration's.
     steps: updates. batch_size: sequences read side by side. chunk: tokens of each between two updates, which
       is how far gradients flow. carry: tokens after which a sequence starts from an empty state again.
     learning_rate: its peak; final_rate: the last rate as a share of it; warmup: updates before the peak.
@@ -30,8 +31,9 @@ class TrainOptions:
     config: Path
     data: Path
     out: Path
+    objective: str | None = None
     tokenizer: Path | None = None
-    tokenizer_type: str = "bpe"
+    tokenizer_type: str | None = None
     vocab_size: int | None = None
     steps: int = 3000
     batch_size: int = 64
@@ -64,8 +66,8 @@ class TrainOptions:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         _require(0 <= self.final_rate <= 1, "final_rate", self.final_rate, "from 0 to 1")
         _require(0 < self.held_out <= 0.5, "held_out", self.held_out, "above 0 and at most 0.5")
-        for name, choices in (("precision", ("float32", "bfloat16")), ("tokenizer_type", ("bpe", "char"))):
-            _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(choices))
+        for name, choices in (("precision", ("float32", "bfloat16")), ("tokenizer_type", ("bpe", "char", None))):
+            _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(filter(None, choices)))
         _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
 
 
