@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from conftest import ISAS
+from native_inputs import needs_native
 
 from thl_engine import native
 from thl_engine.kernels import attention as attention_kernels
@@ -12,20 +14,9 @@ from thl_engine.ops import NativeOps, ReferenceOps
 from thl_engine.quant import dequantize_rows, quantize_rows
 from thl_engine.weights import Held, Part
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.reason()))
+pytestmark = [needs_native, pytest.mark.usefixtures("native_settings")]
 
-ISAS = native.available_isas() if native.available() else []
 REFERENCE, NATIVE = ReferenceOps(), NativeOps()
-
-
-@pytest.fixture(autouse=True)
-def settings():
-    """Fresh random numbers and, afterwards, the instruction set and threads as they were."""
-    torch.manual_seed(0)
-    isa, threads = native.isa(), native.threads()
-    yield
-    native.set_isa(isa)
-    native.set_threads(threads)
 
 
 @pytest.fixture(autouse=True)
