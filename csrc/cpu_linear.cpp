@@ -18,6 +18,8 @@ int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes 
 
 // From this many rows of activations on, the products outweigh the rearrangement of the weights.
 constexpr int64_t kManyRows = 8;
+// Their sums of each digit stay within 32 bits for so many columns.
+constexpr int64_t kManyColumns = 65536;
 // A thread gets at least this many products there, again about 2 us, and parts that begin at a register's rows.
 constexpr int64_t kGrainProducts = 256 * 1024, kGrainRows = 16;
 // Rows of activations that repay a second rearrangement of the same weights, where threads outnumber weight rows.
@@ -67,7 +69,8 @@ void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t col
 
 void linear_int8(const Int8Linear& arguments, int64_t rows) {
     const Kernels& isa = kernels();
-    if (isa.int8_product && arguments.x->batch >= kManyRows && rows > 0 && !arguments.grouped) {
+    if (isa.int8_product && arguments.x->batch >= kManyRows && arguments.x->columns <= kManyColumns && rows > 0 &&
+        !arguments.grouped) {
         int8_product(isa, arguments, rows);
         return;
     }
