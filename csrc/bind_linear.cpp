@@ -44,10 +44,21 @@ const float* check_bias(py::handle bias, int64_t rows) {
 
 std::shared_ptr<thl::PackedActivations> pack_activations(py::handle x_capsule,
                                                          std::shared_ptr<thl::PackedActivations> into) {
-    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).with_shape({-1, -1});
+    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).rows();
     if (!into) into = std::make_shared<thl::PackedActivations>();
     py::gil_scoped_release release;
     thl::pack_activations(x.as<float>(), x.stride[0], x.shape[0], x.shape[1], *into);
+    return into;
+}
+
+std::shared_ptr<thl::PackedActivations> pack_swiglu(py::handle gate_capsule, py::handle up_capsule,
+                                                    std::shared_ptr<thl::PackedActivations> into) {
+    const TensorView gate = view(gate_capsule, "gate").with_dtype(DType::f32).rows();
+    const int64_t batch = gate.shape[0], columns = gate.shape[1];
+    const TensorView up = view(up_capsule, "up").with_dtype(DType::f32).rows().with_shape({batch, columns});
+    if (!into) into = std::make_shared<thl::PackedActivations>();
+    py::gil_scoped_release release;
+    thl::pack_swiglu(gate.as<float>(), gate.stride[0], up.as<float>(), up.stride[0], batch, columns, *into);
     return into;
 }
 
@@ -57,7 +68,8 @@ void linear_int8(const thl::PackedActivations& packed, py::handle w_capsule, py:
     const int64_t rows = w.shape[0];
     const Scales scales = check_scales(scales_capsule, rows, packed.columns);
     const float* bias = check_bias(bias_capsule, rows);
-    const TensorView out = view(out_capsule, "out").with_dtype(DType::f32).with_shape({packed.batch, rows}).writable();
+    const TensorView out =
+        view(out_capsule, "out").with_dtype(DType::f32).rows().with_shape({packed.batch, rows}).writable();
     py::gil_scoped_release release;
     thl::linear_int8({&packed, w.as<int8_t>(), w.stride[0], scales.data, scales.stride, scales.grouped, bias,
                       out.as<float>(), out.stride[0]},
@@ -128,6 +140,7 @@ void bind_linear(py::module_& m) {
         .def_readonly("batch", &thl::PackedActivations::batch)
         .def_readonly("columns", &thl::PackedActivations::columns);
     m.def("pack_activations", &pack_activations, py::arg("x"), py::arg("into") = py::none());
+    m.def("pack_swiglu", &pack_swiglu);
     m.def("linear_int8", &linear_int8);
     m.def("linear_float", &linear_float);
     m.def("linear_transposed", &linear_transposed);

@@ -36,6 +36,16 @@ struct PackedActivations {
     std::vector<int64_t> prefix;      // [batch, padded / 128 + 1]: sum of q over the groups before
     std::vector<float> scales;        // [batch]; NaN where the row holds a NaN or an infinity
 
+    void reshape(int64_t new_batch, int64_t new_columns) {
+        batch = new_batch;
+        columns = new_columns;
+        padded = (columns + kGroup - 1) / kGroup * kGroup;
+        integers.resize(batch * padded / kDigitBlock);
+        digits.resize(batch * padded / kDigitBlock);
+        prefix.resize(batch * (padded / kGroup + 1));
+        scales.resize(batch);
+    }
+
     int16_t* q(int64_t b) { return integers.data()->q + b * padded; }
     const int16_t* q(int64_t b) const { return integers.data()->q + b * padded; }
 

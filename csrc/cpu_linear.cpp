@@ -14,6 +14,8 @@ namespace {
 // A thread gets at least this many bytes of weights: about 2 us of reading, the cost of starting a thread's share.
 constexpr int64_t kGrainBytes = 32 * 1024;
 
+constexpr int64_t kGateCost = 8;  // bytes read in the time of one gate
+
 int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
 
 // From this many rows of activations on, the products outweigh the rearrangement of the weights.
@@ -53,17 +55,24 @@ int64_t weight_bytes(Weight type) { return type == Weight::i8 ? 1 : type == Weig
 }  // namespace
 
 void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t columns, PackedActivations& packed) {
-    packed.batch = batch;
-    packed.columns = columns;
-    packed.padded = (columns + kGroup - 1) / kGroup * kGroup;
-    packed.integers.resize(batch * packed.padded / kDigitBlock);
-    packed.digits.resize(batch * packed.padded / kDigitBlock);
-    packed.prefix.resize(batch * (packed.padded / kGroup + 1));
-    packed.scales.resize(batch);
+    packed.reshape(batch, columns);
     const Kernels& isa = kernels();
     // Packing 4 bytes takes about as long as reading one of weights from memory.
     ThreadPool::instance().parallel_for(batch, grain_rows(columns), [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) isa.pack(x + b * stride, b, packed);
+    });
+}
+
+void pack_swiglu(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t batch,
+                 int64_t columns, PackedActivations& packed) {
+    packed.reshape(batch, columns);
+    const Kernels& isa = kernels();
+    ThreadPool::instance().parallel_for(batch, grain_rows(kGateCost * columns), [&](int64_t begin, int64_t end) {
+        std::vector<float> inner(columns);
+        for (int64_t b = begin; b < end; ++b) {
+            isa.transformer.swiglu(gate + b * gate_stride, up + b * up_stride, columns, inner.data());
+            isa.pack(inner.data(), b, packed);
+        }
     });
 }
 

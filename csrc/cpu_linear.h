@@ -10,6 +10,10 @@ enum class Weight { i8, f32, bf16, f16 };
 // Rows of x are `stride` floats apart. The memory of `packed` is kept from call to call.
 void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t columns, PackedActivations& packed);
 
+// Of silu(gate) * up.
+void pack_swiglu(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t batch,
+                 int64_t columns, PackedActivations& packed);
+
 void linear_int8(const Int8Linear& arguments, int64_t rows);
 void linear_float(Weight type, const FloatLinear& arguments, int64_t rows);
 void linear_transposed(Weight type, const Transposed& arguments, int64_t columns);

@@ -106,6 +106,25 @@ struct TensorView {
         return *this;
     }
 
+    // The same memory as [rows, last dimension]: the leading dimensions, which must lie evenly, become one.
+    TensorView rows() const {
+        if (ndim < 1) bad_argument(name, "at least 1 dimension", "none");
+        TensorView flat = *this;
+        flat.ndim = 2;
+        flat.shape[0] = 1;
+        flat.shape[1] = flat.stride[0] = shape[ndim - 1];
+        flat.stride[1] = 1;
+        for (int i = ndim - 2; i >= 0; --i) {
+            if (shape[i] != 1) {
+                if (flat.shape[0] == 1) flat.stride[0] = stride[i];
+                else if (stride[i] != flat.shape[0] * flat.stride[0])
+                    bad_argument(name, "rows at even distances", "strides " + shape_text(stride, ndim));
+            }
+            flat.shape[0] *= shape[i];
+        }
+        return flat;
+    }
+
     // No two elements may share memory, or threads would race: each stride spans everything inside it.
     const TensorView& writable() const {
         int64_t span = 1;

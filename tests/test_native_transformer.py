@@ -1,6 +1,7 @@
 """Compiled operations of INL, HIM and HRM against the references in kernels/, on every instruction set."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -126,6 +127,49 @@ def test_attention(batch, heads, key_heads, rows, keys, width):
             assert torch.equal(found[:1], NATIVE.attention(query[:1], key[:1], value[:1], scale))
 
 
+@pytest.mark.parametrize(("batch", "heads", "rows", "width"), [(1, 8, 64, 32), (2, 3, 5, 2), (3, 1, 1, 18),
+                                                               (1, 2, 131, 40)])
+def test_rotary_attention(batch, heads, rows, width):
+    joined = torch.randn(batch, rows + 2, 3 * heads * width + 5)[:, 1:-1, : 3 * heads * width]
+    cos, sin = rotary.rotary_tables(torch.arange(rows), 1.0 / 10000.0 ** (torch.arange(0, width, 2) / width))
+    found = everywhere(lambda: NATIVE.rotary_attention(joined, heads, cos, sin, 0.3))
+    close(found, attention_kernels.rotary_attention(joined.double(), heads, cos.double(), sin.double(), 0.3), 2e-6)
+    assert torch.equal(found[:1], NATIVE.rotary_attention(joined[:1], heads, cos, sin, 0.3))
+    query, key, value = joined.unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)
+    apart = NATIVE.attention(NATIVE.rotate(query, cos, sin), NATIVE.rotate(key, cos, sin), value, 0.3)
+    assert torch.equal(found, apart.transpose(1, 2).flatten(2))
+
+
+@dataclass(frozen=True)
+class InParts(Held):
+    """A matrix that comes in parts of `step` rows."""
+
+    step: int = 1
+
+    def parts(self):
+        for start in range(0, self.shape[0], self.step):
+            here = slice(start, min(start + self.step, self.shape[0]))
+            yield Part(here.start, here.stop, self.data[here], None if self.scales is None else self.scales[here],
+                       self.group)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 77), (2, 3, 130), (1, 64, 160)])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_linear_maps_of_the_same_activations(shape, quantized):
+    x, gate, up = torch.randn(*shape[:-1], 3 * shape[-1]).chunk(3, dim=-1)
+    matrices = []
+    for rows in (5, 48):
+        w = torch.randn(rows, shape[-1])
+        matrices.append(Held(*quantize_rows(w)) if quantized else Held(w))
+    for found, matrix in zip(everywhere(lambda: NATIVE.linears(x, matrices)), matrices, strict=True):
+        close(found, REFERENCE.linear(x, matrix), 1e-4 if quantized else 1e-6)
+        assert torch.equal(found, NATIVE.linear(x, InParts(matrix.data, matrix.scales, step=3)))
+        inner = everywhere(lambda matrix=matrix: NATIVE.swiglu_linear(gate, up, matrix))
+        close(inner, REFERENCE.swiglu_linear(gate, up, matrix), 1e-4 if quantized else 1e-6)
+        assert torch.equal(inner, NATIVE.linear(NATIVE.swiglu(gate, up), matrix))
+        assert torch.equal(inner, NATIVE.swiglu_linear(gate, up, InParts(matrix.data, matrix.scales, step=2)))
+
+
 def test_attention_is_exact_about_what_is_blocked():
     query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
     blocked = torch.rand(5, 9) < 0.5
@@ -216,3 +260,11 @@ def test_wrong_arguments():
         NATIVE.swiglu(torch.randn(2, 3), torch.randn(2, 4))
     with pytest.raises(ValueError, match="addend"):
         NATIVE.add_rms_norm(torch.randn(2, 3), torch.randn(3, 3), None, 1e-5)
+    with pytest.raises(ValueError, match="joined: expected queries, keys and values of 2 heads of even width, found 18"):
+        NATIVE.rotary_attention(torch.randn(1, 5, 18), 2, torch.randn(5, 3), torch.randn(5, 3), 1.0)
+    with pytest.raises(ValueError, match="sin"):
+        NATIVE.rotary_attention(torch.randn(1, 5, 24), 2, torch.randn(5, 4), torch.randn(4, 4), 1.0)
+    with pytest.raises(ValueError, match="up"):
+        native.pack_swiglu(torch.randn(2, 3), torch.randn(3, 3))
+    with pytest.raises(ValueError, match="x: expected rows at even distances"):
+        native.pack_activations(torch.randn(2, 3, 4)[:, :2])

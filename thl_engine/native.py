@@ -69,15 +69,20 @@ def read_seconds(memory: Tensor) -> float:
 
 
 def pack_activations(x: Tensor, into: "PackedActivations | None" = None) -> "PackedActivations":
-    """x [B, C] as 16-bit integers with one scale a row, for `linear_int8`. Reuses the memory of `into`.
+    """x [.., C] as 16-bit integers with one scale a row, for `linear_int8`. Reuses the memory of `into`.
 
     The rounding error is at most 1/65278 of the row's largest magnitude.
     """
     return _native.pack_activations(to_dlpack(x), into)
 
 
+def pack_swiglu(gate: Tensor, up: Tensor, into: "PackedActivations | None" = None) -> "PackedActivations":
+    """`pack_activations` of silu(gate) * up, both [.., C]."""
+    return _native.pack_swiglu(to_dlpack(gate), to_dlpack(up), into)
+
+
 def linear_int8(packed: "PackedActivations", w: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out [B, R] = x times the transpose of w, int8 [R, C] with scales [R] or [R, ceil(C / 128)], plus bias [R]."""
+    """out [.., R] = x times the transpose of w, int8 [R, C] with scales [R] or [R, ceil(C / 128)], plus bias [R]."""
     _native.linear_int8(packed, to_dlpack(w), to_dlpack(scales), None if bias is None else to_dlpack(bias),
                         to_dlpack(out))
 
@@ -171,7 +176,7 @@ def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Te
 
 
 def rms_norm(x: Tensor, addend: Tensor | None, weight: Tensor | None, eps: float, out: Tensor) -> None:
-    """out [B, d] = s / sqrt(mean(s²) + eps) * weight [d], for s = x [B, d], plus addend [B, d] where there is one."""
+    """out [.., d] = s / sqrt(mean(s²) + eps) * weight [d], for s = x [.., d], plus addend [.., d] where there is one."""
     _native.rms_norm(to_dlpack(x), None if addend is None else to_dlpack(addend),
                      None if weight is None else to_dlpack(weight), eps, to_dlpack(out))
 
@@ -199,6 +204,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
     """
     _native.attention(to_dlpack(query), to_dlpack(key), to_dlpack(value), scale,
                       None if blocked is None else to_dlpack(blocked), to_dlpack(out))
+
+
+def rotary_attention(joined: Tensor, heads: int, cos: Tensor, sin: Tensor, scale: float, out: Tensor) -> None:
+    """out [B, T, A·d] = attention among the positions of joined [B, T, 3·A·d], queries before keys before values.
+
+    Queries and keys are rotated by the contiguous tables [T, d] first.
+    """
+    _native.rotary_attention(to_dlpack(joined), heads, to_dlpack(cos), to_dlpack(sin), scale, to_dlpack(out))
 
 
 def integrate(x: Tensor, context: Tensor, first: tuple[Tensor, Tensor | None], first_bias: Tensor,

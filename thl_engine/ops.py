@@ -4,7 +4,7 @@ Models call an ops object; a backend is chosen once, when the engine starts. Ope
 that they are given in place; they return the tensors to use from then on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class ReferenceOps:
     read_metadata = staticmethod(slot_memory.read_metadata)
     novelty_write = staticmethod(slot_memory.novelty_write)
     attention = staticmethod(attention_kernels.attention)
+    rotary_attention = staticmethod(attention_kernels.rotary_attention)
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
     gelu = staticmethod(gelu.gelu)
@@ -74,6 +75,14 @@ class ReferenceOps:
         out = [linear_kernels.linear(x, _widen(part), None if bias is None else bias[part.start : part.stop])
                for part in matrix.parts()]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+
+    def linears(self, x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
+        """`linear` of the same activations with several matrices."""
+        return [self.linear(x, matrix) for matrix in matrices]
+
+    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix) -> Tensor:
+        """`linear` of silu(gate) * up, both [..., C]: [..., R]."""
+        return self.linear(swiglu.swiglu(gate, up), matrix)
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         """Each head's features through its own rows: x [B, H, C], matrix [R, C] -> [B, R], R/H rows a head."""
@@ -129,20 +138,39 @@ class NativeOps(ReferenceOps):
     name = "native"
     has_threads = True
 
+    def __init__(self) -> None:
+        self._spares: list[Any] = []  # packed activations that nobody needs any more: their memory is used again
+
     def scratch_bytes(self, page_elements: int, reused_elements: int = 0) -> int:
         # Kernels read the stored weights. Of two matrices used again, copies and the second one transposed; as int8
         # these take a quarter.
         return 4 * reused_elements * 3 // 2
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        if x.dim() != 2:
-            return self.linear(x.reshape(-1, x.shape[-1]), matrix, bias).view(*x.shape[:-1], -1)
-        out = torch.empty(x.shape[0], matrix.shape[0])
-        product = _Product(x)
-        for part in matrix.parts():
-            rows = slice(part.start, part.stop)
-            product.into(out[:, rows], part, None if bias is None else bias[rows])
-        return out
+        return self._products(_Product(x), (matrix,), bias)[0]
+
+    def linears(self, x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
+        return self._products(_Product(x), matrices)
+
+    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix) -> Tensor:
+        return self._products(_SwigluProduct(gate, up), (matrix,))[0]
+
+    def _products(self, product: "_Product", matrices: Sequence[Matrix], bias: Tensor | None = None) -> list[Tensor]:
+        product.spare = self._spares.pop() if self._spares else None
+        outs = []
+        for matrix in matrices:
+            rows = matrix.shape[0]
+            out = torch.empty(*product.x.shape[:-1], rows)
+            for part in matrix.parts():
+                if part.stop - part.start == rows:
+                    product.into(out, part, bias)
+                else:
+                    here = slice(part.start, part.stop)
+                    product.into(out[..., here], part, None if bias is None else bias[here])
+            outs.append(out)
+        if product.packed is not None:
+            self._spares.append(product.packed)
+        return outs
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         heads = x.shape[1]
@@ -175,12 +203,12 @@ class NativeOps(ReferenceOps):
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         out = torch.empty(x.shape)
-        native.rms_norm(_flat(x), None, weight, eps, _flat(out))
+        native.rms_norm(x, None, weight, eps, out)
         return out
 
     def add_rms_norm(self, x: Tensor, addend: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         out = torch.empty(x.shape)
-        native.rms_norm(_flat(x), _flat(addend), weight, eps, _flat(out))
+        native.rms_norm(x, addend, weight, eps, out)
         return out
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -210,6 +238,11 @@ class NativeOps(ReferenceOps):
                 blocked = blocked.contiguous()
             blocked = blocked.view(torch.uint8).expand(batch, heads, rows, -1)
         native.attention(query, key, value, scale, blocked, out)
+        return out
+
+    def rotary_attention(self, joined: Tensor, heads: int, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        out = torch.empty(*joined.shape[:-1], joined.shape[-1] // 3)
+        native.rotary_attention(joined, heads, cos, sin, scale, out)
         return out
 
     def prefix_read(self, query: Tensor, rows: Tensor, scale: float) -> Tensor:
@@ -292,19 +325,42 @@ class NativeOps(ReferenceOps):
 
 
 class _Product:
-    """Activations x [B, C] times parts of one matrix; int8 parts share one packing of the activations."""
+    """Activations x [..., C] times parts of matrices; int8 parts share one packing of the activations."""
+
+    spare: Any = None  # a packing whose memory may be used again
 
     def __init__(self, x: Tensor) -> None:
-        self.x = x
+        self.x = x if x.is_contiguous() else x.contiguous()
         self.packed: Any = None
 
     def into(self, out: Tensor, part: Part, bias: Tensor | None) -> None:
         if part.scales is None:
-            native.linear_float(self.x, part.data, bias, out)
+            native.linear_float(_flat(self.floats()), part.data, bias, _flat(out))
             return
         if self.packed is None:
-            self.packed = native.pack_activations(self.x)
+            self.packed = self.pack()
         native.linear_int8(self.packed, part.data, part.scales, bias, out)
+
+    def pack(self) -> Any:
+        return native.pack_activations(self.x, self.spare)
+
+    def floats(self) -> Tensor:
+        return self.x
+
+
+class _SwigluProduct(_Product):
+    """The same of silu(x) * up."""
+
+    def __init__(self, gate: Tensor, up: Tensor) -> None:
+        self.x, self.up, self.packed = gate, up, None
+
+    def pack(self) -> Any:
+        return native.pack_swiglu(self.x, self.up, self.spare)
+
+    def floats(self) -> Tensor:
+        out = torch.empty(self.x.shape)
+        native.swiglu(_flat(self.x), _flat(self.up), _flat(out))
+        return out
 
 
 def _transposed_into(out: Tensor, x: Tensor, part: Part) -> None:

@@ -333,15 +333,13 @@ def _module(c: HRMConfig, weights: Any, ops: Any, module: str, x: Tensor, inputs
         mixed = _attention(c, weights, ops, f"{prefix}attention.", x, inputs)
         x = ops.add_rms_norm(x, mixed, weights[f"{prefix}norm1.weight"], RMS_EPS)
         gate, up = ops.linear(x, weights[f"{prefix}feed_forward.gate_up_proj.weight"]).chunk(2, dim=-1)
-        inner = ops.linear(ops.swiglu(gate, up), weights[f"{prefix}feed_forward.down_proj.weight"])
+        inner = ops.swiglu_linear(gate, up, weights[f"{prefix}feed_forward.down_proj.weight"])
         x = ops.add_rms_norm(x, inner, weights[f"{prefix}norm2.weight"], RMS_EPS)
     return x
 
 
 def _attention(c: HRMConfig, weights: Any, ops: Any, prefix: str, x: Tensor, inputs: Inputs) -> Tensor:
     """Attention of every position to every position, later ones included: [B, T, h] -> [B, T, h]."""
-    heads = ops.linear(x, weights[f"{prefix}qkv_proj.weight"]).unflatten(-1, (3, c.num_heads, c.head_dim))
-    query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [B, A, T, d]
-    query, key = (ops.rotate(part, inputs.cos, inputs.sin) for part in (query, key))
-    mixed = ops.attention(query, key, value, 1.0 / sqrt(c.head_dim))
-    return ops.linear(mixed.transpose(1, 2).flatten(2), weights[f"{prefix}o_proj.weight"])
+    joined = ops.linear(x, weights[f"{prefix}qkv_proj.weight"])
+    mixed = ops.rotary_attention(joined, c.num_heads, inputs.cos, inputs.sin, 1.0 / sqrt(c.head_dim))
+    return ops.linear(mixed, weights[f"{prefix}o_proj.weight"])
