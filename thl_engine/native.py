@@ -176,7 +176,7 @@ def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Te
 
 
 def rms_norm(x: Tensor, addend: Tensor | None, weight: Tensor | None, eps: float, out: Tensor) -> None:
-    """out [.., d] = s / sqrt(mean(s²) + eps) * weight [d], for s = x [.., d], plus addend [.., d] where there is one."""
+    """out = s / sqrt(mean(s²) + eps) * weight [d] for s = x [.., d] plus, where there is one, addend [.., d]."""
     _native.rms_norm(to_dlpack(x), None if addend is None else to_dlpack(addend),
                      None if weight is None else to_dlpack(weight), eps, to_dlpack(out))
 
