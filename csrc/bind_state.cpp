@@ -55,11 +55,11 @@ void gru_update(py::handle update_capsule, py::handle candidate_capsule, py::han
 
 void layer_norm(py::handle x_capsule, py::handle weight_capsule, py::handle bias_capsule, float eps,
                 py::handle out_capsule) {
-    const TensorView x = floats(x_capsule, "x", {-1, -1});
+    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).rows();
     const int64_t batch = x.shape[0], d = x.shape[1];
     const TensorView weight = floats(weight_capsule, "weight", {d});
     const TensorView bias = floats(bias_capsule, "bias", {d});
-    const TensorView out = floats(out_capsule, "out", {batch, d}).writable();
+    const TensorView out = view(out_capsule, "out").with_dtype(DType::f32).rows().with_shape({batch, d}).writable();
     py::gil_scoped_release release;
     thl::layer_norm(rows(x), batch, d, weight.as<float>(), bias.as<float>(), eps, rows(out));
 }

@@ -367,11 +367,15 @@ void layer_norm(const float* x, int64_t n, const float* weight, const float* bia
     if (i < n) add(sum, load_tail(x + i, n - i));
     const float mean = total(sum) / static_cast<float>(n);
 
-    float squares[kLanes] = {};
-    for (int64_t j = 0; j < n; j += kLanes) {
-        const int64_t count = n - j < kLanes ? n - j : kLanes;
-        for (int64_t k = 0; k < count; ++k) squares[k] += (x[j + k] - mean) * (x[j + k] - mean);
+    sum = zero();
+    for (i = 0; i + kLanes <= n; i += kLanes) {
+        Lanes v = load(x + i);
+        THL_UNROLL for (int p = 0; p < kParts; ++p) v.part[p] -= mean;
+        add_product(sum, v, v);
     }
+    float squares[kLanes];
+    store(squares, sum);
+    for (int64_t k = 0; i + k < n; ++k) squares[k] += (x[i + k] - mean) * (x[i + k] - mean);
     const float variance = total(load(squares)) / static_cast<float>(n);
     const float factor = 1.0f / __builtin_sqrtf(variance + eps);
     for (int64_t j = 0; j < n; ++j) out[j] = (x[j] - mean) * factor * weight[j] + bias[j];

@@ -116,7 +116,7 @@ def gru_update(update: Tensor, candidate: Tensor, state: Tensor) -> None:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
-    """Over the last axis of x [B, d], biased variance; weight and bias [d]."""
+    """Over the last axis of x [.., d], biased variance; weight and bias [d]."""
     _native.layer_norm(to_dlpack(x), to_dlpack(weight), to_dlpack(bias), eps, to_dlpack(out))
 
 
@@ -212,6 +212,33 @@ def rotary_attention(joined: Tensor, heads: int, cos: Tensor, sin: Tensor, scale
     Queries and keys are rotated by the contiguous tables [T, d] first.
     """
     _native.rotary_attention(to_dlpack(joined), heads, to_dlpack(cos), to_dlpack(sin), scale, to_dlpack(out))
+
+
+def add_layer_norm(x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor, eps: float, total: Tensor,
+                   out: Tensor) -> None:
+    """total = x + addend, and out its `layer_norm`; all [.., d]."""
+    _native.add_layer_norm(to_dlpack(x), to_dlpack(addend), to_dlpack(weight), to_dlpack(bias), eps, to_dlpack(total),
+                           to_dlpack(out))
+
+
+def add_blend(x: Tensor, fast: Tensor, slow: Tensor, gate: Tensor, out: Tensor) -> None:
+    """out = x + fast + sigmoid(gate) * (slow - fast), all [.., d] but gate [d]."""
+    _native.add_blend(to_dlpack(x), to_dlpack(fast), to_dlpack(slow), to_dlpack(gate), to_dlpack(out))
+
+
+def add_scaled(x: Tensor, addend: Tensor, scale: float, out: Tensor) -> None:
+    """out = x + scale * addend, all [.., d]."""
+    _native.add_scaled(to_dlpack(x), to_dlpack(addend), scale, to_dlpack(out))
+
+
+def erase_then_add(memory: Tensor, erase: Tensor, add: Tensor, eps: float, out: Tensor) -> None:
+    """out [B, J, d] = memory [B or 1, J, d] * (1 - sigmoid(erase)) + add, both [B, d], each slot then normalised."""
+    _native.erase_then_add(to_dlpack(memory), to_dlpack(erase), to_dlpack(add), eps, to_dlpack(out))
+
+
+def prefix_read(query: Tensor, rows: Tensor, scale: float, out: Tensor) -> None:
+    """out [B, T, r] = softmax(scale * query [B, T, r] . rows [B or 1, J, d] cut to r features) times these rows."""
+    _native.prefix_read(to_dlpack(query), to_dlpack(rows), scale, to_dlpack(out))
 
 
 def integrate(x: Tensor, context: Tensor, first: tuple[Tensor, Tensor | None], first_bias: Tensor,

@@ -17,6 +17,7 @@ from thl_engine.kernels import (
     gelu,
     integrator,
     norm,
+    residual,
     rotary,
     shared_memory,
     slot_memory,
@@ -50,6 +51,8 @@ class ReferenceOps:
     rotary_attention = staticmethod(attention_kernels.rotary_attention)
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
+    add_blend = staticmethod(residual.add_blend)
+    add_scaled = staticmethod(residual.add_scaled)
     gelu = staticmethod(gelu.gelu)
     rotary_tables = staticmethod(rotary.rotary_tables)
     rotate = staticmethod(rotary.rotate)
@@ -116,6 +119,10 @@ class ReferenceOps:
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Over the last axis, biased variance."""
         return norm.layer_norm(x, weight, bias, LAYER_NORM_EPS)
+
+    def add_layer_norm(self, x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """x + addend, and its `layer_norm`."""
+        return norm.add_layer_norm(x, addend, weight, bias, LAYER_NORM_EPS)
 
 
 class TrainingOps(ReferenceOps):
@@ -196,19 +203,33 @@ class NativeOps(ReferenceOps):
         return out
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        out = torch.empty_like(flat)
-        native.layer_norm(flat, weight, bias, LAYER_NORM_EPS, out)
-        return out.view(x.shape)
+        out = torch.empty(x.shape)
+        native.layer_norm(_even(x), weight, bias, LAYER_NORM_EPS, out)
+        return out
+
+    def add_layer_norm(self, x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total, out = torch.empty(x.shape), torch.empty(x.shape)
+        native.add_layer_norm(_even(x), _even(addend), weight, bias, LAYER_NORM_EPS, total, out)
+        return total, out
+
+    def add_blend(self, x: Tensor, fast: Tensor, slow: Tensor, gate: Tensor) -> Tensor:
+        out = torch.empty(x.shape)
+        native.add_blend(_even(x), _even(fast), _even(slow), gate, out)
+        return out
+
+    def add_scaled(self, x: Tensor, addend: Tensor, scale: float) -> Tensor:
+        out = torch.empty(x.shape)
+        native.add_scaled(_even(x), _even(addend), scale, out)
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         out = torch.empty(x.shape)
-        native.rms_norm(x, None, weight, eps, out)
+        native.rms_norm(_even(x), None, weight, eps, out)
         return out
 
     def add_rms_norm(self, x: Tensor, addend: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         out = torch.empty(x.shape)
-        native.rms_norm(x, addend, weight, eps, out)
+        native.rms_norm(_even(x), _even(addend), weight, eps, out)
         return out
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -246,8 +267,14 @@ class NativeOps(ReferenceOps):
         return out
 
     def prefix_read(self, query: Tensor, rows: Tensor, scale: float) -> Tensor:
-        prefixes = rows[:, None, :, : query.shape[-1]].expand(query.shape[0], -1, -1, -1)
-        return self.attention(query[:, None], prefixes, prefixes, scale)[:, 0]
+        out = torch.empty(query.shape)
+        native.prefix_read(query, rows, scale, out)
+        return out
+
+    def erase_then_add(self, memory: Tensor, erase: Tensor, add: Tensor) -> Tensor:
+        out = torch.empty(erase.shape[0], *memory.shape[1:])
+        native.erase_then_add(memory, erase, add, shared_memory.NORM_EPS, out)
+        return out
 
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
@@ -330,7 +357,7 @@ class _Product:
     spare: Any = None  # a packing whose memory may be used again
 
     def __init__(self, x: Tensor) -> None:
-        self.x = x if x.is_contiguous() else x.contiguous()
+        self.x = _even(x)
         self.packed: Any = None
 
     def into(self, out: Tensor, part: Part, bias: Tensor | None) -> None:
@@ -372,6 +399,11 @@ def _transposed_into(out: Tensor, x: Tensor, part: Part) -> None:
 
 def _widen(part: Part) -> Tensor:
     return linear_kernels.widen(part.data, part.scales, part.group)
+
+
+def _even(x: Tensor) -> Tensor:
+    """x, or a copy of it, such that its rows lie at even distances."""
+    return x if x.dim() <= 2 or x.is_contiguous() else _flat(x).view(x.shape)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -42,12 +42,10 @@ class PagedTable:
 
 
 def _gather(pager: Pager, name: str, columns: int, ids: Tensor) -> Tensor:
-    out = torch.empty(*ids.shape, columns, device=ids.device)
-    flat = out.view(-1, columns)
-    for i, row in enumerate(ids.flatten().tolist()):
-        part = pager.row(name, row)
-        flat[i] = widen(part.data, part.scales, part.group)[0]
-    return out
+    parts = [pager.row(name, row) for row in ids.flatten().tolist()]
+    scales = None if parts[0].scales is None else torch.cat([part.scales for part in parts])
+    rows = widen(torch.cat([part.data for part in parts]), scales, parts[0].group)
+    return rows.to(ids.device).view(*ids.shape, columns)
 
 
 def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, Tensor]:
