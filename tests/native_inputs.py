@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import ISAS
 
 from thl_engine import native
 
@@ -18,6 +19,28 @@ def close(found, expected, tolerance):
     """Within `tolerance` of the norm of what is expected."""
     assert not found.isnan().any()
     assert (found.double() - expected).norm() <= tolerance * expected.norm().clamp(min=1e-30)
+
+
+def close_everywhere(found, expected, tolerance=1e-6):
+    """Within `tolerance` of the norm of what is expected, and of its largest entry everywhere."""
+    assert found.shape == expected.shape and not found.isnan().any()
+    error, expected = found.double() - expected, expected.double()
+    assert error.norm() <= tolerance * expected.norm()
+    assert error.abs().max() <= 4 * tolerance * expected.abs().max()
+
+
+def everywhere(run):
+    """The result of run(), a tensor or several, which every instruction set and number of threads gives bit for bit."""
+    found = None
+    for isa in ISAS:
+        for threads in (1, 2, 3):
+            native.set_isa(isa)
+            native.set_threads(threads)
+            out = run()
+            out = [out] if isinstance(out, torch.Tensor) else list(out)
+            found = found or [t.clone() for t in out]
+            assert all(torch.equal(a, b) for a, b in zip(found, out, strict=True)), (isa, threads)
+    return found if len(found) > 1 else found[0]
 
 
 def int8_weights(rows, columns, groups=None):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import ISAS
-from native_inputs import needs_native
+from native_inputs import close_everywhere as close
+from native_inputs import everywhere, needs_native
 
 from thl_engine import native
 from thl_engine.kernels import attention as attention_kernels
@@ -15,43 +15,9 @@ from thl_engine.ops import NativeOps, ReferenceOps
 from thl_engine.quant import dequantize_rows, quantize_rows
 from thl_engine.weights import Held, Part
 
-pytestmark = [needs_native, pytest.mark.usefixtures("native_settings")]
+pytestmark = [needs_native, pytest.mark.usefixtures("native_settings", "poison")]
 
 REFERENCE, NATIVE = ReferenceOps(), NativeOps()
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Results begin as NaN, or an absurd integer, so that one that is not written shows."""
-    empty = torch.empty
-
-    def poisoned(*shape, **options):
-        out = empty(*shape, **options)
-        return out.fill_(float("nan") if out.dtype.is_floating_point else torch.iinfo(out.dtype).min)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def everywhere(run):
-    """The result of run(), a tensor or several, which every instruction set and number of threads gives bit for bit."""
-    found = None
-    for isa in ISAS:
-        for threads in (1, 2, 3):
-            native.set_isa(isa)
-            native.set_threads(threads)
-            out = run()
-            out = [out] if isinstance(out, torch.Tensor) else list(out)
-            found = found or [t.clone() for t in out]
-            assert all(torch.equal(a, b) for a, b in zip(found, out, strict=True)), (isa, threads)
-    return found if len(found) > 1 else found[0]
-
-
-def close(found, expected, tolerance=1e-6):
-    """Within `tolerance` of the norm of what is expected, and of its largest entry everywhere."""
-    assert found.shape == expected.shape and not found.isnan().any()
-    error, expected = found.double() - expected, expected.double()
-    assert error.norm() <= tolerance * expected.norm()
-    assert error.abs().max() <= 4 * tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 160), (1, 64, 256), (17, 1531)])
