@@ -75,8 +75,11 @@ void gelu(const float* x, int64_t n, float* out) {
 // goes along the keys' features, gets the same bits. D is d, or 0 for a width that loops have not been unrolled for.
 template <int R, int D>
 THL_INLINE void lane_sums(const float* const* queries, const float* keys, int64_t d, int64_t lane, Lanes (&sum)[R]) {
-    THL_UNROLL for (int r = 0; r < R; ++r) sum[r] = zero();
-    THL_UNROLL for (int64_t j = lane; j < (D ? D : d); j += kLanes) {
+    // Not 0 + the first product: that differs in the sign of a zero, which the softmax does not see.
+    const Lanes first = load(keys + lane * kKeyBlock);
+    THL_UNROLL for (int r = 0; r < R; ++r)
+        THL_UNROLL for (int p = 0; p < kParts; ++p) sum[r].part[p] = first.part[p] * queries[r][lane];
+    THL_UNROLL for (int64_t j = lane + kLanes; j < (D ? D : d); j += kLanes) {
         const Lanes key = load(keys + j * kKeyBlock);
         THL_UNROLL for (int r = 0; r < R; ++r) add_product(sum[r], key, queries[r][j]);
     }
