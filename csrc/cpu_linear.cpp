@@ -14,7 +14,8 @@ namespace {
 // A thread gets at least this many bytes of weights: about 2 us of reading, the cost of starting a thread's share.
 constexpr int64_t kGrainBytes = 32 * 1024;
 
-constexpr int64_t kGateCost = 8;  // bytes read in the time of one gate
+// Bytes of weights read from memory in the time of packing one activation, and with a gate before that.
+constexpr int64_t kPackCost = 4, kGateCost = 8;
 
 int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
 
@@ -57,8 +58,7 @@ int64_t weight_bytes(Weight type) { return type == Weight::i8 ? 1 : type == Weig
 void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t columns, PackedActivations& packed) {
     packed.reshape(batch, columns);
     const Kernels& isa = kernels();
-    // Packing 4 bytes takes about as long as reading one of weights from memory.
-    ThreadPool::instance().parallel_for(batch, grain_rows(columns), [&](int64_t begin, int64_t end) {
+    ThreadPool::instance().parallel_for(batch, grain_rows(kPackCost * columns), [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) isa.pack(x + b * stride, b, packed);
     });
 }
