@@ -183,6 +183,17 @@ def test_int8_extremes(isa):
             assert part[3:].isnan().all()
 
 
+@pytest.mark.parametrize("weight", [-128, 127])
+@pytest.mark.parametrize("columns", [512, 513, 65536, 65537])
+def test_many_rows_of_the_largest_sums(isa, columns, weight):
+    """Sums of the largest products, of one sign, where they just fit 32 bits and where they do not."""
+    signs = torch.tensor([1.0, -1.0] * 4)[:, None]
+    q, scales = torch.full((33, columns), weight, dtype=torch.int8), torch.rand(33) + 0.1
+    found = linear_int8(signs.expand(8, columns).contiguous(), q, scales)
+    close(found, float(weight) * columns * signs.double() * scales, 1e-6)
+    assert torch.equal(found[:1], linear_int8(torch.ones(1, columns), q, scales))
+
+
 def test_packing_is_reused():
     q, scales, _ = int8_weights(5, 700)
     packed = native.pack_activations(torch.randn(9, 1000))
@@ -191,6 +202,11 @@ def test_packing_is_reused():
     out = poisoned(2, 5)
     native.linear_int8(packed, q, scales, None, out)
     assert torch.equal(out, linear_int8(x, q, scales))
+    wide = torch.randn(30, 2000)  # and back, to more than there was
+    q, scales, _ = int8_weights(5, 2000)
+    packed, out = native.pack_activations(wide, packed), poisoned(30, 5)
+    native.linear_int8(packed, q, scales, None, out)
+    assert torch.equal(out, linear_int8(wide, q, scales))
 
 
 @pytest.fixture
