@@ -56,6 +56,17 @@ std::shared_ptr<thl::PackedActivations> pack_activations(py::handle x_capsule, p
     return into;
 }
 
+std::shared_ptr<thl::PackedActivations> pack_swiglu(py::handle gate_capsule, py::handle up_capsule,
+                                                    std::shared_ptr<thl::PackedActivations> into) {
+    const TensorView gate = view(gate_capsule, "gate").with_dtype(DType::f32).rows();
+    const int64_t batch = gate.shape[0], columns = gate.shape[1];
+    const TensorView up = view(up_capsule, "up").with_dtype(DType::f32).rows().with_shape({batch, columns});
+    if (!into) into = std::make_shared<thl::PackedActivations>();
+    py::gil_scoped_release release;
+    thl::pack_swiglu(gate.as<float>(), gate.stride[0], up.as<float>(), up.stride[0], batch, columns, *into);
+    return into;
+}
+
 // Where a product of `rows` rows of weights goes: columns from `start` on of `out`, which has these alone if that is
 // negative. Bias and addend have the columns of `out`.
 struct Target {
@@ -162,6 +173,7 @@ void bind_linear(py::module_& m) {
         .def_readonly("batch", &thl::PackedActivations::batch)
         .def_readonly("columns", &thl::PackedActivations::columns);
     m.def("pack_activations", &pack_activations);
+    m.def("pack_swiglu", &pack_swiglu);
     m.def("linear_int8", &linear_int8);
     m.def("linear_float", &linear_float);
     m.def("linear_transposed", &linear_transposed);

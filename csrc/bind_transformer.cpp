@@ -19,6 +19,8 @@ TensorView floats(py::handle capsule, const char* name, std::initializer_list<in
     return view(capsule, name).with_dtype(DType::f32).with_shape(shape);
 }
 
+TensorView rows(py::handle capsule, const char* name) { return view(capsule, name).with_dtype(DType::f32).rows(); }
+
 // A vector of n floats, or null for None.
 const float* optional(py::handle capsule, const char* name, int64_t n) {
     return capsule.is_none() ? nullptr : floats(capsule, name, {n}).as<float>();
@@ -28,11 +30,12 @@ thl::Grid grid(const TensorView& x) { return {x.as<float>(), {x.stride[0], x.str
 
 void rms_norm(py::handle x_capsule, py::handle add_capsule, py::handle weight_capsule, float eps,
               py::handle out_capsule) {
-    const TensorView x = floats(x_capsule, "x", {-1, -1});
+    const TensorView x = rows(x_capsule, "x");
     const int64_t batch = x.shape[0], d = x.shape[1];
-    const TensorView add = add_capsule.is_none() ? TensorView{} : floats(add_capsule, "addend", {batch, d});
+    const TensorView add =
+        add_capsule.is_none() ? TensorView{} : rows(add_capsule, "addend").with_shape({batch, d});
     const float* weight = optional(weight_capsule, "weight", d);
-    const TensorView out = floats(out_capsule, "out", {batch, d}).writable();
+    const TensorView out = rows(out_capsule, "out").with_shape({batch, d}).writable();
     py::gil_scoped_release release;
     thl::rms_norm(x.as<float>(), x.stride[0], add.as<float>(), add.stride[0], batch, d, weight, eps, out.as<float>(),
                   out.stride[0]);
@@ -50,28 +53,28 @@ void rotate(py::handle x_capsule, py::handle cos_capsule, py::handle sin_capsule
 }
 
 void swiglu(py::handle gate_capsule, py::handle up_capsule, py::handle out_capsule) {
-    const TensorView gate = floats(gate_capsule, "gate", {-1, -1});
+    const TensorView gate = rows(gate_capsule, "gate");
     const int64_t batch = gate.shape[0], d = gate.shape[1];
-    const TensorView up = floats(up_capsule, "up", {batch, d});
-    const TensorView out = floats(out_capsule, "out", {batch, d}).writable();
+    const TensorView up = rows(up_capsule, "up").with_shape({batch, d});
+    const TensorView out = rows(out_capsule, "out").with_shape({batch, d}).writable();
     py::gil_scoped_release release;
     thl::swiglu(gate.as<float>(), gate.stride[0], up.as<float>(), up.stride[0], batch, d, out.as<float>(),
                 out.stride[0]);
 }
 
 void gelu(py::handle x_capsule, py::handle out_capsule) {
-    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).rows();
+    const TensorView x = rows(x_capsule, "x");
     const int64_t batch = x.shape[0], d = x.shape[1];
-    const TensorView out = view(out_capsule, "out").with_dtype(DType::f32).rows().with_shape({batch, d}).writable();
+    const TensorView out = rows(out_capsule, "out").with_shape({batch, d}).writable();
     py::gil_scoped_release release;
     thl::gelu(x.as<float>(), x.stride[0], batch, d, out.as<float>(), out.stride[0]);
 }
 
 void geglu(py::handle gate_capsule, py::handle up_capsule, std::optional<float> quantile, py::handle out_capsule) {
-    const TensorView gate = floats(gate_capsule, "gate", {-1, -1});
+    const TensorView gate = rows(gate_capsule, "gate");
     const int64_t batch = gate.shape[0], d = gate.shape[1];
-    const TensorView up = floats(up_capsule, "up", {batch, d});
-    const TensorView out = floats(out_capsule, "out", {batch, d}).writable();
+    const TensorView up = rows(up_capsule, "up").with_shape({batch, d});
+    const TensorView out = rows(out_capsule, "out").with_shape({batch, d}).writable();
     py::gil_scoped_release release;
     thl::geglu(gate.as<float>(), gate.stride[0], up.as<float>(), up.stride[0], batch, d,
                quantile ? &*quantile : nullptr, out.as<float>(), out.stride[0]);
@@ -93,7 +96,27 @@ void attention(py::handle query_capsule, py::handle key_capsule, py::handle valu
     const TensorView out = floats(out_capsule, "out", {batch, heads, rows, d});
     py::gil_scoped_release release;
     thl::attention({batch, heads, key_heads, rows, keys, d, grid(query), grid(key), grid(value), grid(out),
-                    blocked.as<uint8_t>(), {blocked.stride[0], blocked.stride[1], blocked.stride[2]}, scale});
+                    blocked.as<uint8_t>(), {blocked.stride[0], blocked.stride[1], blocked.stride[2]}, scale, nullptr,
+                    nullptr});
+}
+
+void rotary_attention(py::handle joined_capsule, int64_t heads, py::handle cos_capsule, py::handle sin_capsule,
+                      float scale, py::handle out_capsule) {
+    const TensorView joined = floats(joined_capsule, "joined", {-1, -1, -1});
+    const int64_t batch = joined.shape[0], rows = joined.shape[1], width = joined.shape[2] / 3;
+    if (heads < 1 || joined.shape[2] % (6 * heads))
+        thl::bad_argument("joined", "queries, keys and values of " + std::to_string(heads) + " heads of even width",
+                          std::to_string(joined.shape[2]) + " features");
+    const int64_t d = width / heads;
+    const float* cos = floats(cos_capsule, "cos", {rows, d}).contiguous().as<float>();
+    const float* sin = floats(sin_capsule, "sin", {rows, d}).contiguous().as<float>();
+    const TensorView out = floats(out_capsule, "out", {batch, rows, width}).writable();
+    const auto heads_of = [d](const TensorView& x, int64_t from) {
+        return thl::Grid{x.as<float>() + from, {x.stride[0], d, x.stride[1]}};
+    };
+    py::gil_scoped_release release;
+    thl::attention({batch, heads, heads, rows, rows, d, heads_of(joined, 0), heads_of(joined, width),
+                    heads_of(joined, 2 * width), heads_of(out, 0), nullptr, {}, scale, cos, sin});
 }
 
 // Rows from `start` on of a kept matrix of `rows` rows: float32 with None for scales, or int8 with a scale for each row.
@@ -148,6 +171,7 @@ void bind_transformer(py::module_& m) {
     m.def("gelu", &gelu);
     m.def("geglu", &geglu);
     m.def("attention", &attention);
+    m.def("rotary_attention", &rotary_attention);
     py::class_<thl::KeptMatrix>(m, "KeptMatrix").def(py::init<bool>());
     m.def("keep", &keep);
     m.def("integrate", &integrate);

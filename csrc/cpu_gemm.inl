@@ -70,18 +70,24 @@ struct Strip {
     const uint8_t* weights; // interleaved
 };
 
-// One strip times M rows of activations from b on. `partial` [M, 32] carries the sums from one block of columns to the
-// next.
+// One strip times M rows of activations from b on. `carried` [M, V, high and low, 16] keeps the sums from one block of
+// columns to the next.
 template <int M, int V>
-void strip_tile(const Int8Linear& a, const Strip& s, int64_t b, double* partial) {
+void strip_tile(const Int8Linear& a, const Strip& s, int64_t b, int32_t* carried) {
     const int64_t blocks = a.x->padded / kDigitBlock;
     const auto* digits = reinterpret_cast<const int8_t*>(a.x->digits.data() + b * blocks + s.begin / kDigitBlock);
     const int64_t stride = blocks * sizeof(PackedActivations::Digits);
     const uint8_t* weights = s.weights;
 
+    const bool first = s.begin == 0, last = s.end == a.x->columns;
     __m512i high[M][V], low[M][V];
-    THL_UNROLL for (int m = 0; m < M; ++m)
-        THL_UNROLL for (int v = 0; v < V; ++v) high[m][v] = low[m][v] = _mm512_setzero_si512();
+    THL_UNROLL for (int m = 0; m < M; ++m) {
+        THL_UNROLL for (int v = 0; v < V; ++v) {
+            const int32_t* sums = carried + (m * V + v) * 2 * kLaneRows;
+            high[m][v] = first ? _mm512_setzero_si512() : _mm512_load_si512(sums);
+            low[m][v] = first ? _mm512_setzero_si512() : _mm512_load_si512(sums + kLaneRows);
+        }
+    }
     const auto step = [&](int64_t i) __attribute__((always_inline)) {
         __m512i w[V];
         THL_UNROLL for (int v = 0; v < V; ++v) w[v] = _mm512_load_si512(weights + (i * V + v) * 64);
@@ -106,88 +112,103 @@ void strip_tile(const Int8Linear& a, const Strip& s, int64_t b, double* partial)
     }
     for (int64_t i = 0; 4 * i < left; ++i) step(i);
 
-    const bool first = s.begin == 0, last = s.end == a.x->columns;
+    if (!last) {
+        THL_UNROLL for (int m = 0; m < M; ++m) {
+            THL_UNROLL for (int v = 0; v < V; ++v) {
+                int32_t* sums = carried + (m * V + v) * 2 * kLaneRows;
+                _mm512_store_si512(sums, high[m][v]);
+                _mm512_store_si512(sums + kLaneRows, low[m][v]);
+            }
+        }
+        return;
+    }
     THL_UNROLL for (int v = 0; v < V; ++v) {
         const int64_t row = s.row + v * kLaneRows, rows = s.rows - v * kLaneRows;
         const __mmask16 present = rows >= kLaneRows ? 0xFFFF : (1u << rows) - 1;
-        __m512 scale = _mm512_setzero_ps(), bias = scale;
-        if (last) {
-            scale = _mm512_maskz_loadu_ps(present, a.scales + row);
-            if (a.bias) bias = _mm512_maskz_loadu_ps(present, a.bias + row);
-        }
+        const __m512 scale = _mm512_maskz_loadu_ps(present, a.scales + row);
+        const __m512 bias = a.bias ? _mm512_maskz_loadu_ps(present, a.bias + row) : _mm512_setzero_ps();
         THL_UNROLL for (int m = 0; m < M; ++m) {
-            __m256 out[2];
-            const double offset = -128.0 * static_cast<double>(a.x->sum(b + m, s.begin, s.end));
-            THL_UNROLL for (int half = 0; half < 2; ++half) {
-                const auto doubles = [half](__m512i v) __attribute__((always_inline)) {
-                    return _mm512_cvtepi32_pd(half ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v));
-                };
-                const auto widened = [half](__m512 v) __attribute__((always_inline)) {
-                    return _mm512_cvtps_pd(half ? _mm512_extractf32x8_ps(v, 1) : _mm512_castps512_ps256(v));
-                };
-                double* carried = partial + m * kStripRows + v * kLaneRows + half * 8;
-                // Whole numbers below 2^53: exact, fused or not.
-                __m512d sum = _mm512_fmadd_pd(doubles(high[m][v]), _mm512_set1_pd(256.0), _mm512_set1_pd(offset));
-                sum = _mm512_add_pd(sum, doubles(low[m][v]));
-                if (!first) sum = _mm512_add_pd(sum, _mm512_load_pd(carried));
-                if (!last) {
-                    _mm512_store_pd(carried, sum);
-                    continue;
+            const int64_t offset = -128 * a.x->sum(b + m, 0, a.x->columns);
+            __m512 value;
+            if (s.end <= kStripColumns) {  // at most 512 * 128 * 32639: the sum fits 32 bits, its terms may wrap around
+                const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[m][v], 8), low[m][v]);
+                value = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, _mm512_set1_epi32(static_cast<int32_t>(offset))));
+            } else {  // whole numbers below 2^53: exact, fused or not
+                __m256 half[2];
+                THL_UNROLL for (int i = 0; i < 2; ++i) {
+                    const auto doubles = [i](__m512i x) __attribute__((always_inline)) {
+                        return _mm512_cvtepi32_pd(i ? _mm512_extracti64x4_epi64(x, 1) : _mm512_castsi512_si256(x));
+                    };
+                    const __m512d sum = _mm512_fmadd_pd(doubles(high[m][v]), _mm512_set1_pd(256.0),
+                                                        _mm512_set1_pd(static_cast<double>(offset)));
+                    half[i] = _mm512_cvtpd_ps(_mm512_add_pd(sum, doubles(low[m][v])));
                 }
-                sum = _mm512_mul_pd(_mm512_mul_pd(sum, widened(scale)), _mm512_set1_pd(a.x->scales[b + m]));
-                if (a.bias) sum = _mm512_add_pd(sum, widened(bias));
-                out[half] = _mm512_cvtpd_ps(sum);
+                value = _mm512_insertf32x8(_mm512_castps256_ps512(half[0]), half[1], 1);
             }
-            if (last)
-                _mm512_mask_storeu_ps(a.out + (b + m) * a.out_stride + row, present,
-                                      _mm512_insertf32x8(_mm512_castps256_ps512(out[0]), out[1], 1));
+            value = _mm512_mul_ps(_mm512_mul_ps(value, _mm512_set1_ps(a.x->scales[b + m])), scale);
+            if (a.bias) value = _mm512_add_ps(value, bias);
+            _mm512_mask_storeu_ps(a.out + (b + m) * a.out_stride + row, present, value);
         }
     }
 }
 
+// Weights that will be needed next: columns [begin, end) of `rows` rows.
+struct Coming {
+    const int8_t* w;
+    int64_t stride, rows, columns;
+
+    void prefetch(int64_t first, int64_t last) const {
+        for (int64_t r = first; r < last; ++r)
+            for (int64_t c = 0; c < columns; c += 64) _mm_prefetch(w + r * stride + c, _MM_HINT_T0);
+    }
+};
+
 template <int V>
-void strip_batch(const Int8Linear& a, const Strip& s, int64_t first, int64_t last, double* partial) {
+void strip_batch(const Int8Linear& a, const Strip& s, int64_t first, int64_t last, int32_t* carried,
+                 const Coming& coming) {
     // Tiles of nearly equal height: a low one does not keep the multipliers busy.
-    for (int64_t tiles = (last - first + kTileBatch - 1) / kTileBatch; tiles > 0; --tiles) {
+    const int64_t all = (last - first + kTileBatch - 1) / kTileBatch;
+    for (int64_t tiles = all; tiles > 0; --tiles) {
+        coming.prefetch(coming.rows * (all - tiles) / all, coming.rows * (all - tiles + 1) / all);
         const int64_t height = (last - first + tiles - 1) / tiles;
         switch (height) {
-            case 1: strip_tile<1, V>(a, s, first, partial); break;
-            case 2: strip_tile<2, V>(a, s, first, partial); break;
-            case 3: strip_tile<3, V>(a, s, first, partial); break;
-            case 4: strip_tile<4, V>(a, s, first, partial); break;
-            case 5: strip_tile<5, V>(a, s, first, partial); break;
-            default: strip_tile<6, V>(a, s, first, partial);
+            case 1: strip_tile<1, V>(a, s, first, carried); break;
+            case 2: strip_tile<2, V>(a, s, first, carried); break;
+            case 3: strip_tile<3, V>(a, s, first, carried); break;
+            case 4: strip_tile<4, V>(a, s, first, carried); break;
+            case 5: strip_tile<5, V>(a, s, first, carried); break;
+            default: strip_tile<6, V>(a, s, first, carried);
         }
         first += height;
-        partial += height * kStripRows;
+        carried += height * V * 2 * kLaneRows;
     }
 }
 
+// `next`: rows that follow the strip.
 template <int V>
-void strip_product(const Int8Linear& a, int64_t row, int64_t rows, int64_t first, int64_t last) {
+void strip_product(const Int8Linear& a, int64_t row, int64_t rows, int64_t next, int64_t first, int64_t last) {
     alignas(64) uint8_t weights[V * kLaneRows * kStripColumns];
-    const int64_t columns = a.x->columns;
-    if (columns <= kStripColumns) {
-        interleave_strip<V>(a, row, rows, 0, columns, weights);
-        strip_batch<V>(a, {row, rows, 0, columns, weights}, first, last, nullptr);
-        return;
-    }
-    alignas(64) double partial[kStripBatch * kStripRows];
-    for (int64_t b = first; b < last; b += kStripBatch) {
+    alignas(64) int32_t carried[kStripBatch * V * 2 * kLaneRows];
+    const int64_t columns = a.x->columns, batch = columns <= kStripColumns ? last - first : kStripBatch;
+    for (int64_t b = first; b < last; b += batch) {
+        const int64_t stop = std::min(last, b + batch);
         for (int64_t begin = 0; begin < columns; begin += kStripColumns) {
-            const int64_t end = begin + kStripColumns < columns ? begin + kStripColumns : columns;
+            const int64_t end = std::min(columns, begin + kStripColumns);
+            const int8_t* w = a.w + row * a.w_stride;
+            const Coming coming = end < columns
+                ? Coming{w + end, a.w_stride, rows, std::min(columns - end, kStripColumns)}
+                : Coming{w + rows * a.w_stride, a.w_stride, stop < last ? 0 : next, std::min(columns, kStripColumns)};
             interleave_strip<V>(a, row, rows, begin, end, weights);
-            strip_batch<V>(a, {row, rows, begin, end, weights}, b, b + kStripBatch < last ? b + kStripBatch : last,
-                           partial);
+            strip_batch<V>(a, {row, rows, begin, end, weights}, b, stop, carried, coming);
         }
     }
 }
 
 void int8_product(const Int8Linear& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
     for (int64_t row = begin; row < end; row += kStripRows) {
-        const int64_t rows = end - row < kStripRows ? end - row : kStripRows;
-        if (rows > kLaneRows) strip_product<2>(a, row, rows, first, last);
-        else strip_product<1>(a, row, rows, first, last);
+        const int64_t rows = std::min(end - row, kStripRows), next = std::min(end - row - rows, kStripRows);
+        if (rows > kLaneRows) strip_product<2>(a, row, rows, next, first, last);
+        else strip_product<1>(a, row, rows, next, first, last);
     }
 }
 

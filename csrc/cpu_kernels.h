@@ -31,10 +31,24 @@ struct PackedActivations {
     struct alignas(64) Digits { int8_t high[kDigitBlock], low[kDigitBlock]; };
 
     int64_t batch = 0, columns = 0, padded = 0;
-    std::vector<Integers> integers;   // [batch, padded / 64]
+    std::vector<Integers> integers;   // [batch, padded / 64], and more: all four keep memory from earlier uses
     std::vector<Digits> digits;       // [batch, padded / 64]
     std::vector<int64_t> prefix;      // [batch, padded / 128 + 1]: sum of q over the groups before
     std::vector<float> scales;        // [batch]; NaN where the row holds a NaN or an infinity
+
+    // Keeps memory that is too large: growing back would fill it with zeros.
+    void reshape(int64_t new_batch, int64_t new_columns) {
+        batch = new_batch;
+        columns = new_columns;
+        padded = (columns + kGroup - 1) / kGroup * kGroup;
+        const auto fit = [](auto& memory, int64_t count) {
+            if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
+        };
+        fit(integers, batch * padded / kDigitBlock);
+        fit(digits, batch * padded / kDigitBlock);
+        fit(prefix, batch * (padded / kGroup + 1));
+        fit(scales, batch);
+    }
 
     int16_t* q(int64_t b) { return integers.data()->q + b * padded; }
     const int16_t* q(int64_t b) const { return integers.data()->q + b * padded; }

@@ -193,11 +193,9 @@ void pack(const float* x, int64_t b, PackedActivations& packed) {
     }
 }
 
-// Sums of products become floats in double precision, where nothing but the last rounding shows.
-THL_INLINE void finish_int8(const Int8Linear& a, int64_t row, int64_t b, double value) {
-    value *= a.x->scales[b];
+THL_INLINE void finish_int8(const Int8Linear& a, int64_t row, int64_t b, float value) {
     if (a.bias) value += a.bias[row];
-    a.out[b * a.out_stride + row] = static_cast<float>(value);
+    a.out[b * a.out_stride + row] = value;
 }
 
 // Rows [row, row + rows) of the weights times up to 8 rows of activations. Long rows are cut into columns blocks
@@ -237,8 +235,8 @@ void int8_rows(const Int8Linear& a, int64_t row, int64_t rows, int64_t b0, int64
     }
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t b = 0; b < batch; ++b)
-            finish_int8(a, row + r, b0 + b,
-                        static_cast<double>(dots[r * kBatchChunk + b]) * a.scales[(row + r) * a.scales_stride]);
+            finish_int8(a, row + r, b0 + b, static_cast<float>(dots[r * kBatchChunk + b]) * a.x->scales[b0 + b] *
+                                                a.scales[(row + r) * a.scales_stride]);
 }
 
 template <int B>
@@ -253,7 +251,7 @@ void int8_grouped(const Int8Linear& a, int64_t row, int64_t b0) {
         int8_dot<B>(w + begin, *a.x, b0, begin, end, w + end, dots);
         for (int b = 0; b < B; ++b) sums[b] += static_cast<double>(dots[b]) * scales[begin / kGroup];
     }
-    for (int b = 0; b < B; ++b) finish_int8(a, row, b0 + b, sums[b]);
+    for (int b = 0; b < B; ++b) finish_int8(a, row, b0 + b, static_cast<float>(sums[b] * a.x->scales[b0 + b]));
 }
 
 void linear_int8(const Int8Linear& a, int64_t begin, int64_t end) {
@@ -373,11 +371,15 @@ THL_INLINE Moments moments(const float* x, int64_t n) {
     if (i < n) add(sum, load_tail(x + i, n - i));
     const float mean = total(sum) / static_cast<float>(n);
 
-    float squares[kLanes] = {};
-    for (int64_t j = 0; j < n; j += kLanes) {
-        const int64_t count = n - j < kLanes ? n - j : kLanes;
-        for (int64_t k = 0; k < count; ++k) squares[k] += (x[j + k] - mean) * (x[j + k] - mean);
+    sum = zero();
+    for (i = 0; i + kLanes <= n; i += kLanes) {
+        Lanes v = load(x + i);
+        THL_UNROLL for (int p = 0; p < kParts; ++p) v.part[p] -= mean;
+        add_product(sum, v, v);
     }
+    float squares[kLanes];
+    store(squares, sum);
+    for (int64_t k = 0; i + k < n; ++k) squares[k] += (x[i + k] - mean) * (x[i + k] - mean);
     return {mean, total(load(squares)) / static_cast<float>(n)};
 }
 

@@ -14,10 +14,15 @@ namespace {
 // A thread gets at least this many bytes of weights: about 2 us of reading, the cost of starting a thread's share.
 constexpr int64_t kGrainBytes = 32 * 1024;
 
+// Bytes of weights read from memory in the time of packing one activation, and with a gate before that.
+constexpr int64_t kPackCost = 4, kGateCost = 8;
+
 int64_t grain_rows(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
 
 // From this many rows of activations on, the products outweigh the rearrangement of the weights.
 constexpr int64_t kManyRows = 8;
+// Their sums of each digit stay within 32 bits for so many columns.
+constexpr int64_t kManyColumns = 65536;
 // A thread gets at least this many products there, again about 2 us, and parts that begin at a register's rows.
 constexpr int64_t kGrainProducts = 256 * 1024, kGrainRows = 16;
 // Rows of activations that repay a second rearrangement of the same weights, where threads outnumber weight rows.
@@ -64,16 +69,9 @@ int64_t weight_bytes(Weight type) { return type == Weight::i8 ? 1 : type == Weig
 
 void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t columns, const Norm& norm,
                       PackedActivations& packed) {
-    packed.batch = batch;
-    packed.columns = columns;
-    packed.padded = (columns + kGroup - 1) / kGroup * kGroup;
-    packed.integers.resize(batch * packed.padded / kDigitBlock);
-    packed.digits.resize(batch * packed.padded / kDigitBlock);
-    packed.prefix.resize(batch * (packed.padded / kGroup + 1));
-    packed.scales.resize(batch);
+    packed.reshape(batch, columns);
     const Kernels& isa = kernels();
-    // Packing 4 bytes takes about as long as reading one of weights from memory.
-    ThreadPool::instance().parallel_for(batch, grain_rows(columns), [&](int64_t begin, int64_t end) {
+    ThreadPool::instance().parallel_for(batch, grain_rows(kPackCost * columns), [&](int64_t begin, int64_t end) {
         thread_local std::vector<float> normalised;
         if (norm.weight) normalised.resize(columns);
         for (int64_t b = begin; b < end; ++b) {
@@ -84,11 +82,26 @@ void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t col
     });
 }
 
+void pack_swiglu(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t batch,
+                 int64_t columns, PackedActivations& packed) {
+    packed.reshape(batch, columns);
+    const Kernels& isa = kernels();
+    ThreadPool::instance().parallel_for(batch, grain_rows(kGateCost * columns), [&](int64_t begin, int64_t end) {
+        thread_local std::vector<float> inner;
+        inner.resize(columns);
+        for (int64_t b = begin; b < end; ++b) {
+            isa.transformer.swiglu(gate + b * gate_stride, up + b * up_stride, columns, inner.data());
+            isa.pack(inner.data(), b, packed);
+        }
+    });
+}
+
 void linear_int8(const Int8Linear& arguments, int64_t rows, const Epilogue& epilogue) {
     const Kernels& isa = kernels();
     const int64_t batch = arguments.x->batch;
     float* out = arguments.out;
-    if (isa.int8_product && batch >= kManyRows && rows > 0 && !arguments.grouped) {
+    if (isa.int8_product && batch >= kManyRows && arguments.x->columns <= kManyColumns && rows > 0 &&
+        !arguments.grouped) {
         int8_product(isa, arguments, rows);
         if (!epilogue.gelu && !epilogue.addend) return;
         ThreadPool::instance().parallel_for(batch, grain_rows(rows), [&](int64_t first, int64_t last) {

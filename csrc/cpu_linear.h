@@ -17,6 +17,10 @@ struct Norm {
 void pack_activations(const float* x, int64_t stride, int64_t batch, int64_t columns, const Norm& norm,
                       PackedActivations& packed);
 
+// Of silu(gate) * up.
+void pack_swiglu(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride, int64_t batch,
+                 int64_t columns, PackedActivations& packed);
+
 // What follows a product while it is in the cache: out = addend + gelu(out), each where asked for.
 struct Epilogue {
     bool gelu = false;

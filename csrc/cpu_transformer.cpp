@@ -144,8 +144,10 @@ void attention(const Attention& a) {
     const int64_t most = std::clamp<int64_t>(kScoreFloats / a.keys / 4 * 4, 4, kQueryRows);
     const int64_t blocks = blocks_of(rows, most);
     const int64_t grain = share(kGrainProducts, std::min(most, rows) * a.keys * a.d);
+    const auto turn = kernels().transformer.rotate;
     ThreadPool::instance().parallel_for(a.batch * a.key_heads * blocks, grain, [&](int64_t begin, int64_t end) {
         std::vector<float> scratch(std::min(most, rows) * a.keys + a.d * kKeyBlock);
+        std::vector<float> turned(a.cos ? (std::min(most, rows) + a.keys) * a.d : 0);
         const float* queries[kQueryRows];
         float* outs[kQueryRows];
         const uint8_t* blocked[kQueryRows];
@@ -155,14 +157,25 @@ void attention(const Attention& a) {
             for (int64_t r = 0; r < count; ++r) {
                 const int64_t h = key_head * groups + (first + r) / a.rows, t = (first + r) % a.rows;
                 queries[r] = a.query.row(b, h, t);
+                if (a.cos) {
+                    turn(queries[r], a.cos + t * a.d, a.sin + t * a.d, a.d, turned.data() + r * a.d);
+                    queries[r] = turned.data() + r * a.d;
+                }
                 outs[r] = a.out.row(b, h, t);
                 if (a.blocked)
                     blocked[r] =
                         a.blocked + b * a.blocked_stride[0] + h * a.blocked_stride[1] + t * a.blocked_stride[2];
             }
-            kernel({queries, outs, a.blocked ? blocked : nullptr, count, a.keys, a.d, a.key.row(b, key_head, 0),
-                    a.value.row(b, key_head, 0), a.key.stride[2], a.value.stride[2], a.scale, scratch.data(),
-                    scratch.data() + std::min(most, rows) * a.keys});
+            const float* key = a.key.row(b, key_head, 0);
+            if (a.cos) {
+                float* keys = turned.data() + std::min(most, rows) * a.d;
+                for (int64_t k = 0; k < a.keys; ++k)
+                    turn(key + k * a.key.stride[2], a.cos + k * a.d, a.sin + k * a.d, a.d, keys + k * a.d);
+                key = keys;
+            }
+            kernel({queries, outs, a.blocked ? blocked : nullptr, count, a.keys, a.d, key,
+                    a.value.row(b, key_head, 0), a.cos ? a.d : a.key.stride[2], a.value.stride[2], a.scale,
+                    scratch.data(), scratch.data() + std::min(most, rows) * a.keys});
         }
     });
 }

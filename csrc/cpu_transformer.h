@@ -39,6 +39,7 @@ struct Attention {
     const uint8_t* blocked;     // null for none
     int64_t blocked_stride[3];  // over batch, heads and rows; keys are contiguous
     float scale;
+    const float *cos, *sin;     // tables [rows, d] by which queries and keys, as many, are rotated; null for none
 };
 
 void attention(const Attention& arguments);

@@ -89,46 +89,51 @@ float upper_bound(const float* x, int64_t n, float quantile) {
 
 // scores[r, k] = query r . key k for R rows of queries and `count` keys, transposed to [d, kKeyBlock]. Each sum runs
 // in the lanes and the order of `total`, as if lane l added up features l, l + 16, ...: a lone query, whose product
-// goes along the keys' features, gets the same bits.
-template <int R>
+// goes along the keys' features, gets the same bits. D is d, or 0 for a width that loops have not been unrolled for.
+template <int R, int D>
 THL_INLINE void lane_sums(const float* const* queries, const float* keys, int64_t d, int64_t lane, Lanes (&sum)[R]) {
-    THL_UNROLL for (int r = 0; r < R; ++r) sum[r] = zero();
-    for (int64_t j = lane; j < d; j += kLanes) {
+    // Not 0 + the first product: that differs in the sign of a zero, which the softmax does not see.
+    const Lanes first = load(keys + lane * kKeyBlock);
+    THL_UNROLL for (int r = 0; r < R; ++r)
+        THL_UNROLL for (int p = 0; p < kParts; ++p) sum[r].part[p] = first.part[p] * queries[r][lane];
+    THL_UNROLL for (int64_t j = lane + kLanes; j < (D ? D : d); j += kLanes) {
         const Lanes key = load(keys + j * kKeyBlock);
         THL_UNROLL for (int r = 0; r < R; ++r) add_product(sum[r], key, queries[r][j]);
     }
 }
 
 // The sums of lanes lane, lane + stride, ... in the order of `total`: halves until single lanes are left.
-template <int R, int kStride>
+template <int R, int D, int kStride>
 THL_INLINE void tree_sums(const float* const* queries, const float* keys, int64_t d, int64_t lane, Lanes (&sum)[R]) {
     if constexpr (kStride == kLanes) {
-        lane_sums<R>(queries, keys, d, lane, sum);
+        lane_sums<R, D>(queries, keys, d, lane, sum);
     } else {
-        tree_sums<R, kStride * 2>(queries, keys, d, lane, sum);
-        if (lane + kStride < d) {
+        tree_sums<R, D, kStride * 2>(queries, keys, d, lane, sum);
+        if (lane + kStride < (D ? D : d)) {
             Lanes other[R];
-            tree_sums<R, kStride * 2>(queries, keys, d, lane + kStride, other);
+            tree_sums<R, D, kStride * 2>(queries, keys, d, lane + kStride, other);
             THL_UNROLL for (int r = 0; r < R; ++r) add(sum[r], other[r]);
         }
     }
 }
 
-template <int R>
+template <int R, int D>
 void score_block(const AttentionRows& a, int64_t row, int64_t first, int64_t count) {
+    const float* queries[R];
+    THL_UNROLL for (int r = 0; r < R; ++r) queries[r] = a.queries[row + r];
     for (int64_t k = 0; k < count; k += kLanes) {
         Lanes even[R], odd[R];
         // total() ends with (0 + 2) + (1 + 3).
         const auto pair = [&](int64_t lane, Lanes (&sum)[R]) __attribute__((always_inline)) {
-            tree_sums<R, 4>(a.queries + row, a.transposed + k, a.d, lane, sum);
-            if (lane + 2 < a.d) {
+            tree_sums<R, D, 4>(queries, a.transposed + k, a.d, lane, sum);
+            if (lane + 2 < (D ? D : a.d)) {
                 Lanes other[R];
-                tree_sums<R, 4>(a.queries + row, a.transposed + k, a.d, lane + 2, other);
+                tree_sums<R, D, 4>(queries, a.transposed + k, a.d, lane + 2, other);
                 THL_UNROLL for (int r = 0; r < R; ++r) add(sum[r], other[r]);
             }
         };
         pair(0, even);
-        if (a.d > 1) {
+        if ((D ? D : a.d) > 1) {
             pair(1, odd);
             THL_UNROLL for (int r = 0; r < R; ++r) add(even[r], odd[r]);
         }
@@ -137,6 +142,40 @@ void score_block(const AttentionRows& a, int64_t row, int64_t first, int64_t cou
             if (count - k >= kLanes) store(out, even[r]);
             else store_tail(out, even[r], count - k);
         }
+    }
+}
+
+template <int D>
+void score_blocks(const AttentionRows& a, int64_t first, int64_t count) {
+    int64_t r = 0;
+    for (; r + 4 <= a.rows; r += 4) score_block<4, D>(a, r, first, count);
+    for (; r < a.rows; ++r) score_block<1, D>(a, r, first, count);
+}
+
+typedef float Quad __attribute__((vector_size(16)));
+
+// out [d, kKeyBlock] from `count` keys; in tiles of four by four.
+void transpose_keys(const float* keys, int64_t stride, int64_t count, int64_t d, float* out) {
+    for (int64_t k = 0; k < count; k += 4) {
+        const int64_t rows = count - k < 4 ? count - k : 4;
+        const float* from = keys + k * stride;
+        float* to = out + k;
+        int64_t j = 0;
+        for (; rows == 4 && j + 4 <= d; j += 4) {
+            Quad row[4], pair[4];
+            for (int i = 0; i < 4; ++i) __builtin_memcpy(&row[i], from + i * stride + j, sizeof row[i]);
+            for (int i = 0; i < 2; ++i) {
+                pair[2 * i] = __builtin_shufflevector(row[i], row[i + 2], 0, 4, 1, 5);
+                pair[2 * i + 1] = __builtin_shufflevector(row[i], row[i + 2], 2, 6, 3, 7);
+            }
+            for (int i = 0; i < 2; ++i) {
+                row[2 * i] = __builtin_shufflevector(pair[i], pair[i + 2], 0, 4, 1, 5);
+                row[2 * i + 1] = __builtin_shufflevector(pair[i], pair[i + 2], 2, 6, 3, 7);
+            }
+            for (int i = 0; i < 4; ++i) __builtin_memcpy(to + (j + i) * kKeyBlock, &row[i], sizeof row[i]);
+        }
+        for (; j < d; ++j)
+            for (int64_t i = 0; i < rows; ++i) to[j * kKeyBlock + i] = from[i * stride + j];
     }
 }
 
@@ -150,19 +189,19 @@ void attention_scores(const AttentionRows& a) {
     }
     for (int64_t first = 0; first < a.keys; first += kKeyBlock) {
         const int64_t count = a.keys - first < kKeyBlock ? a.keys - first : kKeyBlock;
-        for (int64_t k = 0; k < count; ++k) {
-            const float* key = a.key + (first + k) * a.key_stride;
-            for (int64_t j = 0; j < a.d; ++j) a.transposed[j * kKeyBlock + k] = key[j];
+        transpose_keys(a.key + first * a.key_stride, a.key_stride, count, a.d, a.transposed);
+        switch (a.d) {
+            case 16: score_blocks<16>(a, first, count); break;
+            case 20: score_blocks<20>(a, first, count); break;
+            case 32: score_blocks<32>(a, first, count); break;
+            case 64: score_blocks<64>(a, first, count); break;
+            default: score_blocks<0>(a, first, count);
         }
-        int64_t r = 0;
-        for (; r + 4 <= a.rows; r += 4) score_block<4>(a, r, first, count);
-        for (; r < a.rows; ++r) score_block<1>(a, r, first, count);
     }
 }
 
-// exp(scale * score - the largest of them) in place, 0 where blocked; returns the sum.
-float exponentials(float* scores, int64_t n, float scale, const uint8_t* blocked_bytes) {
-    const auto* blocked = reinterpret_cast<const int8_t*>(blocked_bytes);
+// Scales scores in place, -inf where blocked; returns the largest.
+float scaled_scores(float* scores, int64_t n, float scale, const int8_t* blocked) {
     const FloatV none = FloatV{} - __builtin_inff();
     FloatV largest = none;
     map(scores, n, scores, [&](FloatV v, int64_t i, int64_t count) __attribute__((always_inline)) {
@@ -173,17 +212,29 @@ float exponentials(float* scores, int64_t n, float scale, const uint8_t* blocked
         largest = candidates > largest ? candidates : largest;
         return v;
     });
-    float most = largest[0];
-    for (int i = 1; i < kWidth; ++i) most = largest[i] > most ? largest[i] : most;
+    float lane[kLanes];
+    THL_UNROLL for (int p = 0; p < kParts; ++p) __builtin_memcpy(lane + p * kWidth, &largest, sizeof largest);
+    const auto halve = [&](int half) __attribute__((always_inline)) {
+        THL_UNROLL for (int i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
+    };
+    halve(8), halve(4), halve(2), halve(1);
+    return lane[0];
+}
+
+// exp(score - most) in place, 0 where blocked.
+void exponentials(float* scores, int64_t n, float most, const int8_t* blocked) {
     map(scores, n, scores, [&](FloatV v, int64_t i, int64_t count) __attribute__((always_inline)) {
         v = exp_f32(v - most);
         if (blocked) v = first_of(blocked + i, count) != 0.0f ? FloatV{} : v;  // which exp_f32 does not reach
         return v;
     });
+}
+
+float sum_of(const float* x, int64_t n) {
     Lanes sum = zero();
     int64_t k = 0;
-    for (; k + kLanes <= n; k += kLanes) add(sum, load(scores + k));
-    if (k < n) add(sum, load_tail(scores + k, n - k));
+    for (; k + kLanes <= n; k += kLanes) add(sum, load(x + k));
+    if (k < n) add(sum, load_tail(x + k, n - k));
     return total(sum);
 }
 
@@ -226,9 +277,14 @@ void mix_rows(const AttentionRows& a, int64_t row, const float* inverse) {
 
 void attention(const AttentionRows& a) {
     attention_scores(a);
-    float inverse[kQueryRows];
-    for (int64_t r = 0; r < a.rows; ++r)
-        inverse[r] = 1.0f / exponentials(a.scores + r * a.keys, a.keys, a.scale, a.blocked ? a.blocked[r] : nullptr);
+    // Each phase for all rows: within a row they wait for each other.
+    const auto blocked = [&](int64_t r) {
+        return a.blocked ? reinterpret_cast<const int8_t*>(a.blocked[r]) : nullptr;
+    };
+    float most[kQueryRows], inverse[kQueryRows];
+    for (int64_t r = 0; r < a.rows; ++r) most[r] = scaled_scores(a.scores + r * a.keys, a.keys, a.scale, blocked(r));
+    for (int64_t r = 0; r < a.rows; ++r) exponentials(a.scores + r * a.keys, a.keys, most[r], blocked(r));
+    for (int64_t r = 0; r < a.rows; ++r) inverse[r] = 1.0f / sum_of(a.scores + r * a.keys, a.keys);
     int64_t r = 0;
     for (; r + 4 <= a.rows; r += 4) mix_rows<4>(a, r, inverse + r);
     for (; r < a.rows; ++r) mix_rows<1>(a, r, inverse + r);

@@ -10,8 +10,9 @@ namespace thl {
 namespace {
 
 // How long a waiting thread spins before it sleeps in the kernel. Waking a sleeper costs 5 to 50 us in a virtual
-// machine; the pauses between the calls of a decode step are a few us, so spinning bridges them.
-constexpr std::chrono::microseconds kSpin{60};
+// machine; the pauses between the calls of a decode step are a few us, up to 100 where one thread suffices for some
+// calls in a row, so spinning bridges them.
+constexpr std::chrono::microseconds kSpin{200};
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)

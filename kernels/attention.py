@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from thl_engine.kernels.rotary import rotate
+
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: Tensor | None = None) -> Tensor:
     """softmax(scale * query keyᵀ) value for each head.
@@ -17,6 +19,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
     if blocked is not None:
         scores = scores.masked_fill(blocked, float("-inf"))
     return torch.softmax(scores, dim=-1) @ value
+
+
+def rotary_attention(joined: Tensor, heads: int, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """Attention of every position to every position, later ones included, from one product with all projections.
+
+    joined [B, T, 3·A·d]: the queries of all A heads, then their keys, then their values. Queries and keys are rotated
+    by the tables [T, d]. Returns [B, T, A·d].
+    """
+    query, key, value = joined.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, A, T, d]
+    return attention(rotate(query, cos, sin), rotate(key, cos, sin), value, scale).transpose(1, 2).flatten(2)
 
 
 def causal(rows: int, past: int, device: torch.device | str = "cpu", window: int | None = None) -> Tensor:

@@ -9,6 +9,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def add_layer_norm(x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + addend, both [..., D], and its `layer_norm`: a residual sum with the normalisation behind it."""
+    total = x + addend
+    return total, layer_norm(total, weight, bias, eps)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467)."""
     x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)

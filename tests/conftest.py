@@ -18,6 +18,7 @@ from thl_engine.models import thl
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = Path(__file__).parents[2] / "shared" / "parity"  # more cases may lie here than in the repository
 BACKENDS = ["reference", *(["native"] if native.available() else [])]
+ISAS = native.available_isas() if native.available() else []
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,34 @@ def load_case(folder: Path) -> Case:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Results begin as NaN, or an absurd integer, so that one that is not written shows."""
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        out = empty(*shape, **options)
+        return out.fill_(float("nan") if out.dtype.is_floating_point else torch.iinfo(out.dtype).min)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def native_settings():
+    """Fresh random numbers and, afterwards, the instruction set and threads as they were."""
+    torch.manual_seed(0)
+    isa, threads = native.isa(), native.threads()
+    yield
+    native.set_isa(isa)
+    native.set_threads(threads)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    native.set_isa(request.param)
     return request.param
 
 

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from native_inputs import close_everywhere as close
+from native_inputs import everywhere, needs_native
 
 from thl_engine import native
 from thl_engine.kernels import attention as attention_kernels
@@ -12,55 +14,10 @@ from thl_engine.ops import NativeOps, ReferenceOps
 from thl_engine.quant import dequantize_rows, quantize_rows
 from thl_engine.weights import Held, Part
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.reason()))
+pytestmark = [needs_native, pytest.mark.usefixtures("native_settings", "poison")]
 
-ISAS = native.available_isas() if native.available() else []
 STORED = ["int8", "grouped", "float32", "bfloat16"]
 REFERENCE, NATIVE = ReferenceOps(), NativeOps()
-
-
-@pytest.fixture(autouse=True)
-def settings():
-    """Fresh random numbers and, afterwards, the instruction set and threads as they were."""
-    torch.manual_seed(0)
-    isa, threads = native.isa(), native.threads()
-    yield
-    native.set_isa(isa)
-    native.set_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Results begin as NaN, or an absurd integer, so that one that is not written shows."""
-    empty = torch.empty
-
-    def poisoned(*shape, **options):
-        out = empty(*shape, **options)
-        return out.fill_(float("nan") if out.dtype.is_floating_point else torch.iinfo(out.dtype).min)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def everywhere(run):
-    """The result of run(), a tensor or several, which every instruction set and number of threads gives bit for bit."""
-    found = None
-    for isa in ISAS:
-        for threads in (1, 2, 3):
-            native.set_isa(isa)
-            native.set_threads(threads)
-            out = run()
-            out = [out] if isinstance(out, torch.Tensor) else list(out)
-            found = found or [t.clone() for t in out]
-            assert all(torch.equal(a, b) for a, b in zip(found, out, strict=True)), (isa, threads)
-    return found if len(found) > 1 else found[0]
-
-
-def close(found, expected, tolerance=1e-6):
-    """Within `tolerance` of the norm of what is expected, and of its largest entry everywhere."""
-    assert found.shape == expected.shape and not found.isnan().any()
-    error, expected = found.double() - expected, expected.double()
-    assert error.norm() <= tolerance * expected.norm()
-    assert error.abs().max() <= 4 * tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 160), (1, 64, 256), (17, 1531)])
@@ -140,6 +97,51 @@ def test_attention(batch, heads, key_heads, rows, keys, width):
             assert torch.equal(found[:1], NATIVE.attention(query[:1], key[:1], value[:1], scale))
 
 
+@pytest.mark.parametrize(("batch", "heads", "rows", "width"), [(1, 8, 64, 32), (2, 3, 5, 2), (3, 1, 1, 18),
+                                                               (1, 2, 131, 40)])
+def test_rotary_attention(batch, heads, rows, width):
+    joined = torch.randn(batch, rows + 2, 3 * heads * width + 5)[:, 1:-1, : 3 * heads * width]
+    cos, sin = rotary.rotary_tables(torch.arange(rows), 1.0 / 10000.0 ** (torch.arange(0, width, 2) / width))
+    found = everywhere(lambda: NATIVE.rotary_attention(joined, heads, cos, sin, 0.3))
+    close(found, attention_kernels.rotary_attention(joined.double(), heads, cos.double(), sin.double(), 0.3), 2e-6)
+    assert torch.equal(found[:1], NATIVE.rotary_attention(joined[:1], heads, cos, sin, 0.3))
+    query, key, value = joined.unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)
+    apart = NATIVE.attention(NATIVE.rotate(query, cos, sin), NATIVE.rotate(key, cos, sin), value, 0.3)
+    assert torch.equal(found, apart.transpose(1, 2).flatten(2))
+
+
+class Paged(Held):
+    """A matrix in several parts, which are overwritten once the next one is asked for, like a streamed one's."""
+
+    def parts(self):
+        memory = None
+        for start in range(0, self.shape[0], 37):
+            rows = slice(start, min(start + 37, self.shape[0]))
+            if memory is not None:
+                memory.data.zero_()
+            scales = None if self.scales is None else self.scales[rows]
+            memory = Part(rows.start, rows.stop, self.data[rows].clone(), scales, self.group)
+            yield memory
+        memory.data.zero_()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 77), (2, 3, 130), (1, 64, 160)])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_linear_maps_of_the_same_activations(shape, quantized):
+    x, gate, up = torch.randn(*shape[:-1], 3 * shape[-1]).chunk(3, dim=-1)
+    matrices = []
+    for rows in (5, 48):
+        w = torch.randn(rows, shape[-1])
+        matrices.append(Held(*quantize_rows(w)) if quantized else Held(w))
+    for found, matrix in zip(everywhere(lambda: NATIVE.linears(x, matrices)), matrices, strict=True):
+        close(found, REFERENCE.linear(x, matrix), 1e-4 if quantized else 1e-6)
+        assert torch.equal(found, NATIVE.linear(x, Paged(*vars(matrix).values())))
+        inner = everywhere(lambda matrix=matrix: NATIVE.swiglu_linear(gate, up, matrix))
+        close(inner, REFERENCE.swiglu_linear(gate, up, matrix), 1e-4 if quantized else 1e-6)
+        assert torch.equal(inner, NATIVE.linear(NATIVE.swiglu(gate, up), matrix))
+        assert torch.equal(inner, NATIVE.swiglu_linear(gate, up, Paged(*vars(matrix).values())))
+
+
 def test_attention_is_exact_about_what_is_blocked():
     query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
     blocked = torch.rand(5, 9) < 0.5
@@ -162,21 +164,6 @@ def test_prefix_read(batch, positions, rank, slots, width):
               REFERENCE.prefix_read(query.double(), rows.double(), 0.25), 2e-6)
 
 
-class Paged(Held):
-    """A matrix in several parts, which are overwritten once the next one is asked for, like a streamed one's."""
-
-    def parts(self):
-        memory = None
-        for start in range(0, self.shape[0], 37):
-            rows = slice(start, min(start + 37, self.shape[0]))
-            if memory is not None:
-                memory.data.zero_()
-            scales = None if self.scales is None else self.scales[rows]
-            memory = Part(rows.start, rows.stop, self.data[rows].clone(), scales, self.group)
-            yield memory
-        memory.data.zero_()
-
-
 @pytest.mark.parametrize("kind", ["float", "int8", "grouped"])
 def test_geglu_with_the_product_before_it(kind):
     """Rows of the matrix that the gate leaves out are not read: with the bits of reading all."""
@@ -185,7 +172,7 @@ def test_geglu_with_the_product_before_it(kind):
     for rows in (1, 2, 5):
         gate, x = torch.randn(rows, 1, 301), torch.randn(rows, 1, 200)
         gate[:, :, :40] = -9.0  # nothing is left of the first part
-        for quantile in (None, 1.6448536, -1.0, 50.0):
+        for quantile in (1.6448536, -1.0, 50.0):
             found = everywhere(lambda g=gate, x=x, q=quantile: NATIVE.geglu_linear(g, x, matrix, q))
             assert torch.equal(found, NATIVE.geglu(gate, NATIVE.linear(x, matrix), quantile))
             assert found.shape == gate.shape and (quantile != 50.0 or not found.any())
@@ -313,3 +300,11 @@ def test_wrong_arguments():
         NATIVE.swiglu(torch.randn(2, 3), torch.randn(2, 4))
     with pytest.raises(ValueError, match="addend"):
         NATIVE.add_rms_norm(torch.randn(2, 3), torch.randn(3, 3), None, 1e-5)
+    with pytest.raises(ValueError, match="joined: expected queries, keys and values of 2 heads of even width"):
+        NATIVE.rotary_attention(torch.randn(1, 5, 18), 2, torch.randn(5, 3), torch.randn(5, 3), 1.0)
+    with pytest.raises(ValueError, match="sin"):
+        NATIVE.rotary_attention(torch.randn(1, 5, 24), 2, torch.randn(5, 4), torch.randn(4, 4), 1.0)
+    with pytest.raises(ValueError, match="up"):
+        native.pack_swiglu(torch.randn(2, 3), torch.randn(3, 3))
+    with pytest.raises(ValueError, match="x: expected rows at even distances"):
+        native.pack_activations(torch.randn(2, 3, 4)[:, :2])

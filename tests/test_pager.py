@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thl_engine import BudgetError, CheckpointError, Engine
+from thl_engine.kernels.linear import widen
 from thl_engine.models import thl
-from thl_engine.paged_weights import load_vectors
+from thl_engine.paged_weights import load_vectors, paged_weights
 from thl_engine.pager import Pager, Ring
 from thl_engine.plan import LEAST_SLOTS, PageSchedule, make_plan, pins
 from thl_engine.reader import Reader
@@ -219,6 +220,28 @@ def test_any_budget_serves_everything_within_it(store, extra, runs):
     fetched = pager.traffic.page_misses + len(pager._fresh)
     assert fetched == expected
     pager.close()
+
+
+@pytest.mark.parametrize("quantize", ["int8", "none"])
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("name", ["embedding.weight", "output_head.weight"])
+def test_rows_are_gathered_in_any_order(quantize, pinned, name):
+    """Of a table and of a matrix: different ids, repeated ones, one, none; from pinned pages and read at once."""
+    with spool_tensors("thl", SMALL.to_dict(), random_weights(SMALL), quantize, in_memory=False) as store:
+        tensor, vectors = store.tensors[name], load_vectors(store)
+        pages = [page.index for page in tensor.pages] if pinned else []
+        pager = Pager(store, Reader(store.files, direct=False), vectors, pages, 0, 0, 0)
+        weights = paged_weights(store, pager, vectors)
+        whole = widen(store.read(name), None if tensor.scales is None else vectors[tensor.scales], tensor.group)
+        every = torch.randperm(tensor.shape[0], generator=torch.Generator().manual_seed(0))
+        found = []
+        for ids in (every, torch.tensor([3, 0, 3, 3, 7, 0]), torch.tensor([[5], [tensor.shape[0] - 1]]), every[:1],
+                    every[:0]):
+            found.append(weights[name].rows(ids))
+            assert found[-1].shape == (*ids.shape, tensor.shape[1]) and torch.equal(found[-1], whole[ids])
+        assert torch.equal(found[0], whole[every])  # memory of its own
+        assert (pager.traffic.bytes_gathered == 0) == pinned
+        pager.close()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])

@@ -81,6 +81,11 @@ def pack_activations(x: Tensor, into: "PackedActivations | None" = None, norm: t
     return _native.pack_activations(to_dlpack(x), weight, bias, eps, into)
 
 
+def pack_swiglu(gate: Tensor, up: Tensor, into: "PackedActivations | None" = None) -> "PackedActivations":
+    """`pack_activations` of silu(gate) * up, both [.., C]."""
+    return _native.pack_swiglu(to_dlpack(gate), to_dlpack(up), into)
+
+
 def linear_int8(packed: "PackedActivations", w: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor,
                 start: int = -1, gelu: bool = False, addend: Tensor | None = None) -> None:
     """out [.., R] = x times the transpose of w, int8 [R, C] with scales [R] or [R, ceil(C / 128)], plus bias [R].
@@ -183,7 +188,7 @@ def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Te
 
 
 def rms_norm(x: Tensor, addend: Tensor | None, weight: Tensor | None, eps: float, out: Tensor) -> None:
-    """out [B, d] = s / sqrt(mean(s²) + eps) * weight [d], for s = x [B, d], plus addend [B, d] where there is one."""
+    """out = s / sqrt(mean(s²) + eps) * weight [d] for s = x [.., d] plus, where there is one, addend [.., d]."""
     _native.rms_norm(to_dlpack(x), None if addend is None else to_dlpack(addend),
                      None if weight is None else to_dlpack(weight), eps, to_dlpack(out))
 
@@ -194,7 +199,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 
 def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """out = silu(gate) * up, all [B, d]."""
+    """out = silu(gate) * up, all [.., d]."""
     _native.swiglu(to_dlpack(gate), to_dlpack(up), to_dlpack(out))
 
 
@@ -204,7 +209,7 @@ def gelu(x: Tensor, out: Tensor) -> None:
 
 
 def geglu(gate: Tensor, up: Tensor, quantile: float | None, out: Tensor) -> None:
-    """out = gelu(gate) * up, all [B, d], with the tanh form of GELU.
+    """out = gelu(gate) * up, all [.., d], with the tanh form of GELU.
 
     quantile: of each row of gate only what exceeds its mean by that many standard deviations, None for all of it.
     """
@@ -219,6 +224,41 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
     """
     _native.attention(to_dlpack(query), to_dlpack(key), to_dlpack(value), scale,
                       None if blocked is None else to_dlpack(blocked), to_dlpack(out))
+
+
+def rotary_attention(joined: Tensor, heads: int, cos: Tensor, sin: Tensor, scale: float, out: Tensor) -> None:
+    """out [B, T, A·d] = attention among the positions of joined [B, T, 3·A·d], queries before keys before values.
+
+    Queries and keys are rotated by the contiguous tables [T, d] first.
+    """
+    _native.rotary_attention(to_dlpack(joined), heads, to_dlpack(cos), to_dlpack(sin), scale, to_dlpack(out))
+
+
+def add_layer_norm(x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor, eps: float, total: Tensor,
+                   out: Tensor) -> None:
+    """total = x + addend, and out its `layer_norm`; all [.., d]."""
+    _native.add_layer_norm(to_dlpack(x), to_dlpack(addend), to_dlpack(weight), to_dlpack(bias), eps, to_dlpack(total),
+                           to_dlpack(out))
+
+
+def add_blend(x: Tensor, fast: Tensor, slow: Tensor, gate: Tensor, out: Tensor) -> None:
+    """out = x + fast + sigmoid(gate) * (slow - fast), all [.., d] but gate [d]."""
+    _native.add_blend(to_dlpack(x), to_dlpack(fast), to_dlpack(slow), to_dlpack(gate), to_dlpack(out))
+
+
+def add_scaled(x: Tensor, addend: Tensor, scale: float, out: Tensor) -> None:
+    """out = x + scale * addend, all [.., d]."""
+    _native.add_scaled(to_dlpack(x), to_dlpack(addend), scale, to_dlpack(out))
+
+
+def erase_then_add(memory: Tensor, erase: Tensor, add: Tensor, eps: float, out: Tensor) -> None:
+    """out [B, J, d] = memory [B or 1, J, d] * (1 - sigmoid(erase)) + add, both [B, d], each slot then normalised."""
+    _native.erase_then_add(to_dlpack(memory), to_dlpack(erase), to_dlpack(add), eps, to_dlpack(out))
+
+
+def prefix_read(query: Tensor, rows: Tensor, scale: float, out: Tensor) -> None:
+    """out [B, T, r] = softmax(scale * query [B, T, r] . rows [B or 1, J, d] cut to r features) times these rows."""
+    _native.prefix_read(to_dlpack(query), to_dlpack(rows), scale, to_dlpack(out))
 
 
 def keep(kept: "KeptMatrix", rows: int, start: int, w: Tensor, scales: Tensor | None) -> None:

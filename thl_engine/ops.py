@@ -4,7 +4,10 @@ Models call an ops object; a backend is chosen once, when the engine starts. Ope
 that they are given in place; they return the tensors to use from then on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from thl_engine.kernels import (
     gelu,
     integrator,
     norm,
+    residual,
     rotary,
     shared_memory,
     slot_memory,
@@ -26,9 +30,9 @@ from thl_engine.kernels import (
 )
 from thl_engine.kernels import attention as attention_kernels
 from thl_engine.kernels import linear as linear_kernels
-from thl_engine.weights import Held, Matrix, Part, Table
+from thl_engine.product import LAYER_NORM_EPS, Product, even_rows
+from thl_engine.weights import Matrix, Part, Table
 
-LAYER_NORM_EPS = 1e-5
 # Rows of a sparse gate for which reading only the matrix rows that some of them need is faster: 0.34 of the time for
 # one, 0.62 for two, 1.2 for four (16384 x 2048 int8, 5 % of the gate left, 2-core AMD EPYC Zen 5).
 SPARSE_ROWS = 2
@@ -51,8 +55,11 @@ class ReferenceOps:
     read_metadata = staticmethod(slot_memory.read_metadata)
     novelty_write = staticmethod(slot_memory.novelty_write)
     attention = staticmethod(attention_kernels.attention)
+    rotary_attention = staticmethod(attention_kernels.rotary_attention)
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
+    add_blend = staticmethod(residual.add_blend)
+    add_scaled = staticmethod(residual.add_scaled)
     gelu = staticmethod(gelu.gelu)
     rotary_tables = staticmethod(rotary.rotary_tables)
     rotate = staticmethod(rotary.rotate)
@@ -64,11 +71,11 @@ class ReferenceOps:
     erase_then_add = staticmethod(shared_memory.erase_then_add)
     reasoning_update = staticmethod(shared_memory.reasoning_update)
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0) -> int:
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
         """Memory that ops need beside their operands, for pages of up to `page_elements` weights.
 
         reused_elements: weights that one op reads again after their parts have been let go (`integrate`).
-        scores: of the largest `attention`, for all heads.
+        scores: of the largest `attention`, for all heads. inputs: activations that the widest product takes.
         """
         # The page as float32, and the product of its integers on the way there. Scores before and after each step.
         return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores
@@ -96,6 +103,14 @@ class ReferenceOps:
                for part in matrix.parts()]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
+    def linears(self, x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
+        """`linear` of the same activations with several matrices."""
+        return [self.linear(x, matrix) for matrix in matrices]
+
+    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix) -> Tensor:
+        """`linear` of silu(gate) * up, both [..., C]: [..., R]."""
+        return self.linear(swiglu.swiglu(gate, up), matrix)
+
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         """Each head's features through its own rows: x [B, H, C], matrix [R, C] -> [B, R], R/H rows a head."""
         batch, heads, _ = x.shape
@@ -118,7 +133,7 @@ class ReferenceOps:
             out[h] = out[h] + linear_kernels.linear_transposed(values, _widen(part))
         return torch.stack(out, dim=1)
 
-    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix, quantile: float | None) -> Tensor:
+    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix, quantile: float) -> Tensor:
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
         return self.geglu(gate, self.linear(x, up), quantile)
 
@@ -132,6 +147,10 @@ class ReferenceOps:
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Over the last axis, biased variance."""
         return norm.layer_norm(x, weight, bias, LAYER_NORM_EPS)
+
+    def add_layer_norm(self, x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """x + addend, and its `layer_norm`."""
+        return norm.add_layer_norm(x, addend, weight, bias, LAYER_NORM_EPS)
 
 
 class TrainingOps(ReferenceOps):
@@ -156,43 +175,33 @@ class NativeOps(ReferenceOps):
 
     def __init__(self) -> None:
         # Memory that calls leave to each other.
-        self._packed = native.PackedActivations()
+        self._packings: list[Any] = []  # of `Product`: none that is in use
         self._controller = native.KeptMatrix(False), native.KeptMatrix(True)
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0) -> int:
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
         # Kernels read the stored weights. Copies of two matrices used again, and one of them on the way there as
-        # floats; as int8 these take a quarter. Scores stay in the caches.
-        return 4 * reused_elements * 3 // 2
+        # floats; as int8 these take a quarter. Scores stay in the caches. Packed activations take four bytes each, and
+        # what fills their rows up.
+        return 4 * reused_elements * 3 // 2 + 5 * inputs
 
     def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None, *,
                norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:
-        x = _rows(x)
-        out = torch.empty(*x.shape[:-1], matrix.shape[0])
-        packed = normed = None
-        for part in matrix.parts():
-            if part.scales is not None:
-                if packed is None:
-                    packed = native.pack_activations(x, self._packed, norm, LAYER_NORM_EPS)
-                native.linear_int8(packed, part.data, part.scales, bias, out, part.start, gelu, addend)
-            else:
-                if normed is None:
-                    normed = x if norm is None else self.layer_norm(x, *norm)
-                native.linear_float(normed, part.data, bias, out, part.start, gelu, addend)
-        return out
+        return Product(self._packings, x, norm=norm).with_each((matrix,), bias, gelu, addend)[0]
+
+    def linears(self, x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
+        return Product(self._packings, x).with_each(matrices)
+
+    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix) -> Tensor:
+        return Product(self._packings, gate, up=up).with_each((matrix,))[0]
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         heads = x.shape[1]
         out = torch.empty(x.shape[0], matrix.shape[0])
-        packed = None  # head
-        for part, h, first in _by_head(matrix, heads):
-            start = h * (matrix.shape[0] // heads) + first
-            if part.scales is None:
-                native.linear_float(x[:, h], part.data, None, out, start)
-                continue
-            if packed != h:
-                native.pack_activations(x[:, h], self._packed)
-                packed = h
-            native.linear_int8(self._packed, part.data, part.scales, None, out, start)
+        for h, cuts in groupby(_by_head(matrix, heads), key=itemgetter(1)):
+            product = Product(self._packings, x[:, h])
+            for part, _, first in cuts:
+                product.into(out, part, h * (matrix.shape[0] // heads) + first)
+            product.done()
         return out
 
     def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
@@ -210,17 +219,32 @@ class NativeOps(ReferenceOps):
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out = torch.empty(x.shape)
-        native.layer_norm(_rows(x), weight, bias, LAYER_NORM_EPS, out)
+        native.layer_norm(even_rows(x), weight, bias, LAYER_NORM_EPS, out)
+        return out
+
+    def add_layer_norm(self, x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total, out = torch.empty(x.shape), torch.empty(x.shape)
+        native.add_layer_norm(even_rows(x), even_rows(addend), weight, bias, LAYER_NORM_EPS, total, out)
+        return total, out
+
+    def add_blend(self, x: Tensor, fast: Tensor, slow: Tensor, gate: Tensor) -> Tensor:
+        out = torch.empty(x.shape)
+        native.add_blend(even_rows(x), even_rows(fast), even_rows(slow), gate, out)
+        return out
+
+    def add_scaled(self, x: Tensor, addend: Tensor, scale: float) -> Tensor:
+        out = torch.empty(x.shape)
+        native.add_scaled(even_rows(x), even_rows(addend), scale, out)
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         out = torch.empty(x.shape)
-        native.rms_norm(_flat(x), None, weight, eps, _flat(out))
+        native.rms_norm(even_rows(x), None, weight, eps, out)
         return out
 
     def add_rms_norm(self, x: Tensor, addend: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         out = torch.empty(x.shape)
-        native.rms_norm(_flat(x), _flat(addend), weight, eps, _flat(out))
+        native.rms_norm(even_rows(x), even_rows(addend), weight, eps, out)
         return out
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -231,32 +255,35 @@ class NativeOps(ReferenceOps):
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         out = torch.empty(gate.shape)
-        native.swiglu(_flat(gate), _flat(up), _flat(out))
+        native.swiglu(even_rows(gate), even_rows(up), out)
         return out
 
     def gelu(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape)
-        native.gelu(_rows(x), out)
+        native.gelu(even_rows(x), out)
         return out
 
     def geglu(self, gate: Tensor, up: Tensor, quantile: float | None = None) -> Tensor:
         out = torch.empty(gate.shape)
-        native.geglu(_flat(gate), _flat(up), quantile, _flat(out))
+        native.geglu(even_rows(gate), even_rows(up), quantile, out)
         return out
 
-    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix, quantile: float | None) -> Tensor:
+    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix, quantile: float) -> Tensor:
         rows = gate.numel() // gate.shape[-1]
-        if quantile is None or rows > SPARSE_ROWS:
+        if rows > SPARSE_ROWS:
             return super().geglu_linear(gate, x, up, quantile)
         out = self.geglu(gate, torch.ones_like(gate), quantile)
-        values = _flat(out)
+        values, product = out.view(rows, -1), Product(self._packings, x.reshape(rows, -1))
         alive = values.any(dim=0)
         for part in up.parts():  # rows of the matrix that would be multiplied by zero are left out
             chosen = alive[part.start : part.stop].nonzero().flatten()
             if len(chosen):
                 scales = None if part.scales is None else part.scales.index_select(0, chosen)
-                some = Held(part.data.index_select(0, chosen), scales, part.group)
-                values[:, chosen + part.start] *= self.linear(_flat(x), some)
+                some = Part(0, len(chosen), part.data.index_select(0, chosen), scales, part.group)
+                factors = torch.empty(rows, len(chosen))
+                product.into(factors, some, 0)
+                values[:, chosen + part.start] *= factors
+        product.done()
         return out
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
@@ -272,9 +299,20 @@ class NativeOps(ReferenceOps):
         native.attention(query, key, value, scale, blocked, out)
         return out
 
+    def rotary_attention(self, joined: Tensor, heads: int, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        out = torch.empty(*joined.shape[:-1], joined.shape[-1] // 3)
+        native.rotary_attention(joined, heads, cos, sin, scale, out)
+        return out
+
     def prefix_read(self, query: Tensor, rows: Tensor, scale: float) -> Tensor:
-        prefixes = rows[:, None, :, : query.shape[-1]].expand(query.shape[0], -1, -1, -1)
-        return self.attention(query[:, None], prefixes, prefixes, scale)[:, 0]
+        out = torch.empty(query.shape)
+        native.prefix_read(query, rows, scale, out)
+        return out
+
+    def erase_then_add(self, memory: Tensor, erase: Tensor, add: Tensor) -> Tensor:
+        out = torch.empty(erase.shape[0], *memory.shape[1:])
+        native.erase_then_add(memory, erase, add, shared_memory.NORM_EPS, out)
+        return out
 
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
@@ -362,15 +400,6 @@ def _transposed_into(out: Tensor, x: Tensor, part: Part) -> None:
 
 def _widen(part: Part) -> Tensor:
     return linear_kernels.widen(part.data, part.scales, part.group)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [..., C], or a copy, whose leading dimensions are rows at even distances."""
-    return x if x.dim() == 2 or x.is_contiguous() else x.contiguous()
 
 
 def _whole(matrix: Matrix) -> Tensor:

@@ -42,12 +42,8 @@ class PagedTable:
 
 
 def _gather(pager: Pager, name: str, columns: int, ids: Tensor) -> Tensor:
-    out = torch.empty(*ids.shape, columns, device=ids.device)
-    flat = out.view(-1, columns)
-    for i, row in enumerate(ids.flatten().tolist()):
-        part = pager.row(name, row)
-        flat[i : i + 1] = widen(part.data, part.scales, part.group)
-    return out
+    part = pager.rows(name, ids)
+    return widen(part.data, part.scales, part.group).view(*ids.shape, columns)
 
 
 def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from thl_engine.checksum import crc32c
 from thl_engine.errors import CheckpointError
 from thl_engine.reader import Reader
-from thl_engine.store import Page, Store
+from thl_engine.store import Page, Store, StoredTensor
 from thl_engine.transfer import ALIGNMENT, DeviceTransfer, HostTransfer, Request, Transfer
 from thl_engine.weights import Part
 
@@ -219,22 +219,32 @@ class Pager:
                 self._ring.release(page.index)
                 self._prefetch()
 
-    def row(self, name: str, row: int) -> Part:
-        """One row of a table or matrix, outside of the schedule: from a pinned page, or read at once.
+    def rows(self, name: str, ids: Tensor) -> Part:
+        """Rows of a table or matrix in the order of int64 ids [n], in memory of their own, outside of the schedule.
+
+        Each comes from a pinned page or is read at once, however often the ids repeat it. The part's start and stop
+        count the ids.
+        """
+        tensor, ids = self._store.tensors[name], ids.flatten()
+        order = ids.tolist()
+        rows = {row: self._row(tensor, row).to(ids.device) for row in dict.fromkeys(order)}
+        scales = None if tensor.scales is None else self._scales[tensor.scales].index_select(0, ids)
+        data = torch.cat([rows[row] for row in order]) if order else torch.empty(0, *tensor.shape[1:])
+        return Part(0, len(order), data, scales, tensor.group)
+
+    def _row(self, tensor: StoredTensor, row: int) -> Tensor:
+        """One row as stored, [1, C]: a view of a pinned page, or memory of its own.
 
         A table's page is small and read whole, which verifies it; of a matrix's only the row itself is read.
         """
-        tensor = self._store.tensors[name]
         page = tensor.pages[row // tensor.pages[0].stop]
-        part = self._pinned.get(page.index)
-        if part is None and tensor.kind == "table":
-            part = self._read_page(page)
-        if part is None:
-            part = self._read_page(replace(page, start=row, stop=row + 1, nbytes=tensor.row_bytes, crc=None,
-                                           offset=page.offset + (row - page.start) * tensor.row_bytes))
-        here = slice(row - part.start, row - part.start + 1)
-        scales = None if part.scales is None else part.scales[here]
-        return Part(row, row + 1, part.data[here], scales, part.group)
+        pinned = self._pinned.get(page.index)
+        if pinned is not None:
+            return pinned.data[row - page.start : row - page.start + 1]
+        if tensor.kind == "table":
+            return self._read_page(page).data[row - page.start : row - page.start + 1].clone()
+        return self._read_page(replace(page, start=row, stop=row + 1, nbytes=tensor.row_bytes, crc=None,
+                                       offset=page.offset + (row - page.start) * tensor.row_bytes)).data
 
     def _read_page(self, page: Page) -> Part:
         """A few rows read at once into memory of their own."""

@@ -53,8 +53,10 @@ def needs(store: Store, ops: ReferenceOps, batch_size: int, options: dict[str, A
     reused = model.reused(config) if hasattr(model, "reused") else 0
     rows = max(WORKSPACE_LOGITS * batch_size, 0 if hasattr(model, "forward") else FORWARD_CHUNK)
     activations, scores = model.workspace(config, state)
+    inputs = (batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config))
+              * max(tensor.shape[1] for tensor in store.tensors.values() if tensor.kind == "matrix"))
     return state.nbytes, (4 * rows * config.vocab_size + activations
-                          + ops.scratch_bytes(largest, reused, scores))
+                          + ops.scratch_bytes(largest, reused, scores, inputs))
 
 
 def state_traffic(store: Store, batch_size: int, options: dict[str, Any], position: int | None = None) -> int | None:

@@ -358,15 +358,16 @@ class Attention:
         if kind not in self._tables:
             self._tables[kind] = ops.rotary_tables(self._positions, self._frequencies[kind])
 
-        def heads(name: str, norm: str | None) -> Tensor:
-            """A projection of x, each head normalised: [B, heads, T, d]."""
-            y = ops.linear(x, weights[f"{prefix}{name}_proj.weight"]).unflatten(-1, (-1, c.head_dim))
+        def heads(projected: Tensor, norm: str | None) -> Tensor:
+            """Each head normalised: [B, heads, T, d]."""
             weight = None if norm is None else weights[f"{prefix}{norm}.weight"]
-            return ops.rms_norm(y, weight, c.rms_norm_eps).transpose(1, 2)
+            return ops.rms_norm(projected.unflatten(-1, (-1, c.head_dim)), weight, c.rms_norm_eps).transpose(1, 2)
 
-        query = ops.rotate(heads("q", "q_norm"), *self._tables[kind])
+        names = ("q", "k", "v") if source == i else ("q",)
+        projected = ops.linears(x, [weights[f"{prefix}{name}_proj.weight"] for name in names])
+        query = ops.rotate(heads(projected[0], "q_norm"), *self._tables[kind])
         if source == i:
-            key, value = ops.rotate(heads("k", "k_norm"), *self._tables[kind]), heads("v", None)
+            key, value = ops.rotate(heads(projected[1], "k_norm"), *self._tables[kind]), heads(projected[2], None)
             number = self._state.layers.index(i)
             self._visible[i] = self._state.cache.append(number, self._state.timestep, key, value)
         mixed = ops.attention(query, *self._visible[source], 1.0, self._blocked[kind])
@@ -427,8 +428,11 @@ def layer(c: Gemma3nConfig, weights: Any, ops: Any, i: int, streams: Tensor, own
     x = (attended + laurel) * 2.0**-0.5
     wide = norm("pre_feedforward_layernorm", x)
     share = c.activation_sparsity_pattern[i]
-    inner = ops.geglu_linear(linear("mlp.gate_proj", wide), wide, weights[f"{prefix}mlp.up_proj.weight"],
-                             NormalDist().inv_cdf(share) if share > 0.0 else None)
+    gate, up = weights[f"{prefix}mlp.gate_proj.weight"], weights[f"{prefix}mlp.up_proj.weight"]
+    if share > 0.0:
+        inner = ops.geglu_linear(ops.linear(wide, gate), wide, up, NormalDist().inv_cdf(share))
+    else:
+        inner = ops.geglu(*ops.linears(wide, [gate, up]))
     x = x + norm("post_feedforward_layernorm", linear("mlp.down_proj", inner))
     streams = ops.altup_correct(predicted, x, a, coefficients("correction_coefs", x) + 1.0)
     x = streams[a]

@@ -379,9 +379,9 @@ def _encode(c: HIMConfig, weights: Any, ops: Any, tokens: Tensor, memory: Tensor
     for i in range(c.num_encoder_layers):
         prefix = f"transformer_encoder.{i}."
         normed = ops.layer_norm(x, weights[f"{prefix}norm1.weight"], weights[f"{prefix}norm1.bias"])
-        x = x + _attend(c, weights, ops, f"{prefix}attention.", normed, normed, blocked)
-        x = x + _two_speeds(weights, ops, prefix, x)
-        x = x + READ_RATE * _read_memory(c, weights, ops, x, memory)
+        attended = _attend(c, weights, ops, f"{prefix}attention.", normed, normed, blocked)
+        x = _two_speeds(weights, ops, prefix, x, attended)
+        x = ops.add_scaled(x, _read_memory(c, weights, ops, x, memory), READ_RATE)
         mean = x.mean(dim=1)  # masked positions included
         memory = _write_memory(weights, ops, mean, memory)
         if _reasons(i):
@@ -405,22 +405,22 @@ def _decode(c: HIMConfig, weights: Any, ops: Any, encoded: Tensor, blocked: Tens
 def _attend(c: HIMConfig, weights: Any, ops: Any, prefix: str, queries: Tensor, source: Tensor,
             blocked: Tensor | None) -> Tensor:
     """Attention of queries [B, T, D] over source [B, L, D] in both directions, output projection included."""
-    def heads(name: str, x: Tensor) -> Tensor:
-        return ops.linear(x, weights[f"{prefix}{name}.weight"]).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+    def heads(x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, c.head_dim).transpose(1, 2)
 
-    mixed = ops.attention(heads("q_proj", queries), heads("k_proj", source), heads("v_proj", source),
-                          1.0 / sqrt(c.head_dim), blocked)
+    query = ops.linear(queries, weights[f"{prefix}q_proj.weight"])
+    key, value = ops.linears(source, [weights[f"{prefix}{name}.weight"] for name in ("k_proj", "v_proj")])
+    mixed = ops.attention(heads(query), heads(key), heads(value), 1.0 / sqrt(c.head_dim), blocked)
     return ops.linear(mixed.transpose(1, 2).flatten(2), weights[f"{prefix}o_proj.weight"])
 
 
-def _two_speeds(weights: Any, ops: Any, prefix: str, x: Tensor) -> Tensor:
-    """The gated blend of the feed-forward (slow) and its own normalised input (fast)."""
+def _two_speeds(weights: Any, ops: Any, prefix: str, x: Tensor, attended: Tensor) -> Tensor:
+    """x + attended, plus the gated blend of the feed-forward (slow) and its own normalised input (fast)."""
     prefix, norm = f"{prefix}multi_speed.", f"{prefix}norm2"
-    fast = ops.layer_norm(x, weights[f"{norm}.weight"], weights[f"{norm}.bias"])
-    inner = ops.swiglu(ops.linear(fast, weights[f"{prefix}slow_ffn.w_gate.weight"]),
-                       ops.linear(fast, weights[f"{prefix}slow_ffn.w_up.weight"]))
-    slow = ops.linear(inner, weights[f"{prefix}slow_ffn.w_down.weight"])
-    return torch.lerp(fast, slow, torch.sigmoid(weights[f"{prefix}gate"]))
+    x, fast = ops.add_layer_norm(x, attended, weights[f"{norm}.weight"], weights[f"{norm}.bias"])
+    gate, up = ops.linears(fast, [weights[f"{prefix}slow_ffn.{name}.weight"] for name in ("w_gate", "w_up")])
+    slow = ops.swiglu_linear(gate, up, weights[f"{prefix}slow_ffn.w_down.weight"])
+    return ops.add_blend(x, fast, slow, weights[f"{prefix}gate"])
 
 
 def _read_memory(c: HIMConfig, weights: Any, ops: Any, x: Tensor, memory: Tensor) -> Tensor:
@@ -431,8 +431,8 @@ def _read_memory(c: HIMConfig, weights: Any, ops: Any, x: Tensor, memory: Tensor
 
 def _write_memory(weights: Any, ops: Any, mean: Tensor, memory: Tensor) -> Tensor:
     inputs = ops.linear(mean, weights["memory.write_key.weight"])
-    erase = ops.linear(inputs, weights["memory.write_erase.weight"])
-    return ops.erase_then_add(memory, erase, ops.linear(inputs, weights["memory.write_add.weight"]))
+    erase, add = ops.linears(inputs, [weights[f"memory.{name}.weight"] for name in ("write_erase", "write_add")])
+    return ops.erase_then_add(memory, erase, add)
 
 
 def _read_reasoning(weights: Any, ops: Any, mean: Tensor, reasoning: Tensor) -> Tensor:

@@ -253,8 +253,8 @@ def advance(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     """
     seen = _append(state, tokens)
     following = _remember(state, seen, tokens.shape[1])
-    high = _think(config, weights, ops, seen[:, -WINDOW:], state.cycles, record, together=False)
-    return high[:, -1:], following
+    high = _think(config, weights, ops, seen[:, -WINDOW:], state.cycles, record, together=False, last=1)
+    return high, following
 
 
 def logits(config: HRMConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def forward(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     if cycles is not None:
         state = State(state.timestep, state.window, state.valid, parse_cycles(cycles))
     seen = _append(state, tokens)
-    high = _think(config, weights, ops, seen, state.cycles, record, together=True)[:, -tokens.shape[1]:]
+    high = _think(config, weights, ops, seen, state.cycles, record, together=True, last=tokens.shape[1])
     out = logits(config, weights, ops, high.flatten(0, 1)).view(*tokens.shape, -1)
     return out, _remember(state, seen, tokens.shape[1])
 
@@ -288,8 +288,8 @@ def begin(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[In
 
 
 def segment(config: HRMConfig, weights: Any, ops: Any, inputs: Inputs, high: Tensor, low: Tensor,
-            cycles: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """One segment from z_H and z_L [B, T, h] to the next (z_H, z_L).
+            cycles: tuple[int, int], last: int | None = None) -> tuple[Tensor, Tensor]:
+    """One segment from z_H and z_L [B, T, h] to the next (z_H, z_L), z_H of the `last` positions only if that is given.
 
     Only the last update of each module builds a graph; that is the published gradient, which takes the states before
     it as constants.
@@ -302,7 +302,7 @@ def segment(config: HRMConfig, weights: Any, ops: Any, inputs: Inputs, high: Ten
             if i % t == 0:
                 high = _module(config, weights, ops, "H", high + low, inputs)
     low = _module(config, weights, ops, "L", low + high + inputs.embedded, inputs)
-    return _module(config, weights, ops, "H", high + low, inputs), low
+    return _module(config, weights, ops, "H", high + low, inputs, last), low
 
 
 def q_values(weights: Any, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,12 +323,16 @@ def _remember(state: State, seen: Tensor, new: int) -> State:
 
 
 def _think(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, cycles: tuple[int, int],
-           record: Record | None, *, together: bool) -> Tensor:
-    """Segments over int64 [B, T] until all rows want to halt: z_H [B, T, h] of the last one, or of each row's last."""
+           record: Record | None, *, together: bool, last: int) -> Tensor:
+    """Segments over int64 [B, T] until all rows want to halt: z_H of the `last` positions [B, last, h], as the last
+    segment leaves it, or each row's last."""
     inputs, high, low = begin(config, weights, ops, tokens)
     halted = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     settled = high
     for s in range(config.halt_max_steps):
+        if s == config.halt_max_steps - 1 and record is None:  # nobody asks whether to halt, so no position but these
+            high = segment(config, weights, ops, inputs, high, low, cycles, last)[0]
+            return high if together else torch.where(halted[:, None, None], settled[:, -last:], high)
         high, low = segment(config, weights, ops, inputs, high, low, cycles)
         settled = high if together else torch.where(halted[:, None, None], settled, high)
         halt, proceed = q_values(weights, high)
@@ -344,25 +348,31 @@ def _think(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, cycles: tu
             record(name, value)
         record("num_segments", torch.tensor(s + 1))
         record("steps_taken", torch.full((len(tokens),), s + 1, dtype=torch.int32))
-    return settled
+    return settled[:, -last:]
 
 
-def _module(c: HRMConfig, weights: Any, ops: Any, module: str, x: Tensor, inputs: Inputs) -> Tensor:
-    """The blocks of module L or H on x [B, T, h]: normalisation comes after each residual sum."""
-    for j in range(c.L_layers if module == "L" else c.H_layers):
+def _module(c: HRMConfig, weights: Any, ops: Any, module: str, x: Tensor, inputs: Inputs,
+            last: int | None = None) -> Tensor:
+    """The blocks of module L or H on x [B, T, h]: normalisation comes after each residual sum.
+
+    Returns all positions, or the `last` ones, which alone then pass what follows the last attention.
+    """
+    layers = c.L_layers if module == "L" else c.H_layers
+    for j in range(layers):
         prefix = f"{module}_module.layers.{j}."
-        mixed = _attention(c, weights, ops, f"{prefix}attention.", x, inputs)
+        wanted = last if j == layers - 1 else None
+        mixed = _attention(c, weights, ops, f"{prefix}attention.", x, inputs, wanted)
+        x = x if wanted is None else x[:, -wanted:]
         x = ops.add_rms_norm(x, mixed, weights[f"{prefix}norm1.weight"], RMS_EPS)
         gate, up = ops.linear(x, weights[f"{prefix}feed_forward.gate_up_proj.weight"]).chunk(2, dim=-1)
-        inner = ops.linear(ops.swiglu(gate, up), weights[f"{prefix}feed_forward.down_proj.weight"])
+        inner = ops.swiglu_linear(gate, up, weights[f"{prefix}feed_forward.down_proj.weight"])
         x = ops.add_rms_norm(x, inner, weights[f"{prefix}norm2.weight"], RMS_EPS)
     return x
 
 
-def _attention(c: HRMConfig, weights: Any, ops: Any, prefix: str, x: Tensor, inputs: Inputs) -> Tensor:
-    """Attention of every position to every position, later ones included: [B, T, h] -> [B, T, h]."""
-    heads = ops.linear(x, weights[f"{prefix}qkv_proj.weight"]).unflatten(-1, (3, c.num_heads, c.head_dim))
-    query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [B, A, T, d]
-    query, key = (ops.rotate(part, inputs.cos, inputs.sin) for part in (query, key))
-    mixed = ops.attention(query, key, value, 1.0 / sqrt(c.head_dim))
-    return ops.linear(mixed.transpose(1, 2).flatten(2), weights[f"{prefix}o_proj.weight"])
+def _attention(c: HRMConfig, weights: Any, ops: Any, prefix: str, x: Tensor, inputs: Inputs,
+               last: int | None) -> Tensor:
+    """Attention to every position, later ones included, of every position or the `last` ones of x [B, T, h]."""
+    joined = ops.linear(x, weights[f"{prefix}qkv_proj.weight"])
+    mixed = ops.rotary_attention(joined, c.num_heads, inputs.cos, inputs.sin, 1.0 / sqrt(c.head_dim))
+    return ops.linear(mixed if last is None else mixed[:, -last:], weights[f"{prefix}o_proj.weight"])
