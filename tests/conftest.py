@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from thl_engine import native
 from thl_engine.cli import main
-from thl_engine.config import THLConfig
+from thl_engine.config import THLConfig, parse_config
 from thl_engine.convert import quantize_checkpoint
-from thl_engine.models import thl
+from thl_engine.models import hrm_gemma3n, thl
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = Path(__file__).parents[2] / "shared" / "parity"  # more cases may lie here than in the repository
@@ -101,6 +101,21 @@ SMALL = THLConfig(vocab_size=97, embedding_dim=24, num_tiers=3, tier_dims=(40, 2
 def small() -> tuple[dict, dict[str, torch.Tensor]]:
     """Configuration and weights of a small model with odd sizes."""
     return SMALL.to_dict(), random_weights(SMALL)
+
+
+def reasoning_case() -> tuple[dict, dict[str, torch.Tensor]]:
+    """Configuration and weights of HRM-Gemma on a recorded base: odd sizes, every tensor matters, stops come early."""
+    case = load_case(FIXTURES / "gemma3n" / "forward48")
+    fields = {**case.config, "hrm": {"L_size": 17, "H_size": 23, "cycles": 3, "L_steps": 4, "L_threshold": 0.9,
+                                     "L_rank": 2, "L_alpha": 3, "H_rank": 3, "H_alpha": 5}}
+    config, generator = parse_config(fields, "hrm_gemma3n"), torch.Generator().manual_seed(7)
+    weights = dict(case.weights)
+    for block in hrm_gemma3n.blocks(config):
+        if block.name not in weights:
+            values = torch.randn(block.shape, generator=generator)
+            scale = 0.3 if len(block.shape) == 1 or "lora_" in block.name else block.shape[1] ** -0.5
+            weights[block.name] = scale * values + (1.0 if block.name.endswith("norm.weight") else 0.0)
+    return config.to_dict(), weights
 
 
 CHARACTERS = ["\n", "é", *(chr(code) for code in range(32, 127))]  # as many as SMALL has ids

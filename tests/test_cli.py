@@ -64,7 +64,8 @@ def test_every_option_is_explained(command, monkeypatch):
 @pytest.mark.parametrize("argv", [
     [], ["walk"], ["run"], ["run", "--model", "x", "--max-new-tokens", "many"], ["run", "--model", "x", "--promt", "y"],
     ["quantize", "in"], ["quantize", "in", "out", "--bits", "4"], ["plan", "x", "--disk-bandwidth", "-1"],
-    ["plan", "x", "--disk-bandwidth", "fast"], ["bench"], ["init", "out"], ["train", "--data", "x"],
+    ["plan", "x", "--disk-bandwidth", "fast"], ["bench"], ["init", "out"],
+    ["init", "--base", "x", "--quantize", "int8", "out"], ["train", "--data", "x"],
 ])
 def test_wrong_usage(argv, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -2,24 +2,28 @@
 
 import pytest
 import torch
-from conftest import cases, load_case
+from conftest import cases, load_case, reasoning_case
 
 from thl_engine import Engine
 
-MODELS = {"thl": "thl", "inl": "full_forward_early", "him": "encode3", "hrm": "forward_n2t2", "gemma3n": "forward48"}
+MODELS = {"thl": "batch3", "inl": "full_forward_early", "him": "encode3", "hrm": "forward_n2t2", "gemma3n": "forward48",
+          "hrm_gemma3n": None}  # has no recording
 
 
-def recorded(model: str):
-    name = MODELS[model] if model != "thl" else "batch3"
-    return load_case(next(folder for folder in cases(model) if folder.name == name))
+def configured(model: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Configuration and weights: of a recorded case, where there is one."""
+    if MODELS[model] is None:
+        return reasoning_case()
+    case = load_case(next(folder for folder in cases(model) if folder.name == MODELS[model]))
+    return case.config, case.weights
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("model", MODELS)
 def test_streamed_equals_resident(model, quantize, backend):
-    case = recorded(model)
+    config, weights = configured(model)
     options = dict(device="cpu", backend=backend, quantize=quantize)
-    resident = Engine.from_state_dict(model, case.config, case.weights, **options)
+    resident = Engine.from_state_dict(model, config, weights, **options)
     tokens = torch.randint(resident.config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(4))
 
     def outputs(engine: Engine) -> list[torch.Tensor]:
@@ -34,9 +38,9 @@ def test_streamed_equals_resident(model, quantize, backend):
 
     expected = outputs(resident)
     whole = resident.plan().peak_memory_bytes
-    least = Engine.from_state_dict(model, case.config, case.weights, stream=True, **options).plan().least_budget
+    least = Engine.from_state_dict(model, config, weights, stream=True, **options).plan().least_budget
     for budget in (least, least + (whole - least) // 3, least + 2 * (whole - least) // 3):
-        with Engine.from_state_dict(model, case.config, case.weights, stream=True, memory_budget=budget,
+        with Engine.from_state_dict(model, config, weights, stream=True, memory_budget=budget,
                                     **options) as engine:
             for got, wanted in zip(outputs(engine), expected, strict=True):
                 assert torch.equal(got, wanted), budget

@@ -6,12 +6,13 @@ field's name; nothing is guessed.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, get_args
 
 from thl_engine.errors import ConfigError
-from thl_engine.published_config import MODEL_TYPES, gemma3n_fields
+from thl_engine.published_config import MODEL_TYPES, gemma3n_fields, hrm_gemma3n_fields
 
+LARGEST_CYCLES = 64  # of hierarchical reasoning; bounds the length of a walk, which lists every revisit
 _LARGEST = 1 << 31  # no size field of a real model comes near; keeps products of a few sizes within 64 bits
 
 _PLURALS = {int: "whole numbers", float: "numbers", str: "names"}
@@ -321,7 +322,53 @@ class Gemma3nConfig:
                                                   for k, v in asdict(self).items()}}
 
 
-CONFIGS: dict[str, type] = {cls.model_type: cls for cls in (THLConfig, HRMConfig, INLConfig, HIMConfig, Gemma3nConfig)}
+@dataclass(frozen=True)
+class ReasoningConfig:
+    """What HRM-Gemma adds to its base: two low-rank adapters, and two recurrent states of each position.
+
+    L_size, H_size: features of the states. cycles, L_steps: H updates of a token, and L updates of each cycle, at
+    most. L_threshold: L updates end early where the state's change has a smaller Euclidean norm. L_rank, L_alpha: the
+    adapter of q, k and v; H_rank, H_alpha: that of gate, up and down.
+    """
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    L_size: int = 2048
+    H_size: int = 4096
+    cycles: int = 4
+    L_steps: int = 8
+    L_threshold: float = 0.01
+    L_rank: int = 32
+    L_alpha: float = 16.0
+    H_rank: int = 64
+    H_alpha: float = 32.0
+
+    def __post_init__(self) -> None:
+        for name in ("L_size", "H_size", "L_rank", "H_rank"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("cycles", "L_steps"):
+            _require(1 <= getattr(self, name) <= LARGEST_CYCLES, name, getattr(self, name),
+                     f"from 1 to {LARGEST_CYCLES}")
+        _require(self.L_threshold >= 0.0, "L_threshold", self.L_threshold, "0 (never stop early) or more")
+        for name in ("L_alpha", "H_alpha"):
+            _require(getattr(self, name) > 0.0, name, getattr(self, name), "more than 0")
+
+
+@dataclass(frozen=True)
+class HRMGemma3nConfig(Gemma3nConfig):
+    """HRM's reasoning as adapters on Gemma-3n: the base's fields, and `hrm`."""
+
+    model_type: ClassVar[str] = "hrm_gemma3n"
+    signature: ClassVar[frozenset[str]] = Gemma3nConfig.signature | {"hrm"}
+    ignored: ClassVar[frozenset[str]] = Gemma3nConfig.ignored | {"base_model"}  # where a folder's base lies
+
+    hrm: ReasoningConfig = field(default_factory=ReasoningConfig)
+
+    published: ClassVar[Any] = staticmethod(hrm_gemma3n_fields)
+
+
+CONFIGS: dict[str, type] = {cls.model_type: cls for cls in (THLConfig, HRMConfig, INLConfig, HIMConfig, Gemma3nConfig,
+                                                            HRMGemma3nConfig)}
 
 # The published sizes of INL-LLM V2: d_model, layers, heads, iterations; the feed-forward width is four times d_model.
 _INL_SIZES = {"inl-small": (512, 6, 8, 5), "inl-medium": (768, 12, 12, 7), "inl-5b": (4096, 32, 32, 10),
@@ -367,6 +414,11 @@ def parse_config(given: Mapping[str, Any], model_type: str | None = None, where:
     cls = CONFIGS[name]
     if hasattr(cls, "published"):
         values = cls.published(values, where)
+    return _build(cls, values, where, f"model_type {name!r}")
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str, what: str) -> Any:
+    """An instance of the dataclass `cls`, each value checked against its field."""
     known = {field.name: field for field in fields(cls)}
     kept = {}
     for key, value in values.items():
@@ -375,7 +427,7 @@ def parse_config(given: Mapping[str, Any], model_type: str | None = None, where:
         elif key not in cls.ignored:
             close = difflib.get_close_matches(key, [*known, *cls.ignored], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"{where}: unknown field {key!r} for model_type {name!r}{hint}")
+            raise ConfigError(f"{where}: unknown field {key!r} for {what}{hint}")
     try:
         return cls(**kept)
     except ConfigError as error:
@@ -383,7 +435,9 @@ def parse_config(given: Mapping[str, Any], model_type: str | None = None, where:
 
 
 def _recognise(values: Mapping[str, Any], where: str) -> str:
-    matches = [name for name, cls in CONFIGS.items() if cls.signature <= values.keys()]
+    signatures = [cls.signature for cls in CONFIGS.values() if cls.signature <= values.keys()]
+    matches = [name for name, cls in CONFIGS.items()
+               if cls.signature in signatures and not any(cls.signature < other for other in signatures)]
     if len(matches) != 1:
         raise ConfigError(f"{where}: no model_type given and the fields do not identify one; "
                           f"add \"model_type\": one of {', '.join(CONFIGS)}")
@@ -391,8 +445,12 @@ def _recognise(values: Mapping[str, Any], where: str) -> str:
 
 
 def _coerce(value: Any, field: Any, where: str) -> Any:
-    """Checks one JSON value against a field's annotation: a scalar, `scalar | None` or tuple[scalar, ...]."""
+    """Checks one JSON value against a field's annotation: scalar, `scalar | None`, tuple[scalar, ...], dataclass."""
     kind = field.type
+    if is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be an object of fields, found {value!r}")
+        return _build(kind, value, where, "this object")
     if type(None) in get_args(kind):
         if value is None:
             return None

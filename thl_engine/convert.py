@@ -7,8 +7,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,12 +17,15 @@ from typing import Any
 
 import torch
 
+from thl_engine.adapter_folder import FOLDERS, adapted_config, write_adapters
 from thl_engine.chat_template import join_files
 from thl_engine.config import named_config, parse_config
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.hrm_tokenizer import CONTINUAL_FILE, find_vocabulary
 from thl_engine.index import PICKLE_SUFFIXES, config_beside, read_config, shown
 from thl_engine.models import architecture
+from thl_engine.models.hrm_gemma3n import reasoning_blocks
+from thl_engine.models.low_rank import side_blocks
 from thl_engine.pack import Progress, Source, replacing, write_store
 from thl_engine.schedule import Block
 from thl_engine.spool import tensor_sources
@@ -116,17 +120,49 @@ def init_checkpoint(
     The weights depend on model_type, config and seed alone.
     """
     parsed = _open_config(config, model_type)
-    module = architecture(parsed.model_type)
-    workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers, "init") as pool:
+    with _fresh_sources(parsed, architecture(parsed.model_type).blocks(parsed), seed) as sources:
+        write_store(dst, parsed.to_dict(), sources, quantize=quantize, group=group, progress=progress)
+
+
+def init_adapters(
+    base: str | os.PathLike,
+    dst: str | os.PathLike,
+    config: str | os.PathLike | Mapping | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the folder of a fresh HRM-Gemma on an existing base, which it equals until it is trained.
+
+    config is a JSON file, or fields, with "hrm"; None for the defaults. A relative path of the base is kept relative to
+    the folder.
+    """
+    given, where = {}, "config"
+    if config is not None:
+        given, where = (config, where) if isinstance(config, Mapping) else read_config(Path(config))
+    base, dst = Path(base), Path(dst)
+    with open_store(base) as store:
+        parsed = adapted_config(given, store.config, where)
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise CheckpointError(f"{dst}: exists and is not an empty folder; adapters are written to a new one")
+    blocks = [block for side in FOLDERS for block in side_blocks(parsed, side)] + [*reasoning_blocks(parsed)]
+    path = str(base) if base.is_absolute() else os.path.relpath(base, dst)
+    with _fresh_sources(parsed, blocks, seed) as sources:
+        write_adapters(dst, parsed, path, sources, progress)
+
+
+@contextmanager
+def _fresh_sources(config: Any, blocks: Iterable[Block], seed: int) -> Iterator[dict[str, Source]]:
+    """Freshly initialised tensors of a model, drawn as their rows are asked for."""
+    module = architecture(config.model_type)
+    with ThreadPoolExecutor(os.cpu_count() or 1, "init") as pool:
         sources = {}
-        for block in module.blocks(parsed):
+        for block in blocks:
 
             def draw(rows: slice, generator: torch.Generator, block: Block = block) -> torch.Tensor:
-                return module.initial(parsed, block, rows, generator)
+                return module.initial(config, block, rows, generator)
 
             sources[block.name] = Source("F32", block.shape, RandomRows(block, seed, draw, pool))
-        write_store(dst, parsed.to_dict(), sources, quantize=quantize, group=group, progress=progress)
+        yield sources
 
 
 def _open_config(config: str | os.PathLike | Mapping, model_type: str | None) -> Any:

@@ -31,7 +31,7 @@ from thl_engine.kernels import (
 from thl_engine.kernels import attention as attention_kernels
 from thl_engine.kernels import linear as linear_kernels
 from thl_engine.product import LAYER_NORM_EPS, Product, even_rows
-from thl_engine.weights import Matrix, Part, Table
+from thl_engine.weights import Adapted, Matrix, Part, Table
 
 # Rows of a sparse gate for which reading only the matrix rows that some of them need is faster: 0.34 of the time for
 # one, 0.62 for two, 1.2 for four (16384 x 2048 int8, 5 % of the gate left, 2-core AMD EPYC Zen 5).
@@ -84,12 +84,15 @@ class ReferenceOps:
         """Rows of a table: int64 [B] -> float32 [B, C]."""
         return table.rows(ids)
 
-    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None, *,
+    def linear(self, x: Tensor, matrix: Matrix | Adapted, bias: Tensor | None = None, *,
                norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:
         """x [..., C] -> [..., R], with what commonly stands around a product.
 
-        norm: weight and bias of a `layer_norm` of x before; gelu: `gelu` after; addend [..., R]: added at the end.
+        norm: weight and bias of a `layer_norm` of x before; gelu: `gelu` after; addend [..., R]: added at the end. Of
+        an adapted matrix the base is read first, then `down`, then `up`.
         """
+        if isinstance(matrix, Adapted):
+            return self.linear_adapted(x, matrix, bias, norm, gelu, addend)
         if norm is not None:
             x = self.layer_norm(x, *norm)
         out = self.product(x, matrix, bias)
@@ -103,7 +106,18 @@ class ReferenceOps:
                for part in matrix.parts()]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
-    def linears(self, x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
+    def linear_adapted(self, x: Tensor, matrix: Adapted, bias: Tensor | None, norm: tuple[Tensor, Tensor] | None,
+                       gelu: bool, addend: Tensor | None) -> Tensor:
+        """`linear` of an adapted matrix; an adapter whose `up` is zero leaves the base's values as they are."""
+        if norm is not None:
+            x = self.layer_norm(x, *norm)
+        out = self.linear(x, matrix.base, bias)
+        out = out.add_(self.linear(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up))
+        if gelu:
+            out = self.gelu(out)
+        return out if addend is None else out + addend
+
+    def linears(self, x: Tensor, matrices: Sequence[Matrix | Adapted]) -> list[Tensor]:
         """`linear` of the same activations with several matrices."""
         return [self.linear(x, matrix) for matrix in matrices]
 
@@ -133,7 +147,7 @@ class ReferenceOps:
             out[h] = out[h] + linear_kernels.linear_transposed(values, _widen(part))
         return torch.stack(out, dim=1)
 
-    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix, quantile: float) -> Tensor:
+    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix | Adapted, quantile: float) -> Tensor:
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
         return self.geglu(gate, self.linear(x, up), quantile)
 
@@ -184,11 +198,15 @@ class NativeOps(ReferenceOps):
         # what fills their rows up.
         return 4 * reused_elements * 3 // 2 + 5 * inputs
 
-    def linear(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None, *,
+    def linear(self, x: Tensor, matrix: Matrix | Adapted, bias: Tensor | None = None, *,
                norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:
+        if isinstance(matrix, Adapted):
+            return self.linear_adapted(x, matrix, bias, norm, gelu, addend)
         return Product(self._packings, x, norm=norm).with_each((matrix,), bias, gelu, addend)[0]
 
-    def linears(self, x: Tensor, matrices: Sequence[Matrix]) -> list[Tensor]:
+    def linears(self, x: Tensor, matrices: Sequence[Matrix | Adapted]) -> list[Tensor]:
+        if any(isinstance(matrix, Adapted) for matrix in matrices):
+            return super().linears(x, matrices)
         return Product(self._packings, x).with_each(matrices)
 
     def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix) -> Tensor:
@@ -268,21 +286,29 @@ class NativeOps(ReferenceOps):
         native.geglu(even_rows(gate), even_rows(up), quantile, out)
         return out
 
-    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix, quantile: float) -> Tensor:
+    def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix | Adapted, quantile: float) -> Tensor:
         rows = gate.numel() // gate.shape[-1]
         if rows > SPARSE_ROWS:
             return super().geglu_linear(gate, x, up, quantile)
         out = self.geglu(gate, torch.ones_like(gate), quantile)
-        values, product = out.view(rows, -1), Product(self._packings, x.reshape(rows, -1))
-        alive = values.any(dim=0)
-        for part in up.parts():  # rows of the matrix that would be multiplied by zero are left out
-            chosen = alive[part.start : part.stop].nonzero().flatten()
+        values, inputs = out.view(rows, -1), x.reshape(rows, -1)
+        alive = values.any(dim=0)  # rows of the matrix that would be multiplied by zero are left out
+        values[:, alive] *= self.linear_rows(inputs, up, alive)
+        return out
+
+    def linear_rows(self, x: Tensor, matrix: Matrix | Adapted, wanted: Tensor) -> Tensor:
+        """`linear` with the n rows of the matrix that are wanted: x [B, C], bool [R] -> [B, n]."""
+        if isinstance(matrix, Adapted):
+            out = self.linear_rows(x, matrix.base, wanted)
+            return out.add_(self.linear_rows(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up, wanted))
+        out, product, done = torch.empty(len(x), int(wanted.sum())), Product(self._packings, x), 0
+        for part in matrix.parts():
+            chosen = wanted[part.start : part.stop].nonzero().flatten()
             if len(chosen):
                 scales = None if part.scales is None else part.scales.index_select(0, chosen)
                 some = Part(0, len(chosen), part.data.index_select(0, chosen), scales, part.group)
-                factors = torch.empty(rows, len(chosen))
-                product.into(factors, some, 0)
-                values[:, chosen + part.start] *= factors
+                product.into(out, some, done)
+                done += len(chosen)
         product.done()
         return out
 

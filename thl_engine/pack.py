@@ -139,6 +139,28 @@ def write_store(
         plan.write(descriptor, progress)
 
 
+def write_tensors(path: Path, sources: Mapping[str, Source], progress: Progress | None = None) -> None:
+    """Writes an ordinary safetensors file of the sources as they are, a chunk of rows at a time."""
+    entries, position = [], 0
+    for name, source in sources.items():
+        entries.append(replace(_entry(name, "matrix", source.dtype, source.shape), offset=position))
+        position += entries[-1].nbytes
+    header = {"__metadata__": {"format": "pt"}} | {
+        e.name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.offset, e.offset + e.nbytes]}
+        for e in entries}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    data = 8 + len(text)
+    with (replacing(path, data + position) as descriptor, ThreadPoolExecutor(1, "pack-source") as ahead):
+        _write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        for entry in entries:
+            for start, rows in _chunks(entry, sources[entry.name], ahead):
+                at = entry.offset + start * entry.row_bytes
+                _write_at(descriptor, as_bytes(rows), data + at)
+                if progress:
+                    progress(at + as_bytes(rows).nbytes, position)
+
+
 @dataclass(frozen=True)
 class PackPlan:
     """Where everything goes, known before anything is written."""
@@ -359,7 +381,7 @@ def _stored_dtype(block: Block, dtype: str, quantize: str) -> str:
         return dtype
     if block.kind == "vector":
         return "F32"
-    if quantize == "int8" and len(block.shape) == 2:
+    if quantize == "int8" and len(block.shape) == 2 and not block.exact:
         return "I8"
     return "F32" if dtype == "F64" else dtype
 

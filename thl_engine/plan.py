@@ -16,7 +16,7 @@ LEAST_SLOTS = 2  # one that is computed from while the other is filled
 # Ring sizes tried; more slots prefetch deeper, but each displaces pinned pages. Beyond 32 pages of 8 MiB nothing gains.
 SLOT_CHOICES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 # Reads take turns unevenly, which the prediction does not know: a 5B INL at 4 GiB gave 0.67 tokens/s with 2 slots, 0.75
-# with 4, 0.90 with 5 and 0.94 with 8. So there are this many wherever they take little of the budget.
+# with 4, 0.90 with 5 and 0.94 with 8. So there are this many wherever they take little of what pages have.
 AMPLE_SLOTS, AMPLE_SHARE = 8, 1 / 16
 LEAD_SECONDS = 1e-3  # from asking for a page to its first bytes, hidden where others are on their way
 LONGEST_STRETCH = 512  # steps that a prediction runs through; clocks with a longer common period are sampled
@@ -266,7 +266,7 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
     elif budget is None:
         plan = divide(LEAST_SLOTS, least)
     else:
-        ample = AMPLE_SLOTS if AMPLE_SLOTS * slot_bytes <= AMPLE_SHARE * budget else LEAST_SLOTS
+        ample = AMPLE_SLOTS if AMPLE_SLOTS * slot_bytes <= AMPLE_SHARE * (budget - base) else LEAST_SLOTS
         fitting = [n for n in SLOT_CHOICES if base + n * slot_bytes <= budget and ample <= n <= len(pages)]
         plan = min((divide(n, budget) for n in fitting or [LEAST_SLOTS]), key=lambda p: (p.seconds_per_token, p.slots))
     schedule.pin(frozenset(plan.pinned))

@@ -49,6 +49,12 @@ def gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
+def hrm_gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of `HRMGemma3nConfig`: those of its base as published, and `hrm`."""
+    own = {name: given[name] for name in ("hrm", "base_model") if name in given}
+    return {**gemma3n_fields({name: value for name, value in given.items() if name not in own}, where), **own}
+
+
 def _rope_bases(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where} must be an object with {' and '.join(_ROPES)}, found {given!r}")

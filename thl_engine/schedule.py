@@ -19,11 +19,14 @@ class Block:
       table   [V, C], rows are gathered by token id, never the whole table; int8 by row when quantised
       vector  norms, biases, scales: float32 and always resident
       unused  takes part in no output: kept in files, never loaded
+
+    exact: stays a float tensor when a model is quantised.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: str
+    exact: bool = False
 
     @property
     def numel(self) -> int:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from thl_engine.adapter_folder import adapted_config, base_of, is_adapter_folder, read_adapters
 from thl_engine.chat_template import COMPANIONS, join_files
 from thl_engine.checksum import crc32c
 from thl_engine.config import parse_config
-from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.errors import CheckpointError, ConfigError, EngineError
 from thl_engine.index import (
     DTYPE_NAMES,
     DTYPES,
@@ -173,15 +174,43 @@ class Store:
 
 
 def open_store(path: str | os.PathLike) -> Store:
-    """Opens a packed file or an ordinary float checkpoint (file, shards or folder).
+    """Opens a packed file or an ordinary float checkpoint (file, shards or folder), or adapters with their base.
 
     It is checked against its configuration: CheckpointError for missing, extra or wrong tensors, ConfigError
     for the configuration itself.
     """
+    return _open_adapted(Path(path)) if is_adapter_folder(Path(path)) else _open_whole(path)
+
+
+def _open_whole(path: str | os.PathLike) -> Store:
     index = read_index(path)
     if "thl_engine.format" in index.metadata:
         return _open_packed(Path(path), index)
     return _open_plain(Path(path), index)
+
+
+def _open_adapted(folder: Path) -> Store:
+    """Adapters and the base that they name as one store: the base's files come first."""
+    path, given, where = base_of(folder)
+    if is_adapter_folder(path):
+        raise ConfigError(f"{where}: base_model: {path} holds adapters itself; it must be a gemma3n checkpoint")
+    try:
+        base = _open_whole(path)
+    except EngineError as error:
+        raise type(error)(f"{where}: base_model: {error}") from None
+    config = adapted_config(given, base.config, where)
+    index = read_adapters(folder, config)
+    blocks = tuple(block for block in architecture(config.model_type).blocks(config) if block.name not in base.tensors)
+    own = _assemble_plain(folder, index, config, blocks, tokenizer_beside(folder))
+
+    def moved(page: Page) -> Page:
+        return replace(page, index=page.index + len(base.pages), file=page.file + len(base.files))
+
+    tensors = {name: replace(tensor, pages=tuple(map(moved, tensor.pages))) for name, tensor in own.tensors.items()}
+    files, tokenizer = base.files + own.files, own.tokenizer_json or base.tokenizer_json
+    return replace(own, files=files, format=base.format, tensors=base.tensors | tensors, tokenizer_json=tokenizer,
+                   pages=(*base.pages, *map(moved, own.pages)),
+                   index=CheckpointIndex(base.index.tensors | index.tensors, {}, files, folder))
 
 
 def find_config(index: CheckpointIndex) -> tuple[dict, str]:
@@ -219,6 +248,11 @@ def _open_plain(path: Path, index: CheckpointIndex) -> Store:
     config = parse_config(fields, where=where)
     index = replace(index, tensors=without_aliases(config, index.tensors))
     blocks = architecture(config.model_type).blocks(config)
+    return _assemble_plain(path, index, config, blocks, tokenizer_beside(index.root))
+
+
+def _assemble_plain(path: Path, index: CheckpointIndex, config: object, blocks: tuple[Block, ...],
+                    tokenizer: str | None) -> Store:
     groups = _check_stored(path, index, blocks, config.model_type, None)
     for block in blocks:
         if index.tensors[block.name].dtype == "F64" and block.kind != "unused":
@@ -230,7 +264,7 @@ def _open_plain(path: Path, index: CheckpointIndex) -> Store:
         info = index.tensors[name]
         rows = info.shape[0] if info.shape else 1
         pages[name] = (page_rows(kind, rows, info.nbytes // max(rows, 1)), None)
-    return _assemble(path, index, config, groups, pages, "plain", tokenizer_beside(index.root))
+    return _assemble(path, index, config, groups, pages, "plain", tokenizer)
 
 
 def _open_packed(path: Path, index: CheckpointIndex) -> Store:

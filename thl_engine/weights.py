@@ -59,6 +59,23 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Adapted:
+    """A matrix [R, C] and what a low-rank adapter adds to it: base + scale * up @ down, with down [r, C], up [R, r].
+
+    The parts stay apart, each in its own precision (LoRA, Hu et al. 2021, arXiv 2106.09685).
+    """
+
+    base: Matrix
+    down: Matrix
+    up: Matrix
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+
+@dataclass(frozen=True)
 class Trainable:
     """A float matrix or table that gradients flow through."""
 

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from thl_engine.cli.progress import progress_bar
-from thl_engine.convert import convert_checkpoint, init_checkpoint, quantize_checkpoint
+from thl_engine.convert import convert_checkpoint, init_adapters, init_checkpoint, quantize_checkpoint
 from thl_engine.errors import ConfigError
 from thl_engine.growth import grow_checkpoint
 from thl_engine.index import read_text
@@ -25,8 +25,13 @@ def convert(arguments: Namespace) -> None:
 
 def init(arguments: Namespace) -> None:
     with progress_bar("writing") as progress:
-        init_checkpoint(arguments.model_type, arguments.config, arguments.target, arguments.seed, arguments.quantize,
-                        progress=progress)
+        if arguments.base is not None:
+            if arguments.model_type not in (None, "hrm_gemma3n"):
+                raise ConfigError(f"--base: goes with --model-type hrm_gemma3n, not {arguments.model_type}")
+            init_adapters(arguments.base, arguments.target, arguments.config, arguments.seed, progress)
+        else:
+            init_checkpoint(arguments.model_type, arguments.config, arguments.target, arguments.seed,
+                            arguments.quantize, progress=progress)
     print(arguments.target)
 
 

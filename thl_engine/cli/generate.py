@@ -15,7 +15,7 @@ import torch
 
 from thl_engine import hrm_chat, native
 from thl_engine.cli import batch
-from thl_engine.cli.effort import effort, has_modes, mode_options, open_state, traced
+from thl_engine.cli.effort import described, effort, mode_options, open_state, traced
 from thl_engine.cli.options import cache_options
 from thl_engine.cli.progress import progress_bar
 from thl_engine.engine import Engine, Piece
@@ -40,7 +40,8 @@ def run(arguments: Namespace) -> None:
         if arguments.input is not None:
             _answer(engine, arguments)
             return
-        state = open_state(engine, arguments.state, arguments.mode) if len(prompts) == 1 else None
+        state = (open_state(engine, arguments.state, arguments.mode, arguments.max_cycles) if len(prompts) == 1
+                 else None)
         names = traced(engine) if arguments.stats or arguments.json else ()
         with engine.trace(*names) if names else nullcontext() as trace:
             pieces, timing = _write(engine, _stream(engine, prompts, state, arguments), prompts, arguments.json)
@@ -79,7 +80,7 @@ def _sampling(arguments: Namespace, usual: Sampling) -> Sampling:
 def _stream(engine: Engine, prompts: list[str], state: Any, arguments: Namespace) -> Iterator[tuple[int, Piece]]:
     """Pieces of the texts that go on from the prompts, or of answers to them where the model chats."""
     stop = [_argument(text) for text in arguments.stop]
-    published = has_modes(engine.model_type)  # HRM, whose chat is a way of writing
+    published = engine.model_type == "hrm"  # its chat is a way of writing
     if published and arguments.chat is not False:
         if len(prompts) > 1:
             raise ConfigError(f"{len(prompts)} prompts: an {engine.model_type} model's chat takes one; --no-chat "
@@ -94,7 +95,8 @@ def _stream(engine: Engine, prompts: list[str], state: Any, arguments: Namespace
     if arguments.chat and not published:
         starts = [_asked(engine, prompt) for prompt in prompts]
     if len(starts) > 1:
-        return engine.generate_batch(starts, state_options=mode_options(engine.model_type, arguments.mode), **options)
+        thinking = mode_options(engine.model_type, arguments.mode, arguments.max_cycles)
+        return engine.generate_batch(starts, state_options=thinking, **options)
     return ((0, piece) for piece in engine.generate(starts[0], state=state, **options))
 
 
@@ -231,6 +233,8 @@ def _table(stats: dict[str, Any]) -> str:
         ("peak memory", f"{size(stats['peak_memory_bytes'])} planned of budget {budget}, "
                         f"{size(stats['peak_rss_bytes'])} of the whole process"),
     ]
+    if "cycles_per_token" in stats:
+        rows.insert(2, ("reasoning", described(stats)))
     if stats["sliding_window"]:
         rows.append(("attention", f"sees the last {stats['sliding_window']} tokens; those further back are no longer "
                                   "seen"))

@@ -75,8 +75,9 @@ def _run(parser: argparse.ArgumentParser) -> None:
     batch.add_argument("--input", metavar="FILE", help="JSON list of objects with the text under \"prompt\" or "
                                                        "\"input\"; each is answered at the model's own length")
     batch.add_argument("--output", metavar="FILE", help="where to write that list with \"output\" and \"ids\" added")
-    thinking = parser.add_argument_group("models that think in cycles (hrm)")
+    thinking = parser.add_argument_group("models that think in cycles (hrm, hrm_gemma3n)")
     _mode(thinking)
+    thinking.add_argument("--max-cycles", type=int, metavar="N", help="hrm_gemma3n: cycles that a token takes at most")
     thinking.add_argument("--chat", action=argparse.BooleanOptionalAction,
                           help="follow the rules of the published chat, the only way in which the published model "
                                "writes: the last 60 tokens of the prompt; an end at <PAD>, <EOS> or the 11th "
@@ -98,8 +99,9 @@ def _check_files(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
 
 
 def _mode(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--mode", metavar="M", help="cycles of a segment: fast, normal, deep, thorough, extreme, or "
-                                                    "NxT such as 3x2 (hrm; default: normal)")
+    parser.add_argument("--mode", metavar="M", help="hrm: cycles of a segment, fast, normal, deep, thorough or "
+                                                    "extreme; hrm_gemma3n: cycles of a token, math, code or agent; or "
+                                                    "NxT such as 3x2 (default: normal, and the model's own)")
 
 
 def _engine(parser: argparse.ArgumentParser) -> None:
@@ -151,16 +153,25 @@ def _convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _init(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command="files.init")
+    parser.set_defaults(command="files.init", check=partial(_check_init, parser))
     parser.add_argument("--model-type", metavar="T",
                         help="architecture, such as thl (default: as the configuration says)")
-    parser.add_argument("--config", required=True, metavar="FILE",
+    parser.add_argument("--config", metavar="FILE",
                         help="JSON configuration of the model, or a published size: small, medium, 5b or 10b of inl")
-    parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("--base", metavar="PATH", help="hrm_gemma3n: a gemma3n checkpoint, for which adapters are "
+                                                       "written; --config may then be left out, or hold \"hrm\" alone")
+    parser.add_argument("target", metavar="OUT", help="the .safetensors file to write; with --base a folder")
     parser.add_argument("--seed", type=int, default=0, metavar="N",
                         help="same seed, same weights (default: %(default)s)")
     parser.add_argument("--quantize", choices=("none", "int8"), default="none",
                         help="write float32 or int8 weights (default: %(default)s)")
+
+
+def _check_init(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.base is None and arguments.config is None:
+        parser.error("one of --config and --base is needed")
+    if arguments.base is not None and arguments.quantize != "none":
+        parser.error("--quantize does not go with --base: adapters stay floats")
 
 
 def _grow(parser: argparse.ArgumentParser) -> None:

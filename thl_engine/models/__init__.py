@@ -39,9 +39,10 @@ Models see tensors, weights by name and ops; never files, devices or threads.
 
 from types import ModuleType
 
-from thl_engine.models import gemma3n, him, hrm, inl, thl
+from thl_engine.models import gemma3n, him, hrm, hrm_gemma3n, inl, thl
 
-ARCHITECTURES: dict[str, ModuleType] = {"thl": thl, "hrm": hrm, "him": him, "inl": inl, "gemma3n": gemma3n}
+ARCHITECTURES: dict[str, ModuleType] = {"thl": thl, "hrm": hrm, "him": him, "inl": inl, "gemma3n": gemma3n,
+                                        "hrm_gemma3n": hrm_gemma3n}
 
 
 def architecture(model_type: str) -> ModuleType:

@@ -268,7 +268,8 @@ def advance(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state
     next state, which shares the given one's cache. `record` receives named intermediates. Raises ConfigError beyond
     the context.
     """
-    return _run(config, weights, ops, tokens, state, record, last=True)
+    x, following = decode(config, weights, ops, tokens, state, record, last=True)
+    return normalise(config, weights, ops, x, record), following
 
 
 def forward(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
@@ -283,7 +284,8 @@ def forward(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state
     out = torch.empty(*tokens.shape, config.vocab_size, device=tokens.device)
     for first in range(0, tokens.shape[1], CHUNK):
         some = tokens[:, first : first + CHUNK]
-        hidden, state = _run(config, weights, ops, some, state, record, last=False)
+        x, state = decode(config, weights, ops, some, state, record, last=False)
+        hidden = normalise(config, weights, ops, x, record)
         out[:, first : first + CHUNK] = logits(config, weights, ops, hidden.flatten(0, 1)).unflatten(0, some.shape)
     return out, state
 
@@ -300,9 +302,9 @@ def logits(config: Gemma3nConfig, weights: Any, ops: Any, hidden: Tensor) -> Ten
     return scores if cap is None else scores.div_(cap).tanh_() * cap
 
 
-def _run(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None, *,
-         last: bool) -> tuple[Tensor, State]:
-    """Every layer over tokens [B, T]: features after the final norm [B, T, D], and the next state.
+def decode(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None, *,
+           last: bool) -> tuple[Tensor, State]:
+    """Every layer over tokens [B, T]: features before the final norm [B, T, D], and the next state.
 
     last: of the last position only, [B, 1, D]. Layers that leave no keys and values behind then compute no other.
     """
@@ -321,10 +323,8 @@ def _run(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
         streams = layer(c, weights, ops, i, streams, inputs[:, :, i], attention)
         if record is not None:
             record(f"layer{i}.altup_state", streams)
-    hidden = collapse(c, weights, ops, streams[:, :, -1:].contiguous() if last else streams)
-    if record is not None:
-        record("final_hidden", hidden)
-    return hidden, State(state.timestep + tokens.shape[1], state.context, state.layers, state.cache)
+    x = collapse(c, weights, ops, streams[:, :, -1:].contiguous() if last else streams)
+    return x, State(state.timestep + tokens.shape[1], state.context, state.layers, state.cache)
 
 
 class Attention:
@@ -395,11 +395,19 @@ def expand(c: Gemma3nConfig, weights: Any, ops: Any, x: Tensor) -> Tensor:
 
 
 def collapse(c: Gemma3nConfig, weights: Any, ops: Any, streams: Tensor) -> Tensor:
-    """The mean of the streams [n, B, T, D], brought back to the first one's magnitude, and normalised: [B, T, D]."""
+    """The mean of the streams [n, B, T, D], the others brought back to the first one's magnitude: [B, T, D]."""
     target = magnitude(streams[0])
     others = [scaled_to(ops.linear(streams[j + 1], weights[f"model.altup_unembed_projections.{j}.weight"]), target)
               for j in range(c.altup_num_inputs - 1)]
-    return ops.rms_norm(torch.stack([streams[0], *others]).mean(dim=0), weights["model.norm.weight"], c.rms_norm_eps)
+    return torch.stack([streams[0], *others]).mean(dim=0)
+
+
+def normalise(c: Gemma3nConfig, weights: Any, ops: Any, x: Tensor, record: Record | None) -> Tensor:
+    """The final norm, of [..., D]."""
+    hidden = ops.rms_norm(x, weights["model.norm.weight"], c.rms_norm_eps)
+    if record is not None:
+        record("final_hidden", hidden)
+    return hidden
 
 
 def layer(c: Gemma3nConfig, weights: Any, ops: Any, i: int, streams: Tensor, own_input: Tensor,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thl_engine.config import HRMConfig
+from thl_engine.config import LARGEST_CYCLES, HRMConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.schedule import Block, Walk
 
@@ -30,19 +30,19 @@ RMS_EPS = 1e-5
 ROTARY_BASE = 10000.0
 PRESETS = {"fast": (1, 1), "normal": (2, 2), "deep": (3, 2), "thorough": (4, 3), "extreme": (6, 4)}
 NORMAL = PRESETS["normal"]
-LARGEST_CYCLES = 64  # bounds the length of a walk, which lists every revisit
 Q_HEAD_BIAS = -5.0  # of a fresh model; equal for both outputs, so that it never halts early
 
 
-def parse_cycles(value: str | Sequence[int]) -> tuple[int, int]:
+def parse_cycles(value: str | Sequence[int],
+                 presets: Mapping[str, tuple[int, int]] = PRESETS) -> tuple[int, int]:
     """(N, T) from a preset's name, from "NxT" or from two numbers. Raises ConfigError."""
-    if isinstance(value, str) and value in PRESETS:
-        return PRESETS[value]
+    if isinstance(value, str) and value in presets:
+        return presets[value]
     written = re.fullmatch("([0-9]{1,3})x([0-9]{1,3})", value) if isinstance(value, str) else None
     pair = tuple(map(int, written.groups())) if written else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= LARGEST_CYCLES
                              for n in pair):
-        raise ConfigError(f"cycles is {value!r}; it must be one of {', '.join(PRESETS)}, or NxT with whole numbers "
+        raise ConfigError(f"cycles is {value!r}; it must be one of {', '.join(presets)}, or NxT with whole numbers "
                           f"from 1 to {LARGEST_CYCLES}")
     return pair
 
