@@ -2,7 +2,7 @@
 
 import torch
 
-from thl_engine.kernels.triton import linear
+from thl_engine.kernels.triton import attention, elementwise, linear, norm, slot_memory
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
 
@@ -54,3 +54,42 @@ def linear_transposed_launches(batch):
         for accumulate in (False, True):
             linear_transposed(torch.empty(batch, 8, 64), stored(kind, 512, 1024), 8, 512, 0,
                               torch.empty(batch, 8, 1024), accumulate)
+
+
+@launches(small=(100, 96), default=(1024, 512), most=(16384, 256))
+def slot_launches(shape):
+    slots, width = shape
+    memory, ema = torch.empty(2, slots, width), torch.empty(2, slots)
+    last = torch.empty(2, slots, dtype=torch.int64)
+    for capacity in (None, 2):
+        slot_memory.slot_read(torch.empty(2, 8, width), memory, ema, last, 7, k=8, capacity=capacity, scale=0.1,
+                              load_penalty=0.1, decay=0.9)
+    slot_memory.slot_norms(memory)
+    slot_memory.novelty_write(torch.empty(2, width), memory, ema, ema, ema, last, 7, slots=4, clip_max=1.0, theta=0.1,
+                              beta=1.0, decay=0.9, ema_decay=0.9, stale_weight=0.1, underuse_weight=0.1)
+
+
+@launches(**{f"heads{width}": width for width in (16, 32, 64, 80, 128, 256)})
+def attention_launches(width):
+    for rows, keys in ((1, 100), (1, 4096), (200, 200)):
+        for dtype in (torch.float32, torch.bfloat16):
+            query, key = torch.empty(2, 8, rows, width, dtype=dtype), torch.empty(2, 2, keys, width, dtype=dtype)
+            tables = torch.empty(rows, width)
+            attention.attention(query, key, key, 0.1, causal=True)
+            attention.attention(query, key, key, 0.1, torch.empty(keys, dtype=torch.bool), query_tables=(tables, tables),
+                                causal=True, window=64)
+        small, scales = key.to(torch.int8), torch.empty(2, 2, keys)
+        attention.attention(query, small, small, 0.1, causal=True, key_scales=scales, value_scales=scales)
+
+
+@launches(**{f"width{width}": width for width in (64, 768, 4096, 32768)})
+def elementwise_launches(width):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.empty(4, width, dtype=dtype), torch.empty(width)
+        norm.add_rms_norm(x, x, weight, 1e-5)
+        norm.add_layer_norm(x, x, weight, weight, 1e-5)
+        norm.layer_norm(x, weight, weight, 1e-5)
+        elementwise.gru_reset(x, x)
+        elementwise.gru_update(x, x, x)
+        elementwise.swiglu(x, x)
+        elementwise.gelu(x)
