@@ -2,7 +2,7 @@
 
 import torch
 
-from thl_engine.kernels.triton import attention, elementwise, linear, norm, slot_memory
+from thl_engine.kernels.triton import attention, elementwise, integrator, linear, norm, slot_memory
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
 
@@ -93,3 +93,13 @@ def elementwise_launches(width):
         elementwise.gru_update(x, x, x)
         elementwise.swiglu(x, x)
         elementwise.gelu(x)
+
+
+@launches(units64=64, units256=256)
+def integrator_launches(units):
+    x, mu = torch.empty(40, 512), torch.empty(512)
+    for kind in ("row", "float32"):
+        for together in (False, True):
+            for threshold in (None, 0.1):
+                integrator.integrate(x, x, stored(kind, units, 1536), torch.empty(units), stored(kind, 1536, units),
+                                     torch.empty(1536), mu, steps=8, threshold=threshold, together=together)
