@@ -64,6 +64,8 @@ def main(capability: int, only: list[str]) -> None:
         if kernel.hash not in seen:
             seen.add(kernel.hash)
             registers, stack = resources(kernel.asm["cubin"])
+            if stack and os.environ.get("DUMP"):
+                open(f"/tmp/exp/{self.__name__}-{launch}-{capability}-{registers}.ptx", "w").write(kernel.asm["ptx"])
             print(json.dumps({"kernel": self.__name__, "launch": launch, "shared": kernel.metadata.shared,
                               "registers": registers, "stack": stack, "warps": kernel.metadata.num_warps,
                               "tensor_cores": "mma" in kernel.asm["ptx"]}), flush=True)

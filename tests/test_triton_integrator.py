@@ -47,6 +47,6 @@ def test_no_rows_and_too_many_units():
     first, second = Weights(torch.zeros(3, 12, device=DEVICE)), Weights(torch.zeros(12, 3, device=DEVICE))
     out = integrator.integrate(empty, empty, first, torch.zeros(3), second, torch.zeros(12), torch.zeros(4), steps=3)
     assert out.x.shape == (0, 4)
-    with pytest.raises(ValueError, match="at most 256 hidden units, found 300"):
+    with pytest.raises(ValueError, match="at most 64 hidden units, found 300"):
         integrator.integrate(empty, empty, Weights(torch.zeros(300, 12)), torch.zeros(300), second, torch.zeros(12),
                              torch.zeros(4), steps=3)

@@ -38,7 +38,7 @@ def test_equal_slots_score_equal_bits():
 @pytest.mark.parametrize("slots, k", [(1, 1), (7, 7), (37, 3), (200, 5)])
 def test_slot_topk(slots, k, capacity):
     for scores in (torch.randn(2, 3, slots), torch.randint(0, 4, (2, 3, slots)).float(), torch.zeros(2, 3, slots),
-                   torch.full((2, 3, slots), float("inf")).where(torch.rand(2, 3, slots) < 0.01, torch.zeros(1))):
+                   torch.full((2, 3, slots), float("-inf")).where(torch.rand(2, 3, slots) < 0.9, torch.zeros(1))):
         scores = scores.to(DEVICE)
         alpha, indices = slot_memory.slot_topk(scores, k, capacity)
         wide, expected = reference.slot_topk(*double(scores), k, capacity)
@@ -47,12 +47,13 @@ def test_slot_topk(slots, k, capacity):
             close(alpha, wide)
 
 
-def test_slot_topk_of_the_most_slots():
-    scores = torch.randint(0, 1000, (1, 2, slot_memory.MOST_SLOTS)).float()
-    _, indices = slot_memory.slot_topk(scores.to(DEVICE), 4)
-    assert torch.equal(indices.cpu(), reference.slot_topk(scores, 4)[1])
-    with pytest.raises(ValueError, match="slots: expected 4 to 16384, of which 4 are chosen; found 16385"):
-        slot_memory.slot_topk(torch.zeros(1, 1, slot_memory.MOST_SLOTS + 1), 4)
+def test_slot_topk_of_many_slots():
+    for slots in (slot_memory.CHOICE + 1, 16384):
+        scores = torch.randint(0, 1000, (1, 2, slots)).float()
+        _, indices = slot_memory.slot_topk(scores.to(DEVICE), 4)
+        assert torch.equal(indices.cpu(), reference.slot_topk(scores, 4)[1])
+    with pytest.raises(ValueError, match="slots: expected at least the 4 that are chosen, found 3"):
+        slot_memory.slot_topk(torch.zeros(1, 1, 3), 4)
 
 
 def test_nan_stays_within_the_memory():

@@ -82,7 +82,7 @@ def attention_launches(width):
         attention.attention(query, small, small, 0.1, causal=True, key_scales=scales, value_scales=scales)
 
 
-@launches(**{f"width{width}": width for width in (64, 768, 4096, 32768)})
+@launches(**{f"width{width}": width for width in (64, 768, 4096, 16384)})
 def elementwise_launches(width):
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.empty(4, width, dtype=dtype), torch.empty(width)
@@ -95,7 +95,7 @@ def elementwise_launches(width):
         elementwise.gelu(x)
 
 
-@launches(units64=64, units256=256)
+@launches(units20=20, units64=64)
 def integrator_launches(units):
     x, mu = torch.empty(40, 512), torch.empty(512)
     for kind in ("row", "float32"):

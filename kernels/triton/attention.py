@@ -17,6 +17,8 @@ from thl_engine.kernels.triton.arithmetic import capability, dot
 DECODING_ROWS = 16  # of a key/value head's queries, at most, for keys to be cut into pieces
 PIECE = 256  # keys, at least
 MOST_PIECES = 64
+WIDEST = 256  # features of a head
+WIDEST_SPLIT = 64  # features of a float32 head whose two tf32 terms fit in registers
 
 
 class Tile(NamedTuple):
@@ -32,12 +34,13 @@ def tile(rows: int, width: int, half: bool, card: int) -> Tile:
     """For `rows` rows of queries a key/value head, heads of `width` features in `half` precision or float32."""
     if card < 80:
         return Tile(16, 16, 4 if width <= 128 else 8, 1)
-    wide = width > 128
-    if rows <= DECODING_ROWS:
-        return Tile(16, 32 if wide or not half else 64, 4, 2)
+    if half and rows <= DECODING_ROWS:
+        return Tile(16, 32, 4 if width <= 128 else 8, 2)
     if half:
-        return Tile(64, 32 if wide else 64, 8 if wide else 4, 2)
-    return Tile(32 if wide else 64, 16 if wide else 32, 8 if width > 64 else 4, 1 if wide else 2)
+        return Tile(64 if width <= 64 else 32, 32, 4 if 64 < width <= 128 else 8, 2)
+    if rows <= DECODING_ROWS or width > WIDEST_SPLIT:
+        return Tile(16, 16, 4 if width <= 128 else 8, 1)
+    return Tile(32, 32, 8, 1)
 
 
 def pieces(rows: int, keys: int) -> tuple[int, int]:
@@ -168,13 +171,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
     blocked: bool, broadcastable to [B, A, T, S], True where a key must not be seen; a row that sees none is NaN.
     causal: later keys are not seen. window: nor those `window` or more positions back. key_scales, value_scales
     float32 [B, A_k, S]: keys and values are int8 and stand for these multiples. query_tables, key_tables: cos and sin,
-    float32 [T, d] and [S, d], to rotate rows by as in ../rotary.py. Float32 queries are multiplied as
-    `arithmetic.precision` says for float32 weights; others in their own precision.
+    float32 [T, d] and [S, d], to rotate rows by as in ../rotary.py. Float32 queries are multiplied
+    in two tf32 terms, wide heads and old cards on the ordinary cores; others in their own precision.
     """
     batch, heads, rows, width = query.shape
     key_heads, keys = key.shape[1:3]
-    if width > 256 or heads % key_heads:
-        raise ValueError(f"attention: expected at most 256 features a head and query heads in equal groups; found "
+    if width > WIDEST or heads % key_heads:
+        raise ValueError(f"attention: expected at most {WIDEST} features a head and query heads in equal groups; found "
                          f"{width} features, {heads} query heads, {key_heads} key heads")
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     # Positions before heads: what follows joins the heads of a position, which then are in one row already.
@@ -208,7 +211,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
         keys - rows, window or 0, piece, width, group, key_heads, *query.stride()[:3], *key.stride()[:3],
         *value.stride()[:3], *_leading(key_scales), *_leading(value_scales), *mask_strides, *out.stride()[:3],
         CAUSAL=causal, WINDOW=window is not None, PIECES=count > 1, DTYPE=_type(query.dtype if half else torch.float32),
-        PRECISION="ieee" if card < 80 or half else "tf32x3", ROWS=sizes.rows, KEYS=sizes.keys, WIDTH=padded,
+        PRECISION="ieee" if card < 80 or half or width > WIDEST_SPLIT else "tf32x3", ROWS=sizes.rows, KEYS=sizes.keys, WIDTH=padded,
         num_warps=sizes.warps, num_stages=sizes.stages)
     if count > 1:
         _join[rows * group, batch * key_heads](

@@ -14,7 +14,7 @@ from thl_engine.kernels.triton.arithmetic import capability, product, softplus
 from thl_engine.kernels.triton.linear import Weights
 
 ROWS = 16  # of a program: the least that tensor cores multiply
-WIDEST = 256  # units of the controller's hidden layer
+WIDEST = 64  # units of the controller's hidden layer
 
 
 @triton.jit
@@ -139,8 +139,8 @@ def integrate(x: Tensor, context: Tensor, first: Weights, first_bias: Tensor, se
             values[1], iterations, made, rows, width, units, x.stride(0), context.stride(0), first.data.stride(0),
             second.data.stride(0), steps, threshold or 0.0, blocks, DT=DT, FIRST_CHECK=FIRST_CHECK,
             STOPS=threshold is not None and not goes_on, FREEZES=threshold is not None and not together,
-            GOES_ON=goes_on, HIDDEN=hidden, PRECISION=how, ROWS=ROWS, FEATURES=16 if hidden > 128 else 32,
-            OTHERS=triton.next_power_of_2(blocks), num_warps=4, num_stages=1)
+            GOES_ON=goes_on, HIDDEN=hidden, PRECISION=how, ROWS=ROWS, FEATURES=32 if how == "split" else 16,
+            OTHERS=triton.next_power_of_2(blocks), num_warps=8, num_stages=1)
 
     launch(False)
     if together and threshold is not None and blocks > 1:

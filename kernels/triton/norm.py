@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 32768  # features of a row, which one program holds
+WIDEST = 16384  # features of a row, which one program holds
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from thl_engine.kernels.slot_memory import (
     Write,
 )
 
-MOST_SLOTS = 16384  # that one program can choose among
+CHOICE = 4096  # slots that a program looks at together when it chooses
 WIDTH = 256  # features that a tile holds at a time
 SLOTS = 16  # in a tile
 METADATA = 256  # slots whose metadata one program renews
@@ -47,13 +47,18 @@ def _scores(query, memory, read_ema, out, heads, slots, width, scale, load_penal
 
 
 @triton.jit
-def _next_best(values, j, slots, value, index):
+def _next_best(at, slots, value, index, CHUNK: tl.constexpr):
     """The best of what comes after (value, index): descending values, ascending indices among equals."""
-    after = (values < value) | ((values == value) & (j > index))
-    candidates = tl.where(after & (j < slots), values, float("-inf"))
-    best = tl.max(candidates, axis=0)
-    index = tl.min(tl.where(after & (candidates == best), j, slots), axis=0)
-    return best, tl.minimum(index, slots - 1)  # NaN has no order, and must not lead out of the memory
+    best, found = tl.full([], float("-inf"), tl.float32), slots
+    for start in range(0, slots, CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        values = tl.load(at + j, mask=j < slots, other=float("-inf"))
+        after = ((values < value) | ((values == value) & (j > index))) & (j < slots)
+        high = tl.max(tl.where(after, values, float("-inf")), axis=0)
+        here = tl.min(tl.where(after & (values == high), j, slots), axis=0)
+        better = (high > best) | (found == slots)
+        best, found = tl.where(better, high, best), tl.where(better, here, found)
+    return best, tl.minimum(found, slots - 1)  # NaN has no order, and must not lead out of the memory
 
 
 @triton.jit
@@ -71,17 +76,15 @@ def _mix(weights, chosen, r, entries, slot_at, memory_slot, out, width, WIDTH: t
 
 @triton.jit
 def _select(scores, memory, alpha, indices, mixed, heads, slots, width, k, scores_batch, scores_head, memory_batch,
-            memory_slot, MIX: tl.constexpr, ENTRIES: tl.constexpr, ALL_SLOTS: tl.constexpr, WIDTH: tl.constexpr):
+            memory_slot, MIX: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
     """One head's k best slots, their softmax and, with MIX, their weighted sum."""
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    j = tl.arange(0, ALL_SLOTS)
-    values = tl.load(scores + b * scores_batch + h * scores_head + j, mask=j < slots, other=float("-inf"))
     r = tl.arange(0, ENTRIES)
     best = tl.full([ENTRIES], float("-inf"), tl.float32)
     chosen = tl.zeros([ENTRIES], tl.int32)
     value, index = tl.full([], float("inf"), tl.float32), tl.full([], -1, tl.int32)
     for rank in range(0, k):
-        value, index = _next_best(values, j, slots, value, index)
+        value, index = _next_best(scores + b * scores_batch + h * scores_head, slots, value, index, CHUNK)
         best = tl.where(r == rank, value, best)
         chosen = tl.where(r == rank, index, chosen)
     weights = tl.exp(best - tl.max(best, axis=0))
@@ -174,30 +177,35 @@ def _affinities(candidate, memory, norms, vector, out, slots, width, clip_max, c
 @triton.jit(do_not_specialize=["t"])
 def _choose(affinity, norms, read_ema, last_write, gate, novelty, branch, indices, slots, t, chosen, theta, beta,
             stale_weight, underuse_weight, ema_batch, EMPTY_NORM: tl.constexpr, NORM_EPS: tl.constexpr,
-            UPDATE: tl.constexpr, LEAST_USEFUL: tl.constexpr, EMPTY: tl.constexpr, ALL_SLOTS: tl.constexpr):
+            UPDATE: tl.constexpr, LEAST_USEFUL: tl.constexpr, EMPTY: tl.constexpr, CHUNK: tl.constexpr):
     """How novel a row's candidate is, how strongly it is written, and to which slots."""
     b = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, ALL_SLOTS)
-    inside = j < slots
-    similar = tl.load(affinity + b * slots + j, mask=inside, other=float("-inf"))
-    distance = 1.0 - tl.max(similar, axis=0)
+    values_at = affinity + b * slots
+    highest, least = tl.full([CHUNK], float("-inf"), tl.float32), tl.full([CHUNK], float("inf"), tl.float32)
+    for start in range(0, slots, CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        highest = tl.maximum(highest, tl.load(values_at + j, mask=j < slots, other=float("-inf")))
+        least = tl.minimum(least, tl.load(norms + b * slots + j, mask=j < slots, other=float("inf")))
+    distance = 1.0 - tl.max(highest, axis=0)
     novel = distance > theta
-    least = tl.min(tl.load(norms + b * slots + j, mask=inside, other=1.0), axis=0)
-    way = tl.where(novel, tl.where(least <= EMPTY_NORM, EMPTY, LEAST_USEFUL), UPDATE)
-    values = similar
-    if way == EMPTY:
-        empty = tl.load(norms + b * slots + j, mask=inside, other=1.0) <= EMPTY_NORM
-        values = tl.where(empty, 1e4, 0.0) - j.to(tl.float32)
-    if way == LEAST_USEFUL:
-        stale = (t - tl.load(last_write + b * slots + j, mask=inside, other=0)).to(tl.float32)
-        used = tl.load(read_ema + b * ema_batch + j, mask=inside, other=0.0)
-        values = stale_weight * stale + tl.div_rn(used * 0 + underuse_weight, NORM_EPS + used)
+    way = tl.where(novel, tl.where(tl.min(least, axis=0) <= EMPTY_NORM, EMPTY, LEAST_USEFUL), UPDATE)
     tl.store(gate + b, tl.where(novel, tl.sigmoid(beta * (distance - theta)), 1.0))
     tl.store(novelty + b, distance)
     tl.store(branch + b, way.to(tl.int64))
+    if way != UPDATE:  # values to choose by take the place of the affinities
+        for start in range(0, slots, CHUNK):
+            j = start + tl.arange(0, CHUNK)
+            inside = j < slots
+            empty = tl.load(norms + b * slots + j, mask=inside, other=1.0) <= EMPTY_NORM
+            stale = (t - tl.load(last_write + b * slots + j, mask=inside, other=0)).to(tl.float32)
+            used = tl.load(read_ema + b * ema_batch + j, mask=inside, other=0.0)
+            by_use = stale_weight * stale + tl.div_rn(used * 0 + underuse_weight, NORM_EPS + used)
+            by_emptiness = tl.where(empty, 1e4, 0.0) - j.to(tl.float32)
+            tl.store(values_at + j, tl.where(way == EMPTY, by_emptiness, by_use), mask=inside)
+    tl.debug_barrier()
     value, index = tl.full([], float("inf"), tl.float32), tl.full([], -1, tl.int32)
     for rank in range(0, chosen):
-        value, index = _next_best(values, j, slots, value, index)
+        value, index = _next_best(values_at, slots, value, index, CHUNK)
         tl.store(indices + b * chosen + rank, index.to(tl.int64))
 
 
@@ -244,7 +252,7 @@ def slot_scores(query: Tensor, memory: Tensor, read_ema: Tensor, scale: float, l
 
 
 def slot_topk(scores: Tensor, k: int, capacity: int | None = None) -> tuple[Tensor, Tensor]:
-    """As the reference: scores [B, H, J], J up to MOST_SLOTS -> (alpha [B, H, k], indices int64 [B, H, k])."""
+    """As the reference: scores [B, H, J] -> (alpha [B, H, k], indices int64 [B, H, k])."""
     alpha, indices, _ = _selected(scores, None, k, capacity)
     return alpha, indices
 
@@ -342,14 +350,13 @@ def _settled(alpha: Tensor, indices: Tensor, memory: Tensor | None, mixed: Tenso
 
 
 def _choice_sizes(slots: int) -> dict[str, int]:
-    """All slots in one tile, at most 16 to a thread."""
-    size = max(triton.next_power_of_2(slots), 32)
-    return {"ALL_SLOTS": size, "num_warps": max(size // 512, 1)}
+    size = min(max(triton.next_power_of_2(slots), 32), CHOICE)
+    return {"CHUNK": size, "num_warps": max(size // 512, 1)}
 
 
 def _check_choice(slots: int, k: int) -> None:
-    if slots > MOST_SLOTS or k > slots:
-        raise ValueError(f"slots: expected {k} to {MOST_SLOTS}, of which {k} are chosen; found {slots}")
+    if k > slots:
+        raise ValueError(f"slots: expected at least the {k} that are chosen, found {slots}")
 
 
 def _check_state(**tensors: Tensor) -> None:
