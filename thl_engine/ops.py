@@ -57,6 +57,11 @@ class ReferenceOps:
     erase_then_add = staticmethod(shared_memory.erase_then_add)
     reasoning_update = staticmethod(shared_memory.reasoning_update)
 
+    @staticmethod
+    def devices() -> tuple[str, ...]:
+        """Kinds of device that these ops compute on."""
+        return ("cpu", "cuda")
+
     def scratch_bytes(self, page_elements: int, reused_elements: int = 0) -> int:
         """Memory that ops need beside their operands, for pages of up to `page_elements` weights.
 
@@ -96,6 +101,14 @@ class ReferenceOps:
             values = x[:, h, first : first + part.stop - part.start]
             out[h] = out[h] + linear_kernels.linear_transposed(values, _widen(part))
         return torch.stack(out, dim=1)
+
+    def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int, *, k: int,
+                  capacity: int | None, scale: float, load_penalty: float,
+                  decay: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """A sparse read of the slots: (mixed [B, H, d], alpha, indices [B, H, k], read_ema, last_read [B, J])."""
+        alpha, indices = self.slot_topk(self.slot_scores(query, memory, read_ema, scale, load_penalty), k, capacity)
+        mixed = self.slot_mix(alpha, indices, memory)
+        return mixed, alpha, indices, *self.read_metadata(alpha, indices, read_ema, last_read, t, decay)
 
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
@@ -224,7 +237,7 @@ class NativeOps(ReferenceOps):
                                      threshold=threshold, together=together, trajectory=True)
         rows, width = x.shape
         values, iterations = torch.empty(rows, 2 * width), torch.empty(rows, dtype=torch.int64)
-        matrices = _stored(first), _stored(second)
+        matrices = stored_matrix(first), stored_matrix(second)
         if any(scales is None for _, scales in matrices):
             matrices = tuple((w if scales is None else linear_kernels.widen(w, scales), None) for w, scales in matrices)
         made = native.integrate(x, context, matrices[0], first_bias, matrices[1], second_bias, mu, steps,
@@ -322,7 +335,7 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _stored(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
+def stored_matrix(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
     """The matrix in memory of its own: int8 with a scale for each row, or else float32."""
     parts = [(part.data.clone(), part.scales.clone()) if part.scales is not None and part.scales.dim() == 1
              else (_widen(part).clone() if part.data.dtype == torch.float32 else _widen(part), None)
@@ -359,7 +372,16 @@ def _native() -> ReferenceOps:
     return NativeOps()
 
 
-BACKENDS: dict[str, Callable[[], ReferenceOps]] = {"reference": ReferenceOps, "native": _native}
+def _triton() -> ReferenceOps:
+    try:
+        from thl_engine import triton_ops
+    except ImportError as error:
+        raise ConfigError(f"backend 'triton' is not available ({error}); install triton or use backend 'reference'"
+                          ) from None
+    return triton_ops.TritonOps()
+
+
+BACKENDS: dict[str, Callable[[], ReferenceOps]] = {"reference": ReferenceOps, "native": _native, "triton": _triton}
 
 
 def load_ops(backend: str, device: str) -> ReferenceOps:
@@ -370,4 +392,7 @@ def load_ops(backend: str, device: str) -> ReferenceOps:
         raise ConfigError(f"backend {backend!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
     if backend == "native" and device != "cpu":
         raise ConfigError(f"backend 'native' computes on the CPU, not on {device!r}; use backend 'auto'")
-    return BACKENDS[backend]()
+    ops = BACKENDS[backend]()
+    if device not in ops.devices():
+        raise ConfigError(f"backend 'triton' computes on CUDA devices, not on {device!r}; use backend 'auto'")
+    return ops

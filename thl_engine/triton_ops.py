@@ -3,12 +3,12 @@
 What is not overridden here is cheap in torch. Importing this module needs triton.
 """
 
-import torch
 from torch import Tensor
 
 from thl_engine.kernels import integrator
 from thl_engine.kernels.triton import attention, elementwise, linear, norm, slot_memory
 from thl_engine.kernels.triton import integrator as integrator_kernel
+from thl_engine.kernels.triton.arithmetic import INTERPRETED
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
 from thl_engine.ops import LAYER_NORM_EPS, ReferenceOps, stored_matrix
@@ -33,6 +33,10 @@ class TritonOps(ReferenceOps):
     read_metadata = staticmethod(slot_memory.read_metadata)
     slot_read = staticmethod(slot_memory.slot_read)
     novelty_write = staticmethod(slot_memory.novelty_write)
+
+    @staticmethod
+    def devices() -> tuple[str, ...]:
+        return ("cuda", "cpu") if INTERPRETED.value else ("cuda",)
 
     def scratch_bytes(self, page_elements: int, reused_elements: int = 0) -> int:
         return 4 * reused_elements
@@ -90,12 +94,3 @@ class TritonOps(ReferenceOps):
 
 def _weights(part: Part) -> Weights:
     return Weights(part.data, part.scales, part.group)
-
-
-def runs_on(device: str) -> bool:
-    """Whether kernels run there: on CUDA devices, elsewhere under the interpreter."""
-    return device == "cuda" or bool(linear.INTERPRETED)
-
-
-def device_is_there() -> bool:
-    return torch.cuda.is_available() or bool(linear.INTERPRETED)

@@ -14,7 +14,7 @@ from thl_engine.kernels.triton.arithmetic import capability, product, softplus
 from thl_engine.kernels.triton.linear import Weights
 
 ROWS = 16  # of a program: the least that tensor cores multiply
-WIDEST = 64  # units of the controller's hidden layer
+WIDEST = 64  # units of the controller's hidden layer, at most: as many as published models have
 
 
 @triton.jit
@@ -130,8 +130,8 @@ def integrate(x: Tensor, context: Tensor, first: Weights, first_bias: Tensor, se
     made = x.new_empty(max(blocks, 1), dtype=torch.int32)
     if not rows:
         return Integration(values[0], values[1], iterations, 0)
-    hidden = max(triton.next_power_of_2(units), 16)
-    how = "ieee" if card < 80 else "split" if first.data.dtype == second.data.dtype == torch.int8 else "tf32x3"
+    # Float weights go through the ordinary cores: two tf32 terms of both sides do not fit in registers.
+    how = "split" if card >= 80 and first.data.dtype == second.data.dtype == torch.int8 else "ieee"
 
     def launch(goes_on: bool) -> None:
         _integrate[(blocks,)](
@@ -139,8 +139,8 @@ def integrate(x: Tensor, context: Tensor, first: Weights, first_bias: Tensor, se
             values[1], iterations, made, rows, width, units, x.stride(0), context.stride(0), first.data.stride(0),
             second.data.stride(0), steps, threshold or 0.0, blocks, DT=DT, FIRST_CHECK=FIRST_CHECK,
             STOPS=threshold is not None and not goes_on, FREEZES=threshold is not None and not together,
-            GOES_ON=goes_on, HIDDEN=hidden, PRECISION=how, ROWS=ROWS, FEATURES=32 if how == "split" else 16,
-            OTHERS=triton.next_power_of_2(blocks), num_warps=8, num_stages=1)
+            GOES_ON=goes_on, HIDDEN=WIDEST, PRECISION=how, ROWS=ROWS, FEATURES=32,
+            OTHERS=triton.next_power_of_2(blocks), num_warps=8 if how == "split" else 4, num_stages=1)
 
     launch(False)
     if together and threshold is not None and blocks > 1:

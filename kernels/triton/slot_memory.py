@@ -351,7 +351,7 @@ def _settled(alpha: Tensor, indices: Tensor, memory: Tensor | None, mixed: Tenso
 
 def _choice_sizes(slots: int) -> dict[str, int]:
     size = min(max(triton.next_power_of_2(slots), 32), CHOICE)
-    return {"CHUNK": size, "num_warps": max(size // 512, 1)}
+    return {"CHUNK": size, "num_warps": max(size // 256, 1)}
 
 
 def _check_choice(slots: int, k: int) -> None:
