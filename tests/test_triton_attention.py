@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
+
 from thl_engine.kernels import attention as reference
 from thl_engine.kernels import rotary
 from thl_engine.kernels.triton import attention
-from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 
 
 def expected(query, key, value, scale, blocked=None, causal=False, window=None):
@@ -36,7 +37,8 @@ SHAPES = [(1, 1, 1, 1, 1, 16), (2, 4, 2, 1, 37, 24), (1, 6, 2, 1, 530, 16), (2, 
 @pytest.mark.parametrize("batch, query_heads, key_heads, rows, keys, width", SHAPES)
 @pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 7), (False, 20)])
 def test_attention(batch, query_heads, key_heads, rows, keys, width, causal, window):
-    query, key, value = (heads(batch, *size, width) for size in ((query_heads, rows), (key_heads, keys), (key_heads, keys)))
+    query = heads(batch, query_heads, rows, width)
+    key, value = (heads(batch, key_heads, keys, width) for _ in range(2))
     scale = width**-0.5
     found = attention.attention(query, key, value, scale, causal=causal, window=window)
     close(found, expected(query, key, value, scale, causal=causal, window=window))
@@ -73,7 +75,8 @@ def test_blocked_keys(shape):
 @pytest.mark.parametrize("keys", [40, 600])
 def test_a_row_that_sees_nothing_is_nan(keys):
     query, key, value = heads(1, 1, 1, 16), heads(1, 1, keys, 16), heads(1, 1, keys, 16)
-    assert attention.attention(query, key, value, 1.0, torch.ones(1, keys, dtype=torch.bool, device=DEVICE)).isnan().all()
+    blocked = torch.ones(1, keys, dtype=torch.bool, device=DEVICE)
+    assert attention.attention(query, key, value, 1.0, blocked).isnan().all()
 
 
 @pytest.mark.parametrize("rows, keys", [(1, 530), (20, 33)])
@@ -85,8 +88,9 @@ def test_rotation(rows, keys, both):
     turned = rotary.rotate(query.cpu(), *(x[keys - rows :] for x in tables))
     cached = rotary.rotate(key.cpu(), *tables) if both else key
     tables = tuple(x.to(DEVICE) for x in tables)
-    found = attention.attention(query, key, value, 0.3, causal=True, window=300,
-                                query_tables=tuple(x[keys - rows :] for x in tables), key_tables=tables if both else None)
+    last = tuple(x[keys - rows :] for x in tables)
+    found = attention.attention(query, key, value, 0.3, causal=True, window=300, query_tables=last,
+                                key_tables=tables if both else None)
     close(found, expected(turned, cached, value, 0.3, causal=True, window=300), 2e-6)
 
 

@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
+
 from thl_engine.kernels import gelu, swiglu, tier_cell
 from thl_engine.kernels import norm as norm_reference
 from thl_engine.kernels.triton import elementwise, norm
-from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 6e-4}
 SHAPES = [(1, 1), (3, 7), (2, 5, 160), (2, 1531), (0, 8)]

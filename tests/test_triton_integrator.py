@@ -7,11 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from triton_device import DEVICE, close, poison  # noqa: F401
+
 from thl_engine.kernels import integrator as reference
 from thl_engine.kernels.triton import integrator
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.quant import dequantize_rows, quantize_rows
-from triton_device import DEVICE, close, poison  # noqa: F401
 
 
 @pytest.mark.parametrize("stored", ["float32", "int8"])

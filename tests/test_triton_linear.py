@@ -5,12 +5,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
+
 from thl_engine.kernels import linear as reference
 from thl_engine.kernels.triton import linear
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
 from thl_engine.quant import quantize_rows
-from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 
 KINDS = ["row", "group", "float32", "bfloat16", "float16"]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 5e-4}  # of the result's type

@@ -6,11 +6,12 @@ from conftest import FIXTURES, SMALL, load_case, random_weights
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
+
 from thl_engine import ConfigError, Engine
 from thl_engine.ops import ReferenceOps, load_ops
 from thl_engine.quant import quantize_rows
 from thl_engine.weights import Held, Part
-from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 
 
 @pytest.mark.parametrize("name", ["warm", "capacity"])

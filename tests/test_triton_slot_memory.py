@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
+
 from thl_engine.kernels import slot_memory as reference
 from thl_engine.kernels.triton import slot_memory
-from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 
 RULE = {"clip_max": 2.0, "theta": 0.4, "beta": 6.0, "decay": 0.97, "ema_decay": 0.9, "stale_weight": 0.1,
         "underuse_weight": 1.0}

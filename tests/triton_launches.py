@@ -1,4 +1,4 @@
-"""Launches of every triton kernel at sizes that models have, for `compile_triton`: name -> function(torch)."""
+"""Launches of every triton kernel at sizes that models have, for `compile_triton`: name -> function()."""
 
 import torch
 
@@ -13,15 +13,15 @@ def launches(**variants):
     """Registers a function once for each variant of its only argument."""
     def register(make):
         for name, value in variants.items():
-            LAUNCHES[f"{make.__name__}-{name}"] = lambda torch, value=value: make(value)
+            LAUNCHES[f"{make.__name__}-{name}"] = lambda value=value: make(value)
         return make
     return register
 
 
 def stored(kind: str, rows: int, columns: int) -> Weights:
     if kind in ("row", "group"):
-        shape = (rows,) if kind == "row" else (rows, columns // 128)
-        return Weights(torch.empty(rows, columns, dtype=torch.int8), torch.empty(shape), 128 if kind == "group" else None)
+        shape, group = ((rows,), None) if kind == "row" else ((rows, columns // 128), 128)
+        return Weights(torch.empty(rows, columns, dtype=torch.int8), torch.empty(shape), group)
     return Weights(torch.empty(rows, columns, dtype=getattr(torch, kind)))
 
 
@@ -74,10 +74,9 @@ def attention_launches(width):
     for rows, keys in ((1, 100), (1, 4096), (200, 200)):
         for dtype in (torch.float32, torch.bfloat16):
             query, key = torch.empty(2, 8, rows, width, dtype=dtype), torch.empty(2, 2, keys, width, dtype=dtype)
-            tables = torch.empty(rows, width)
+            table, blocked = torch.empty(rows, width), torch.empty(keys, dtype=torch.bool)
             attention.attention(query, key, key, 0.1, causal=True)
-            attention.attention(query, key, key, 0.1, torch.empty(keys, dtype=torch.bool), query_tables=(tables, tables),
-                                causal=True, window=64)
+            attention.attention(query, key, key, 0.1, blocked, query_tables=(table, table), causal=True, window=64)
         small, scales = key.to(torch.int8), torch.empty(2, 2, keys)
         attention.attention(query, small, small, 0.1, causal=True, key_scales=scales, value_scales=scales)
 

@@ -111,7 +111,8 @@ class Engine:
                         memory_budget: str | int | None = None, threads: int | None = None) -> "Engine":
         """Opens a checkpoint: a .safetensors file, or a folder with config.json and *.safetensors.
 
-        device: "auto", "cpu", "cuda", "cuda:N". backend: "auto", "reference" (torch) or "native" (C++).
+        device: "auto", "cpu", "cuda", "cuda:N". backend: "auto", "reference" (torch), "native" (C++)
+            or "triton" (CUDA).
         quantize: "auto" as stored, "int8", or "none" for float weights. stream: True pages weights by schedule, False
         keeps all resident, "auto" streams if they do not fit. memory_budget: "4GiB", bytes or None; bounds what the
         engine keeps in memory. Raises EngineError with one line that says what to mend.

@@ -21,8 +21,8 @@ def precision(x: torch.dtype, w: torch.dtype, card: int) -> str:
     "direct": half-precision tensor cores; int8 is exact in float16 and bfloat16. "split": float32 activations as three
     bfloat16 terms of 8 bits each, so that with weights exact in bfloat16 every product is exact and only the float32
     sums round: half again the cost of a tf32 product, which would keep 11 bits. "tf32x3": both sides in two tf32 terms
-    (about 21 bits). "ieee": float32 on the ordinary cores of cards older than Ampere, whose tensor cores triton does not
-    use.
+    (about 21 bits). "ieee": float32 on the ordinary cores, for cards older than Ampere, whose tensor cores triton does
+    not use.
     """
     if card < 80:
         return "ieee"

@@ -18,6 +18,7 @@ DECODING_ROWS = 16  # of a key/value head's queries, at most, for keys to be cut
 PIECE = 256  # keys, at least
 MOST_PIECES = 64
 WIDEST = 256  # features of a head
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 WIDEST_SPLIT = 64  # features of a float32 head whose two tf32 terms fit in registers
 
 
@@ -210,9 +211,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
         query, key, value, key_scales, value_scales, blocked, *cos_sin, made, highest, total, scale, rows, keys,
         keys - rows, window or 0, piece, width, group, key_heads, *query.stride()[:3], *key.stride()[:3],
         *value.stride()[:3], *_leading(key_scales), *_leading(value_scales), *mask_strides, *out.stride()[:3],
-        CAUSAL=causal, WINDOW=window is not None, PIECES=count > 1, DTYPE=_type(query.dtype if half else torch.float32),
-        PRECISION="ieee" if card < 80 or half or width > WIDEST_SPLIT else "tf32x3", ROWS=sizes.rows, KEYS=sizes.keys, WIDTH=padded,
-        num_warps=sizes.warps, num_stages=sizes.stages)
+        CAUSAL=causal, WINDOW=window is not None, PIECES=count > 1, DTYPE=TYPES[query.dtype if half else torch.float32],
+        PRECISION="ieee" if card < 80 or half or width > WIDEST_SPLIT else "tf32x3", ROWS=sizes.rows, KEYS=sizes.keys,
+        WIDTH=padded, num_warps=sizes.warps, num_stages=sizes.stages)
     if count > 1:
         _join[rows * group, batch * key_heads](
             made, highest, total, out, count, rows, width, group, key_heads, *out.stride()[:3],
@@ -222,7 +223,3 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
 
 def _leading(scales: Tensor | None) -> tuple[int, int]:
     return (0, 0) if scales is None else scales.stride()[:2]
-
-
-def _type(dtype: torch.dtype) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]

@@ -133,14 +133,16 @@ def integrate(x: Tensor, context: Tensor, first: Weights, first_bias: Tensor, se
     # Float weights go through the ordinary cores: two tf32 terms of both sides do not fit in registers.
     how = "split" if card >= 80 and first.data.dtype == second.data.dtype == torch.int8 else "ieee"
 
+    features, warps = (16, 2) if how == "ieee" and card >= 90 else (32, 8)
+
     def launch(goes_on: bool) -> None:
         _integrate[(blocks,)](
             x, context, first.data, first.scales, first_bias, second.data, second.scales, second_bias, mu, values[0],
             values[1], iterations, made, rows, width, units, x.stride(0), context.stride(0), first.data.stride(0),
             second.data.stride(0), steps, threshold or 0.0, blocks, DT=DT, FIRST_CHECK=FIRST_CHECK,
             STOPS=threshold is not None and not goes_on, FREEZES=threshold is not None and not together,
-            GOES_ON=goes_on, HIDDEN=WIDEST, PRECISION=how, ROWS=ROWS, FEATURES=32,
-            OTHERS=triton.next_power_of_2(blocks), num_warps=8 if how == "split" else 4, num_stages=1)
+            GOES_ON=goes_on, HIDDEN=WIDEST, PRECISION=how, ROWS=ROWS, FEATURES=features,
+            OTHERS=triton.next_power_of_2(blocks), num_warps=warps, num_stages=1)
 
     launch(False)
     if together and threshold is not None and blocks > 1:

@@ -62,7 +62,7 @@ def _launch(x: Tensor, addend: Tensor | None, weight: Tensor | None, bias: Tenso
     size = triton.next_power_of_2(width)
     _norm[(rows,)](flat, added, weight, bias, out, total, width, eps, flat.stride(0),
                    0 if added is None else added.stride(0), CENTRE=centre, WIDTH=size,
-                   num_warps=min(max(size // 512, 1), 16))
+                   num_warps=min(max(size // 512, 1), 32))
     return out, total
 
 

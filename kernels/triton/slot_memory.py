@@ -210,8 +210,8 @@ def _choose(affinity, norms, read_ema, last_write, gate, novelty, branch, indice
 
 
 @triton.jit(do_not_specialize=["t"])
-def _renew(memory, norms, vector, gate, indices, write_ema, last_write, slots, width, chosen, t, decay, ema_decay, ema_gain,
-           memory_batch, memory_slot, WRITE: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
+def _renew(memory, norms, vector, gate, indices, write_ema, last_write, slots, width, chosen, t, decay, ema_decay,
+           ema_gain, memory_batch, memory_slot, WRITE: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
     """With WRITE, decays the slots, adds the vector to the chosen ones and renews metadata; always, their norms."""
     b = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
