@@ -36,7 +36,7 @@ def tile(rows: int, width: int, half: bool, card: int) -> Tile:
     if card < 80:
         return Tile(16, 16, 4 if width <= 128 else 8, 1)
     if half and rows <= DECODING_ROWS:
-        return Tile(16, 32, 4 if width <= 128 else 8, 2)
+        return Tile(16, 32, 4, 2) if width <= 128 else Tile(16, 32, 8, 1)
     if half:
         return Tile(64 if width <= 64 else 32, 32, 4 if 64 < width <= 128 else 8, 2)
     if rows <= DECODING_ROWS or width > WIDEST_SPLIT:

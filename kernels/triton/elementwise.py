@@ -13,8 +13,8 @@ ELEMENTS = 1024  # of a program, at most
 
 @triton.jit
 def _elementwise(a, b, c, out, width, a_row, b_row, c_row, out_row, KIND: tl.constexpr, WIDTH: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = d < width
     x = tl.load(a + row * a_row + d, mask=inside, other=0.0).to(tl.float32)
     if KIND == "gelu":
@@ -61,7 +61,7 @@ def _launch(kind: str, out: Tensor, *inputs: Tensor) -> Tensor:
     flat += [None] * (3 - len(flat))
     into = out.view(rows, width)
     size = min(triton.next_power_of_2(width), ELEMENTS)
-    _elementwise[triton.cdiv(width, size), rows](
+    _elementwise[rows, triton.cdiv(width, size)](
         *flat, into, width, *(0 if x is None else x.stride(0) for x in flat), into.stride(0), KIND=kind, WIDTH=size,
         num_warps=max(size // 256, 1))
     return out
