@@ -1,6 +1,8 @@
 """Which room may know which: models see no files or devices, the pager no architecture, kernels no configuration."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,16 @@ def test_a_module_imports_only_what_it_may(module):
 def test_kernels_know_tensors_only():
     for file in (ROOT / "kernels").rglob("*.py"):
         assert imports(file) <= {"kernels"}, file.name
+
+
+def test_triton_is_optional():
+    """Without it the package imports, and the backend says what is missing."""
+    program = ("import sys; sys.modules['triton'] = None\nimport thl_engine, thl_engine.cli\n"
+               "from thl_engine.ops import load_ops\n"
+               "try: load_ops('triton', 'cuda')\n"
+               "except thl_engine.ConfigError as error: print(error)")
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout.startswith("backend 'triton' is not available"), found.stdout + found.stderr
 
 
 def test_nothing_unpickles():
