@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thl_engine.kernels.triton.arithmetic import capability, dot
+from thl_engine.kernels.triton.arithmetic import ALL_REGISTERS, capability, dot
 
 DECODING_ROWS = 16  # of a key/value head's queries, at most, for keys to be cut into pieces
 PIECE = 256  # keys, at least
@@ -213,7 +213,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
         *value.stride()[:3], *_leading(key_scales), *_leading(value_scales), *mask_strides, *out.stride()[:3],
         CAUSAL=causal, WINDOW=window is not None, PIECES=count > 1, DTYPE=TYPES[query.dtype if half else torch.float32],
         PRECISION="ieee" if card < 80 or half or width > WIDEST_SPLIT else "tf32x3", ROWS=sizes.rows, KEYS=sizes.keys,
-        WIDTH=padded, num_warps=sizes.warps, num_stages=sizes.stages)
+        WIDTH=padded, num_warps=sizes.warps, num_stages=sizes.stages, ptx_options=ALL_REGISTERS)
     if count > 1:
         _join[rows * group, batch * key_heads](
             made, highest, total, out, count, rows, width, group, key_heads, *out.stride()[:3],

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from thl_engine.kernels.integrator import DT, FIRST_CHECK, Integration
-from thl_engine.kernels.triton.arithmetic import capability, product, softplus
+from thl_engine.kernels.triton.arithmetic import ALL_REGISTERS, capability, product, softplus
 from thl_engine.kernels.triton.linear import Weights
 
 ROWS = 16  # of a program: the least that tensor cores multiply
@@ -142,7 +142,7 @@ def integrate(x: Tensor, context: Tensor, first: Weights, first_bias: Tensor, se
             second.data.stride(0), steps, threshold or 0.0, blocks, DT=DT, FIRST_CHECK=FIRST_CHECK,
             STOPS=threshold is not None and not goes_on, FREEZES=threshold is not None and not together,
             GOES_ON=goes_on, HIDDEN=WIDEST, PRECISION=how, ROWS=ROWS, FEATURES=features,
-            OTHERS=triton.next_power_of_2(blocks), num_warps=warps, num_stages=1)
+            OTHERS=triton.next_power_of_2(blocks), num_warps=warps, num_stages=1, ptx_options=ALL_REGISTERS)
 
     launch(False)
     if together and threshold is not None and blocks > 1:
