@@ -172,7 +172,7 @@ def linear(x: Tensor, w: Weights, bias: Tensor | None = None, *, fast: Tensor | 
     """x [..., C] times the transpose of w [R, C], plus bias [R]: [..., R] of x's type.
 
     fast [..., R] with blend [R]: the product p becomes fast + sigmoid(blend) (p - fast), HIM's mix of two speeds.
-    residual [..., R] is added last. out: where to write, [n, R] with any row stride, n the product of the leading sizes.
+    residual [..., R] is added last. out: where to write, [n, R] with any row stride, n being all rows of x.
     """
     return _launch(x, w, None, bias, None, fast, blend, residual, out)
 
