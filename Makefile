@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := examples/shakespeare.safetensors
 
-.PHONY: dev run test lint bench clean
+.PHONY: dev run test lint bench gpu-compile clean
 
 dev: .venv/installed
 
@@ -25,6 +25,9 @@ lint: dev
 
 bench: dev
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only
+
+gpu-compile: dev  # every triton kernel for each supported card, without a GPU; minutes the first time
+	$(BIN)/python tests/compile_triton.py 75,80,86,89,90
 
 clean:
 	rm -rf .venv build

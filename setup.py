@@ -56,8 +56,9 @@ def extensions():
 ext_modules, cmdclass = extensions()
 
 setup(
-    packages=["thl_engine", "thl_engine.cli", "thl_engine.models", "thl_engine.train", "thl_engine.kernels"],
-    package_dir={"thl_engine.kernels": "kernels"},
+    packages=["thl_engine", "thl_engine.cli", "thl_engine.models", "thl_engine.train", "thl_engine.kernels",
+              "thl_engine.kernels.triton"],
+    package_dir={"thl_engine.kernels": "kernels", "thl_engine.kernels.triton": "kernels/triton"},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_device  # noqa: F401  before anything else imports triton
 from safetensors.torch import load_file, save_file
 
 from thl_engine import native

@@ -1,6 +1,8 @@
 """Which room may know which: models see no files or devices, the pager no architecture, kernels no configuration."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,8 @@ ALLOWED = {
     "char_vocabulary": {"errors", "token_stream"},
     "tokenizer": {"char_vocabulary", "chat_template", "errors", "token_stream"},
     "product": {"native", "weights"},
-    "ops": {"errors", "kernels", "native", "product", "weights"},
+    "ops": {"errors", "kernels", "native", "product", "triton_ops", "weights"},
+    "triton_ops": {"kernels", "ops", "weights"},
     "transfer": {"reader"},
     "pager": {"checksum", "errors", "reader", "store", "transfer", "weights"},
     "plan": {"errors", "pager", "schedule", "store"},
@@ -65,12 +68,22 @@ def test_a_module_imports_only_what_it_may(module):
 
 
 def test_kernels_know_tensors_only():
-    for file in (ROOT / "kernels").glob("*.py"):
+    for file in (ROOT / "kernels").rglob("*.py"):
         assert imports(file) <= {"kernels"}, file.name
 
 
+def test_triton_is_optional():
+    """Without it the package imports, and the backend says what is missing."""
+    program = ("import sys; sys.modules['triton'] = None\nimport thl_engine, thl_engine.cli\n"
+               "from thl_engine.ops import load_ops\n"
+               "try: load_ops('triton', 'cuda')\n"
+               "except thl_engine.ConfigError as error: print(error)")
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout.startswith("backend 'triton' is not available"), found.stdout + found.stderr
+
+
 def test_nothing_unpickles():
-    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -57,8 +57,9 @@ class Trace:
 
 
 def _computing(method: Callable) -> Callable:
-    """Runs a method without gradients, and leaves the processors to the backend: after an operation that torch shares
-    among threads, those spin for milliseconds on the cores that native kernels need next."""
+    """Runs a method without gradients and on the engine's device, which triton takes from torch's current one; leaves
+    the processors to the backend: after an operation that torch shares among threads, those spin for milliseconds on
+    the cores that native kernels need next."""
 
     @wraps(method)
     def run(self: "Engine", *args: Any, **inputs: Any) -> Any:
@@ -66,7 +67,7 @@ def _computing(method: Callable) -> Callable:
         if self.ops.has_threads:
             torch.set_num_threads(1)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
                 return method(self, *args, **inputs)
         finally:
             torch.set_num_threads(threads)
@@ -114,7 +115,8 @@ class Engine:
                         sliding_window: int | None = None) -> "Engine":
         """Opens a checkpoint: a .safetensors file, or a folder with config.json and *.safetensors.
 
-        device: "auto", "cpu", "cuda", "cuda:N". backend: "auto", "reference" (torch) or "native" (C++).
+        device: "auto", "cpu", "cuda", "cuda:N". backend: "auto", "reference" (torch), "native" (C++)
+            or "triton" (CUDA).
         quantize: "auto" as stored, "int8", or "none" for float weights. stream: True pages weights by schedule, False
         keeps all resident, "auto" streams if they do not fit. memory_budget: "4GiB", bytes or None; bounds what the
         engine keeps in memory, a state of `batch_size` sequences included.
@@ -448,6 +450,7 @@ class Engine:
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
 
+    @_computing
     def state_from_dict(self, values: Mapping[str, Tensor]) -> Any:
         """The state whose `to_dict` gave `values`, in an engine with the same options of the KV cache."""
         state = self._model.state_from_dict(self.config, values, self.ops, self.device, **self._options)

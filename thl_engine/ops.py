@@ -71,6 +71,11 @@ class ReferenceOps:
     erase_then_add = staticmethod(shared_memory.erase_then_add)
     reasoning_update = staticmethod(shared_memory.reasoning_update)
 
+    @staticmethod
+    def devices() -> tuple[str, ...]:
+        """Kinds of device that these ops compute on."""
+        return ("cpu", "cuda")
+
     def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
         """Memory that ops need beside their operands, for pages of up to `page_elements` weights.
 
@@ -150,6 +155,14 @@ class ReferenceOps:
     def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix | Adapted, quantile: float) -> Tensor:
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
         return self.geglu(gate, self.linear(x, up), quantile)
+
+    def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int, *, k: int,
+                  capacity: int | None, scale: float, load_penalty: float,
+                  decay: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """A sparse read of the slots: (mixed [B, H, d], alpha, indices [B, H, k], read_ema, last_read [B, J])."""
+        alpha, indices = self.slot_topk(self.slot_scores(query, memory, read_ema, scale, load_penalty), k, capacity)
+        mixed = self.slot_mix(alpha, indices, memory)
+        return mixed, alpha, indices, *self.read_metadata(alpha, indices, read_ema, last_read, t, decay)
 
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
@@ -428,6 +441,17 @@ def _widen(part: Part) -> Tensor:
     return linear_kernels.widen(part.data, part.scales, part.group)
 
 
+def stored_matrix(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
+    """The matrix in memory of its own: int8 with a scale for each row, or else float32."""
+    parts = [(part.data.clone(), part.scales.clone()) if part.scales is not None and part.scales.dim() == 1
+             else (_widen(part).clone() if part.data.dtype == torch.float32 else _widen(part), None)
+             for part in matrix.parts()]
+    if len(parts) == 1:
+        return parts[0]
+    scales = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
+    return torch.cat([part[0] for part in parts]), scales
+
+
 def _whole(matrix: Matrix) -> Tensor:
     """float32 [R, C] in memory of its own, for an op that uses a matrix again after its parts have been let go."""
     parts = [_widen(part).clone() if part.data.dtype == torch.float32 else _widen(part) for part in matrix.parts()]
@@ -454,7 +478,16 @@ def _native() -> ReferenceOps:
     return NativeOps()
 
 
-BACKENDS: dict[str, Callable[[], ReferenceOps]] = {"reference": ReferenceOps, "native": _native}
+def _triton() -> ReferenceOps:
+    try:
+        from thl_engine import triton_ops
+    except ImportError as error:
+        raise ConfigError(f"backend 'triton' is not available ({error}); install triton or use backend 'reference'"
+                          ) from None
+    return triton_ops.TritonOps()
+
+
+BACKENDS: dict[str, Callable[[], ReferenceOps]] = {"reference": ReferenceOps, "native": _native, "triton": _triton}
 
 
 def load_ops(backend: str, device: str) -> ReferenceOps:
@@ -465,4 +498,7 @@ def load_ops(backend: str, device: str) -> ReferenceOps:
         raise ConfigError(f"backend {backend!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
     if backend == "native" and device != "cpu":
         raise ConfigError(f"backend 'native' computes on the CPU, not on {device!r}; use backend 'auto'")
-    return BACKENDS[backend]()
+    ops = BACKENDS[backend]()
+    if device not in ops.devices():
+        raise ConfigError(f"backend 'triton' computes on CUDA devices, not on {device!r}; use backend 'auto'")
+    return ops

@@ -113,7 +113,7 @@ def _engine(parser: argparse.ArgumentParser) -> None:
                         help="bound on what the engine keeps in memory, for example 4GiB (default: what is free)")
     engine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     engine.add_argument("--backend", default="auto",
-                        help="auto, native (C++) or reference (torch) (default: %(default)s)")
+                        help="auto, native (C++), triton (CUDA) or reference (torch) (default: %(default)s)")
     engine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a processor)")
 
 
@@ -207,7 +207,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     _cache(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--backend", default="auto",
-                        help="auto, native (C++) or reference (torch) (default: %(default)s)")
+                        help="auto, native (C++), triton (CUDA) or reference (torch) (default: %(default)s)")
     _mode(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
 

@@ -267,13 +267,11 @@ def _read_memory(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: 
     context = torch.cat([embedded, state.tiers[0], state.tiers[-1]], dim=-1)
     query = ops.linear(context, weights["router.W_q.weight"]).view(batch, c.num_heads, c.head_dim)
     query = ops.linear_transposed_heads(query, weights["router.W_k.weight"])  # [B, H, d_m]
-    scores = ops.slot_scores(query, state.memory, state.read_ema, scale=1.0 / sqrt(c.head_dim),
-                             load_penalty=c.load_penalty)
-    alpha, indices = ops.slot_topk(scores, c.read_topk, c.read_slot_capacity)
-    mixed = ops.slot_mix(alpha, indices, state.memory)  # [B, H, d_m]
+    mixed, alpha, indices, read_ema, last_read = ops.slot_read(
+        query, state.memory, state.read_ema, state.last_read, state.timestep, k=c.read_topk,
+        capacity=c.read_slot_capacity, scale=1.0 / sqrt(c.head_dim), load_penalty=c.load_penalty,
+        decay=c.read_ema_decay)  # mixed [B, H, d_m]
     read = ops.linear_heads(mixed, weights["router.W_v.weight"])
-    read_ema, last_read = ops.read_metadata(alpha, indices, state.read_ema, state.last_read, state.timestep,
-                                            decay=c.read_ema_decay)
     if record is not None:
         record("router_alpha", alpha)
         record("router_indices", indices)

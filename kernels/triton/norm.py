@@ -1,0 +1,71 @@
+"""Normalisations over the last axis, with the residual sum before them; references in ../norm.py."""
+
+from math import prod
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDEST = 16384  # features of a row, which one program holds
+
+
+@triton.jit
+def _norm(x, addend, weight, bias, out, total, width, eps, x_row, addend_row, CENTRE: tl.constexpr,
+          WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, WIDTH)
+    inside = d < width
+    values = tl.load(x + row * x_row + d, mask=inside, other=0.0).to(tl.float32)
+    if addend is not None:
+        values += tl.load(addend + row * addend_row + d, mask=inside, other=0.0).to(tl.float32)
+    if total is not None:
+        tl.store(total + row * width + d, values, mask=inside)
+    if CENTRE:
+        values = tl.where(inside, values - tl.sum(values, axis=0) / width, 0.0)
+    values *= tl.div_rn(1.0, tl.sqrt_rn(tl.sum(values * values, axis=0) / width + eps))
+    if weight is not None:
+        values *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        values += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + d, values, mask=inside)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """As the reference, of x [..., D] and in its type; sums are float32."""
+    return _launch(x, None, weight, bias, eps, True)[0]
+
+
+def add_layer_norm(x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`layer_norm` of x + addend, both [..., D], and that sum, which the residual stream goes on with."""
+    return _launch(x, addend, weight, bias, eps, True, keep=True)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """As the reference, of x [..., D] and in its type; sums are float32."""
+    return _launch(x, None, weight, None, eps, False)[0]
+
+
+def add_rms_norm(x: Tensor, addend: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """As the reference: `rms_norm` of x + addend, both [..., D]."""
+    return _launch(x, addend, weight, None, eps, False)[0]
+
+
+def _launch(x: Tensor, addend: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool,
+            keep: bool = False) -> tuple[Tensor, Tensor | None]:
+    width, rows = x.shape[-1], prod(x.shape[:-1])
+    if width > WIDEST:
+        raise ValueError(f"norm: expected at most {WIDEST} features, found {width}")
+    out, total = x.new_empty(x.shape), x.new_empty(x.shape) if keep else None
+    if not out.numel():
+        return out, total
+    flat, added = _rows(x, rows), None if addend is None else _rows(addend, rows)
+    size = triton.next_power_of_2(width)
+    _norm[(rows,)](flat, added, weight, bias, out, total, width, eps, flat.stride(0),
+                   0 if added is None else added.stride(0), CENTRE=centre, WIDTH=size,
+                   num_warps=min(max(size // 512, 1), 32))
+    return out, total
+
+
+def _rows(x: Tensor, rows: int) -> Tensor:
+    flat = x.reshape(rows, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()

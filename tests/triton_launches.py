@@ -1,0 +1,104 @@
+"""Launches of every triton kernel at sizes that models have, for `compile_triton`: name -> function()."""
+
+import torch
+
+from thl_engine.kernels.triton import attention, elementwise, integrator, linear, norm, slot_memory
+from thl_engine.kernels.triton.linear import Weights
+from thl_engine.kernels.triton.linear_transposed import linear_transposed
+
+LAUNCHES = {}
+
+
+def launches(**variants):
+    """Registers a function once for each variant of its only argument."""
+    def register(make):
+        for name, value in variants.items():
+            LAUNCHES[f"{make.__name__}-{name}"] = lambda value=value: make(value)
+        return make
+    return register
+
+
+def stored(kind: str, rows: int, columns: int) -> Weights:
+    if kind in ("row", "group"):
+        shape, group = ((rows,), None) if kind == "row" else ((rows, columns // 128), 128)
+        return Weights(torch.empty(rows, columns, dtype=torch.int8), torch.empty(shape), group)
+    return Weights(torch.empty(rows, columns, dtype=getattr(torch, kind)))
+
+
+BATCHES = {f"batch{n}": n for n in (1, 2, 4, 8, 16, 32, 128)}
+
+
+@launches(**BATCHES)
+def linear_launches(batch):
+    for x in (torch.float32, torch.bfloat16, torch.float16):
+        for kind in ("row", "group", "float32", "bfloat16"):
+            linear.linear(torch.empty(batch, 1024, dtype=x), stored(kind, 512, 1024), torch.empty(512))
+
+
+@launches(**BATCHES)
+def gated_launches(batch):
+    for x in (torch.float32, torch.bfloat16, torch.float16):
+        for kind in ("row", "group"):
+            linear.gated_linear(torch.empty(batch, 1024, dtype=x), stored(kind, 512, 1024), stored(kind, 512, 1024))
+
+
+@launches(batch1=1, batch8=8)
+def linear_heads_launches(batch):
+    for kind in ("row", "group", "float32"):
+        linear.linear_heads(torch.empty(batch, 8, 1024), stored(kind, 512, 1024), 512)
+
+
+@launches(batch1=1, batch8=8)
+def linear_transposed_launches(batch):
+    for kind in ("row", "group", "float32"):
+        for accumulate in (False, True):
+            linear_transposed(torch.empty(batch, 8, 64), stored(kind, 512, 1024), 8, 512, 0,
+                              torch.empty(batch, 8, 1024), accumulate)
+
+
+@launches(small=(100, 96), default=(1024, 512), most=(16384, 256))
+def slot_launches(shape):
+    slots, width = shape
+    memory, ema = torch.empty(2, slots, width), torch.empty(2, slots)
+    last = torch.empty(2, slots, dtype=torch.int64)
+    for capacity in (None, 2):
+        slot_memory.slot_read(torch.empty(2, 8, width), memory, ema, last, 7, k=8, capacity=capacity, scale=0.1,
+                              load_penalty=0.1, decay=0.9)
+    slot_memory.slot_norms(memory)
+    slot_memory.novelty_write(torch.empty(2, width), memory, ema, ema, ema, last, 7, slots=4, clip_max=1.0, theta=0.1,
+                              beta=1.0, decay=0.9, ema_decay=0.9, stale_weight=0.1, underuse_weight=0.1)
+
+
+@launches(**{f"heads{width}": width for width in (16, 32, 64, 80, 128, 256)})
+def attention_launches(width):
+    for rows, keys in ((1, 100), (1, 4096), (200, 200)):
+        for dtype in (torch.float32, torch.bfloat16):
+            query, key = torch.empty(2, 8, rows, width, dtype=dtype), torch.empty(2, 2, keys, width, dtype=dtype)
+            table, blocked = torch.empty(rows, width), torch.empty(keys, dtype=torch.bool)
+            attention.attention(query, key, key, 0.1, causal=True)
+            attention.attention(query, key, key, 0.1, blocked, query_tables=(table, table), causal=True, window=64)
+        small, scales = key.to(torch.int8), torch.empty(2, 2, keys)
+        attention.attention(query, small, small, 0.1, causal=True, key_scales=scales, value_scales=scales)
+
+
+@launches(**{f"width{width}": width for width in (64, 768, 4096, 16384)})
+def elementwise_launches(width):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.empty(4, width, dtype=dtype), torch.empty(width)
+        norm.add_rms_norm(x, x, weight, 1e-5)
+        norm.add_layer_norm(x, x, weight, weight, 1e-5)
+        norm.layer_norm(x, weight, weight, 1e-5)
+        elementwise.gru_reset(x, x)
+        elementwise.gru_update(x, x, x)
+        elementwise.swiglu(x, x)
+        elementwise.gelu(x)
+
+
+@launches(units20=20, units64=64)
+def integrator_launches(units):
+    x, mu = torch.empty(40, 512), torch.empty(512)
+    for kind in ("row", "float32"):
+        for together in (False, True):
+            for threshold in (None, 0.1):
+                integrator.integrate(x, x, stored(kind, units, 1536), torch.empty(units), stored(kind, 1536, units),
+                                     torch.empty(1536), mu, steps=8, threshold=threshold, together=together)

@@ -1,0 +1,97 @@
+"""Operations on Triton kernels: on a CUDA device, or on the CPU under triton's interpreter (for tests).
+
+What is not overridden here is cheap in torch. Importing this module needs triton.
+"""
+
+from torch import Tensor
+
+from thl_engine.kernels import integrator
+from thl_engine.kernels.triton import attention, elementwise, linear, norm, slot_memory
+from thl_engine.kernels.triton import integrator as integrator_kernel
+from thl_engine.kernels.triton.arithmetic import INTERPRETED
+from thl_engine.kernels.triton.linear import Weights
+from thl_engine.kernels.triton.linear_transposed import linear_transposed
+from thl_engine.ops import LAYER_NORM_EPS, ReferenceOps, stored_matrix
+from thl_engine.weights import Matrix, Part
+
+
+class TritonOps(ReferenceOps):
+    """Kernels read the stored weights; state tensors are updated in place. For inference."""
+
+    name = "triton"
+
+    swiglu = staticmethod(elementwise.swiglu)
+    gelu = staticmethod(elementwise.gelu)
+    gru_reset = staticmethod(elementwise.gru_reset)
+    gru_update = staticmethod(elementwise.gru_update)
+    rms_norm = staticmethod(norm.rms_norm)
+    add_rms_norm = staticmethod(norm.add_rms_norm)
+    slot_scores = staticmethod(slot_memory.slot_scores)
+    slot_topk = staticmethod(slot_memory.slot_topk)
+    slot_mix = staticmethod(slot_memory.slot_mix)
+    slot_norms = staticmethod(slot_memory.slot_norms)
+    read_metadata = staticmethod(slot_memory.read_metadata)
+    slot_read = staticmethod(slot_memory.slot_read)
+    novelty_write = staticmethod(slot_memory.novelty_write)
+
+    @staticmethod
+    def devices() -> tuple[str, ...]:
+        return ("cuda", "cpu") if INTERPRETED.value else ("cuda",)
+
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
+        return 4 * reused_elements
+
+    def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        out = x.new_empty(flat.shape[0], matrix.shape[0])
+        for part in matrix.parts():
+            rows = slice(part.start, part.stop)
+            linear.linear(flat, _weights(part), None if bias is None else bias[rows], out=out[:, rows])
+        return out.view(*x.shape[:-1], -1)
+
+    def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
+        out = x.new_empty(x.shape[0], matrix.shape[0])
+        for part in matrix.parts():
+            linear.linear_heads(x, _weights(part), matrix.shape[0], part.start, out=out[:, part.start : part.stop])
+        return out
+
+    def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
+        return self.linear_transposed_heads(x[:, None], matrix)[:, 0]
+
+    def linear_transposed_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
+        batch, heads, _ = x.shape
+        out = x.new_empty(batch, heads, matrix.shape[1])
+        for part in matrix.parts():
+            linear_transposed(x, _weights(part), heads, matrix.shape[0], part.start, out, accumulate=part.start > 0)
+        return out
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return norm.layer_norm(x, weight, bias, LAYER_NORM_EPS)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
+                  blocked: Tensor | None = None) -> Tensor:
+        if query.shape[-1] > attention.WIDEST:
+            return super().attention(query, key, value, scale, blocked)
+        return attention.attention(query, key, value, scale, blocked)
+
+    def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
+                  second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
+                  together: bool = False, trajectory: bool = False, group: int = 1) -> integrator.Integration:
+        if trajectory or first.shape[0] > integrator_kernel.WIDEST:
+            return super().integrate(x, context, first, first_bias, second, second_bias, mu, steps=steps,
+                                     threshold=threshold, together=together, trajectory=trajectory, group=group)
+        mu = integrator.spread(mu, group, x.shape[-1])
+        matrices = (Weights(*stored_matrix(matrix)) for matrix in (first, second))
+        return integrator_kernel.integrate(x, context, next(matrices), first_bias, next(matrices), second_bias, mu,
+                                           steps=steps, threshold=threshold, together=together)
+
+    def window_append(self, buffer: Tensor, valid: int, entry: Tensor) -> tuple[Tensor, int]:
+        if valid == buffer.shape[1]:
+            buffer[:, :-1] = buffer[:, 1:].clone()
+            valid -= 1
+        buffer[:, valid] = entry
+        return buffer, valid + 1
+
+
+def _weights(part: Part) -> Weights:
+    return Weights(part.data, part.scales, part.group)
