@@ -134,12 +134,15 @@ void keep(thl::KeptMatrix& kept, int64_t rows, int64_t start, py::handle w_capsu
     kept.take(rows, w.shape[1], start, count, w.data, w.stride[0], scales);
 }
 
-int64_t integrate(py::handle x_capsule, py::handle context_capsule, const thl::KeptMatrix& first,
+int64_t integrate(py::handle x_capsule, py::handle norm_weight_capsule, py::handle norm_bias_capsule, float norm_eps,
+                  py::handle context_capsule, const thl::KeptMatrix& first,
                   py::handle first_bias_capsule, const thl::KeptMatrix& second, py::handle second_bias_capsule,
                   py::handle mu_capsule, int64_t group, int64_t steps, int64_t first_check, float threshold,
                   bool together, py::handle values_capsule, py::handle iterations_capsule) {
     const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).rows();
     const int64_t rows = x.shape[0], d = x.shape[1], hidden = first.rows;
+    const float* norm_weight = optional(norm_weight_capsule, "norm weight", d);
+    const float* norm_bias = norm_weight ? floats(norm_bias_capsule, "norm bias", {d}).as<float>() : nullptr;
     const TensorView context = view(context_capsule, "context").with_dtype(DType::f32).rows().with_shape({rows, d});
     if (first.transposed || first.columns != 3 * d)
         thl::bad_argument("first", std::to_string(3 * d) + " columns", std::to_string(first.columns));
@@ -157,7 +160,7 @@ int64_t integrate(py::handle x_capsule, py::handle context_capsule, const thl::K
     std::vector<float> centres(d);
     for (int64_t i = 0; i < d; ++i) centres[i] = mu[i / group];
     return thl::integrate({rows, steps, first_check, threshold, together, x.as<float>(), x.stride[0],
-                           context.as<float>(), context.stride[0], values.as<float>(), iterations.as<int64_t>()},
+                           norm_weight, norm_bias, norm_eps, context.as<float>(), context.stride[0], values.as<float>(), iterations.as<int64_t>()},
                           {first.data.data(), first.scale(), 3 * d, second.data.data(), second.scale(), first_bias,
                            second_bias, centres.data(), hidden, d});
 }

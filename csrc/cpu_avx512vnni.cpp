@@ -80,9 +80,10 @@ bool supported() { return kAvx512.supported() && __builtin_cpu_supports("avx512v
 
 #include "cpu_kernels.inl"
 #include "cpu_gemm.inl"
+#include "cpu_gemv.inl"
 
 namespace thl {
-const Kernels kAvx512Vnni = table("avx512vnni", supported, int8_product);
+const Kernels kAvx512Vnni = table("avx512vnni", supported, int8_product, int8_few);
 }
 THL_TARGET_END
 #endif

@@ -419,11 +419,12 @@ namespace thl {
 namespace {
 
 constexpr Kernels table(const char* name, bool (*supported)(),
-                        decltype(Kernels::int8_product) int8_product = nullptr) {
+                        decltype(Kernels::int8_product) int8_product = nullptr,
+                        decltype(Kernels::linear_int8) int8_linear = linear_int8) {
     return {name,
             supported,
             pack,
-            linear_int8,
+            int8_linear,
             linear_float<float>,
             linear_float<Bf16>,
             linear_float<F16>,

@@ -210,7 +210,9 @@ public:
     // Returns the number of steps made.
     int64_t run() {
         for (const int64_t n : active_) {
-            std::memcpy(x(n), a_.start + (first_ + n) * a_.start_stride, c_.d * sizeof(float));
+            const float* start = a_.start + (first_ + n) * a_.start_stride;
+            if (a_.norm_weight) kernels().layer_norm(start, c_.d, a_.norm_weight, a_.norm_bias, a_.norm_eps, x(n));
+            else std::memcpy(x(n), start, c_.d * sizeof(float));
             std::fill_n(x(n) + c_.d, c_.d, 0.0f);
             a_.iterations[first_ + n] = 0;
         }

@@ -51,6 +51,8 @@ struct Integrate {
     bool together;
     const float* start;    // x [N, D]
     int64_t start_stride;
+    const float *norm_weight, *norm_bias;  // [D], of a layer normalisation of x before; null for none
+    float norm_eps;
     const float* context;  // [N, D]
     int64_t context_stride;
     float* values;         // [N, 2 D], output: x and v of each row

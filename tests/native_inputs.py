@@ -7,7 +7,7 @@ from conftest import ISAS
 from thl_engine import native
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.reason()))
-BATCHES = [1, 3, 8, 17]
+BATCHES = [1, 2, 3, 7, 8, 17]
 
 
 def poisoned(*shape, dtype=torch.float32):

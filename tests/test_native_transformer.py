@@ -267,6 +267,21 @@ def test_integrate_with_few_equilibria():
         assert torch.equal(few.x, each.x) and torch.equal(few.v, each.v)
 
 
+def test_integrate_with_the_norm_before_it():
+    w1, b1, w2, b2, mu = controller(70)
+    matrices, x, context = (Held(w1), Held(w2)), torch.randn(5, 140)[:, 70:], torch.randn(5, 70)
+    norm_of = (torch.randn(70), torch.randn(70))
+    for ops in (REFERENCE, NATIVE):
+        args = (context, matrices[0], b1, matrices[1], b2, mu)
+        apart = ops.integrate(ops.layer_norm(x, *norm_of), *args, steps=5, threshold=0.1)
+        joined = ops.integrate(x, *args, steps=5, threshold=0.1, norm=norm_of)
+        assert all(torch.equal(a, b) for a, b in zip(apart[:3], joined[:3], strict=True))
+    out = everywhere(lambda: NATIVE.integrate(x, *args, steps=5, norm=norm_of)[:3])
+    close(out[0], REFERENCE.integrate(x, *args, steps=5, norm=norm_of).x, 4e-6)
+    with pytest.raises(ValueError, match=r"norm bias: expected shape \[70\], found \[69\]"):
+        NATIVE.integrate(x, *args, steps=1, norm=(norm_of[0], norm_of[1][1:]))
+
+
 def test_wrong_arguments():
     matrix, x = Held(*quantize_rows(torch.randn(3, 8))), torch.randn(2, 8)
     with pytest.raises(ValueError, match=r"addend: expected shape \[2, 3\], found \[2, 4\]"):

@@ -268,14 +268,18 @@ def keep(kept: "KeptMatrix", rows: int, start: int, w: Tensor, scales: Tensor | 
 
 def integrate(x: Tensor, context: Tensor, first: "KeptMatrix", first_bias: Tensor, second: "KeptMatrix",
               second_bias: Tensor, mu: Tensor, group: int, steps: int, first_check: int, threshold: float | None,
-              together: bool, values: Tensor, iterations: Tensor) -> int:
+              together: bool, values: Tensor, iterations: Tensor, norm: tuple[Tensor, Tensor] | None = None,
+              eps: float = 0.0) -> int:
     """INL's integrator from x [.., D], N rows, at rest; returns the number of steps made.
+
+    norm: weight and bias [D] of a `layer_norm` of x before.
 
     Matrices [C, 3 D] and, transposed, [3 D, C]; mu [ceil(D / group)]. values [N, 2 D] takes the final positions and
     velocities, iterations int64 [N] the steps of each row. Rules as in kernels/integrator.py: convergence is tested
     from step `first_check` on, counted from 0.
     """
-    return _native.integrate(to_dlpack(x), to_dlpack(context), first, to_dlpack(first_bias), second,
+    weight, bias = (None, None) if norm is None else (to_dlpack(norm[0]), to_dlpack(norm[1]))
+    return _native.integrate(to_dlpack(x), weight, bias, eps, to_dlpack(context), first, to_dlpack(first_bias), second,
                              to_dlpack(second_bias), to_dlpack(mu), group, steps, first_check,
                              -1.0 if threshold is None else threshold, together, to_dlpack(values),
                              to_dlpack(iterations))

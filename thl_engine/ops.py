@@ -166,8 +166,14 @@ class ReferenceOps:
 
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
-                  together: bool = False, trajectory: bool = False, group: int = 1) -> integrator.Integration:
-        """INL's integrator with the controller's two matrices, each read once whatever the number of steps."""
+                  together: bool = False, trajectory: bool = False, group: int = 1,
+                  norm: tuple[Tensor, Tensor] | None = None) -> integrator.Integration:
+        """INL's integrator with the controller's two matrices, each read once whatever the number of steps.
+
+        norm: weight and bias of a `layer_norm` of x before.
+        """
+        if norm is not None:
+            x = self.layer_norm(x, *norm)
         return integrator.integrate(x, context, _whole(first), first_bias, _whole(second), second_bias, mu, steps=steps,
                                     threshold=threshold, together=together, trajectory=trajectory, group=group)
 
@@ -355,10 +361,11 @@ class NativeOps(ReferenceOps):
 
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
-                  together: bool = False, trajectory: bool = False, group: int = 1) -> integrator.Integration:
+                  together: bool = False, trajectory: bool = False, group: int = 1,
+                  norm: tuple[Tensor, Tensor] | None = None) -> integrator.Integration:
         if trajectory:
             return super().integrate(x, context, first, first_bias, second, second_bias, mu, steps=steps,
-                                     threshold=threshold, together=together, trajectory=True, group=group)
+                                     threshold=threshold, together=together, trajectory=True, group=group, norm=norm)
         rows, width = x.shape
         values, iterations = torch.empty(rows, 2 * width), torch.empty(rows, dtype=torch.int64)
         for kept, matrix in zip(self._controller, (first, second), strict=True):
@@ -367,7 +374,8 @@ class NativeOps(ReferenceOps):
                 native.keep(kept, matrix.shape[0], part.start, part.data if by_row else _widen(part),
                             part.scales if by_row else None)
         made = native.integrate(x, context, self._controller[0], first_bias, self._controller[1], second_bias, mu,
-                                group, steps, integrator.FIRST_CHECK, threshold, together, values, iterations)
+                                group, steps, integrator.FIRST_CHECK, threshold, together, values, iterations, norm,
+                                LAYER_NORM_EPS)
         return integrator.Integration(values[:, :width], values[:, width:], iterations, made)
 
     def gru_reset(self, reset: Tensor, state: Tensor) -> Tensor:

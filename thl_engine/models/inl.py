@@ -382,11 +382,12 @@ def _settle(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, context: Te
     mu, group = weights[f"{prefix}mu_global"] + weights[f"{prefix}mu_local_offsets"], c.hierarchical_group_size
     stops = c.use_adaptive_stopping and not training
     out = ops.integrate(
-        ops.layer_norm(x, *_norm(weights, f"layers.{i}.norm1")).flatten(0, 1), context.flatten(0, 1),
+        x.flatten(0, 1), context.flatten(0, 1),
         weights[f"{prefix}controller.0.weight"], weights[f"{prefix}controller.0.bias"],
         weights[f"{prefix}controller.2.weight"], weights[f"{prefix}controller.2.bias"], mu,
         steps=c.num_iterations_per_layer, threshold=c.adaptive_convergence_threshold if stops else None,
-        together=together, trajectory=training and record is not None, group=group)
+        together=together, trajectory=training and record is not None, group=group,
+        norm=_norm(weights, f"layers.{i}.norm1"))
     if record is not None:
         record(f"layer{i}.mu", spread(mu, group, c.d_model))
         record(f"layer{i}.x_final", out.x)
