@@ -19,11 +19,14 @@ class Block:
       table   [V, C], rows are gathered by token id, never the whole table; int8 by row when quantised
       vector  norms, biases, scales: float32 and always resident
       unused  takes part in no output: kept in files, never loaded
+
+    transposed: products need a few columns of the matrix only, so int8 files keep these as rows, [C, R].
     """
 
     name: str
     shape: tuple[int, ...]
     kind: str
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
