@@ -30,8 +30,8 @@ from thl_engine.kernels import linear as linear_kernels
 from thl_engine.weights import Matrix, Part, Table
 
 LAYER_NORM_EPS = 1e-5
-# Share of a gate up to which only the products that it lets through are made. With 5 % they took 0.14 of the time of all
-# for one row of activations, 0.31 for 8 and 0.34 for 64 (16384 x 2048 int8, one thread, AMD EPYC Zen 5).
+# Share of a gate up to which only the products that it lets through are made. With 5 % they took 0.14 of the time of
+# all for one row of activations, 0.31 for 8 and 0.34 for 64 (16384 x 2048 int8, one thread, AMD EPYC Zen 5).
 SPARSE_SHARE = 1 / 8
 
 
@@ -121,7 +121,7 @@ class ReferenceOps:
         return torch.stack(out, dim=1)
 
     def linear_sparse(self, x: Tensor, matrix: Matrix) -> Tensor:
-        """`linear` of x [..., C] that is mostly zero. Of a transposed matrix, [C, R], only rows that x needs are read."""
+        """`linear` of x [..., C] that is mostly zero; of a transposed matrix [C, R] only the rows that x needs count."""
         if not matrix.transposed:
             return self.linear(x, matrix)
         return self.linear_transposed(_flat(x), matrix).view(*x.shape[:-1], matrix.shape[1])

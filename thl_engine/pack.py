@@ -412,8 +412,9 @@ def _encode(rows: torch.Tensor, entry: Entry, start: int, plan: PackPlan) -> tup
     finite = (rows if scales is None else scales).isfinite()
     if plan.quantized and not finite.all():
         row = start + int((~finite).nonzero()[0, 0]) if finite.dim() else start
+        line = "column" if entry.transposed else "row"
         raise CheckpointError(
-            f"{plan.where}: tensor {shown(entry.name)} cannot be quantised: NaN or infinity in row {row}"
+            f"{plan.where}: tensor {shown(entry.name)} cannot be quantised: NaN or infinity in {line} {row}"
         )
     return rows.to(DTYPES[entry.dtype]), scales
 

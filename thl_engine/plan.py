@@ -343,8 +343,8 @@ def _predict(plan: Plan, store: Store, schedule: PageSchedule) -> Plan:
 
 def _runs(step: tuple[int, ...], pinned: frozenset[int], store: Store,
           schedule: PageSchedule) -> list[tuple[float, float, int | None]]:
-    """A step as (bytes touched, bytes multiplied, page) per streamed page; neighbouring pinned pages are taken together,
-    with page None."""
+    """A step as (bytes touched, bytes multiplied, page) per streamed page; neighbouring pinned pages are taken
+    together, with page None."""
     out: list[tuple[float, float, int | None]] = []
     for page in step:
         nbytes = store.pages[page].nbytes * schedule.touched(page)

@@ -43,7 +43,8 @@ def summarise(store: Store) -> dict[str, Any]:
         "unused_parameters": sum(block.numel for block in blocks if block.kind == "unused"),
         "kinds": [{"kind": kind, "dtype": dtype, **entry} for (kind, dtype), entry in kinds.items()],
         "tensors": [{"name": name, "kind": t.kind, "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape),
-                     "group": t.group, "transposed": t.transposed, "bytes": t.nbytes, "pages": len(t.pages)} for name, t in tensors.items()],
+                     "group": t.group, "transposed": t.transposed, "bytes": t.nbytes, "pages": len(t.pages)}
+                    for name, t in tensors.items()],
         "pages": {
             "count": len(store.pages), "matrix_pages": len(matrix_pages),
             "least_matrix_page": min(page.nbytes for page in matrix_pages),
