@@ -40,7 +40,7 @@ class ReferenceOps:
 
     name = "reference"
     has_threads = False  # besides torch's
-    skips_zeros = False  # reads of a matrix only what a sparse product needs
+    sparse_share = 0.0  # up to which sparse products read no more of a matrix than they need
 
     gru_reset = staticmethod(tier_cell.gru_reset)
     gru_update = staticmethod(tier_cell.gru_update)
@@ -121,7 +121,7 @@ class ReferenceOps:
         return torch.stack(out, dim=1)
 
     def linear_sparse(self, x: Tensor, matrix: Matrix) -> Tensor:
-        """`linear` of x [..., C] that is mostly zero; of a transposed matrix [C, R] only the rows that x needs count."""
+        """`linear` of x [..., C] that is mostly zero; natively it skips rows of a transposed matrix [C, R]."""
         if not matrix.transposed:
             return self.linear(x, matrix)
         return self.linear_transposed(_flat(x), matrix).view(*x.shape[:-1], matrix.shape[1])
@@ -161,7 +161,7 @@ class NativeOps(ReferenceOps):
 
     name = "native"
     has_threads = True
-    skips_zeros = True
+    sparse_share = SPARSE_SHARE
 
     def __init__(self) -> None:
         # Memory that calls leave to each other.
@@ -254,7 +254,7 @@ class NativeOps(ReferenceOps):
         return out
 
     def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix, quantile: float | None) -> Tensor:
-        if quantile is None or NormalDist().cdf(-quantile) > SPARSE_SHARE:
+        if quantile is None or NormalDist().cdf(-quantile) > self.sparse_share:
             return super().geglu_linear(gate, x, up, quantile)
         out = self.geglu(gate, torch.ones(gate.shape[-1]).expand(gate.shape), quantile)
         x, packed = _rows(x), None
