@@ -123,6 +123,32 @@ void linear_float(py::handle x_capsule, py::handle w_capsule, py::handle bias_ca
                       rows, to.epilogue);
 }
 
+void multiply_int8(const thl::PackedActivations& packed, py::handle w_capsule, py::handle scales_capsule,
+                   py::handle out_capsule, int64_t start) {
+    const TensorView w = view(w_capsule, "w").with_dtype(DType::i8).with_shape({-1, packed.columns});
+    const int64_t rows = w.shape[0];
+    const Scales scales = check_scales(scales_capsule, rows, packed.columns);
+    const Target to = target(out_capsule, packed.batch, rows, start, py::none(), false, py::none());
+    py::gil_scoped_release release;
+    thl::multiply_int8({&packed, w.as<int8_t>(), w.stride[0], scales.data, scales.stride, scales.grouped, nullptr,
+                        to.out, to.stride},
+                       rows);
+}
+
+void multiply_float(py::handle x_capsule, py::handle w_capsule, py::handle out_capsule, int64_t start) {
+    const TensorView x = view(x_capsule, "x").with_dtype(DType::f32).rows();
+    const TensorView w = view(w_capsule, "w").with_shape({-1, x.shape[1]});
+    if (w.dtype == DType::i8) thl::bad_argument("w", "float32, bfloat16 or float16", "int8");
+    const thl::Weight type = weight_type(w);
+    const int64_t rows = w.shape[0];
+    const Target to = target(out_capsule, x.shape[0], rows, start, py::none(), false, py::none());
+    py::gil_scoped_release release;
+    thl::multiply_float(type,
+                        {x.as<float>(), x.stride[0], x.shape[0], x.shape[1], w.data, w.stride[0], nullptr, to.out,
+                         to.stride},
+                        rows);
+}
+
 // int8 weights with scales, or float weights with None.
 void linear_transposed(py::handle x_capsule, py::handle w_capsule, py::handle scales_capsule, py::handle out_capsule,
                        bool accumulate) {
@@ -176,5 +202,7 @@ void bind_linear(py::module_& m) {
     m.def("pack_swiglu", &pack_swiglu);
     m.def("linear_int8", &linear_int8);
     m.def("linear_float", &linear_float);
+    m.def("multiply_int8", &multiply_int8);
+    m.def("multiply_float", &multiply_float);
     m.def("linear_transposed", &linear_transposed);
 }

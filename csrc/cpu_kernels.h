@@ -107,7 +107,8 @@ struct Kernels {
     void (*linear_f32)(const FloatLinear&, int64_t begin, int64_t end);
     void (*linear_bf16)(const FloatLinear&, int64_t begin, int64_t end);
     void (*linear_f16)(const FloatLinear&, int64_t begin, int64_t end);
-    // Columns [begin, end) of the output; with grouped scales `begin` is a multiple of kGroup.
+    // Columns [begin, end) of the output; with grouped scales `begin` is a multiple of kGroup. int8 rows are read only
+    // where x is not zero.
     void (*transposed_int8)(const Transposed&, int64_t begin, int64_t end);
     void (*transposed_f32)(const Transposed&, int64_t begin, int64_t end);
     void (*transposed_bf16)(const Transposed&, int64_t begin, int64_t end);
@@ -121,6 +122,11 @@ struct Kernels {
     void (*gru_update)(const float* update, const float* candidate, int64_t n, float* state);
     // Sum of n floats read once, in 16 lanes: the plain read that bandwidth is measured with.
     float (*read)(const float* x, int64_t n);
+    // out times the product, for rows [begin, end) of the weights; those for which out is zero are not read.
+    void (*multiply_int8)(const Int8Linear&, int64_t begin, int64_t end);
+    void (*multiply_f32)(const FloatLinear&, int64_t begin, int64_t end);
+    void (*multiply_bf16)(const FloatLinear&, int64_t begin, int64_t end);
+    void (*multiply_f16)(const FloatLinear&, int64_t begin, int64_t end);
     TransformerKernels transformer;
     // Rows [begin, end) of the weights, with one scale each, times rows [first, last) of many activations; same bits
     // as linear_int8. Null where that is as fast.

@@ -413,6 +413,7 @@ float read(const float* x, int64_t n) {
 }  // namespace
 }  // namespace thl
 
+#include "cpu_sparse.inl"
 #include "cpu_transformer.inl"
 
 namespace thl {
@@ -428,7 +429,7 @@ constexpr Kernels table(const char* name, bool (*supported)(),
             linear_float<float>,
             linear_float<Bf16>,
             linear_float<F16>,
-            transposed<int8_t>,
+            transposed_sparse,
             transposed<float>,
             transposed<Bf16>,
             transposed<F16>,
@@ -438,6 +439,10 @@ constexpr Kernels table(const char* name, bool (*supported)(),
             gru_reset,
             gru_update,
             read,
+            multiply_int8,
+            multiply_float<float>,
+            multiply_float<Bf16>,
+            multiply_float<F16>,
             transformer_table(),
             int8_product};
 }

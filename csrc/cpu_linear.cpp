@@ -125,6 +125,20 @@ void linear_float(Weight type, const FloatLinear& arguments, int64_t rows, const
     });
 }
 
+void multiply_int8(const Int8Linear& arguments, int64_t rows) {
+    const Kernels& isa = kernels();
+    ThreadPool::instance().parallel_for(rows, grain_rows(arguments.x->columns), [&](int64_t begin, int64_t end) {
+        isa.multiply_int8(arguments, begin, end);
+    });
+}
+
+void multiply_float(Weight type, const FloatLinear& arguments, int64_t rows) {
+    const Kernels& isa = kernels();
+    const auto kernel = type == Weight::f32 ? isa.multiply_f32 : type == Weight::bf16 ? isa.multiply_bf16 : isa.multiply_f16;
+    ThreadPool::instance().parallel_for(rows, grain_rows(arguments.columns * weight_bytes(type)),
+                                        [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
 void linear_transposed(Weight type, const Transposed& arguments, int64_t columns) {
     const Kernels& isa = kernels();
     const auto kernel = type == Weight::i8     ? isa.transposed_int8

@@ -30,6 +30,9 @@ struct Epilogue {
 
 void linear_int8(const Int8Linear& arguments, int64_t rows, const Epilogue& epilogue);
 void linear_float(Weight type, const FloatLinear& arguments, int64_t rows, const Epilogue& epilogue);
+// out times these products; rows of weights for which out is zero are not read. No bias.
+void multiply_int8(const Int8Linear& arguments, int64_t rows);
+void multiply_float(Weight type, const FloatLinear& arguments, int64_t rows);
 void linear_transposed(Weight type, const Transposed& arguments, int64_t columns);
 
 // Seconds that the pool's threads take to read `count` floats once.

@@ -154,7 +154,8 @@ def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: in
     traffic = state_traffic(store, batch_size, cache, warmup + tokens // 2)
     plan = plan.at(bandwidths, store, schedule, traffic)
     steps = range(warmup, warmup + tokens)
-    read = sum(store.pages[page].nbytes for t in steps for page in (*schedule.step(t), *schedule.head)) / tokens
+    read = sum(store.pages[page].nbytes * schedule.touched(page)
+               for t in steps for page in (*schedule.step(t), *schedule.head)) / tokens
     measured = statistics.median(rates.reading)
     achieved = read * found["tokens_per_second"] / batch_size
     return {

@@ -104,10 +104,21 @@ def linear_float(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, start: 
                          gelu, None if addend is None else to_dlpack(addend))
 
 
+def multiply_int8(packed: "PackedActivations", w: Tensor, scales: Tensor, out: Tensor, start: int = -1) -> None:
+    """out [.., R] times what `linear_int8` gives, without reading the rows of w for which out is zero."""
+    _native.multiply_int8(packed, to_dlpack(w), to_dlpack(scales), to_dlpack(out), start)
+
+
+def multiply_float(x: Tensor, w: Tensor, out: Tensor, start: int = -1) -> None:
+    """out [.., R] times what `linear_float` gives, without reading the rows of w for which out is zero."""
+    _native.multiply_float(to_dlpack(x), to_dlpack(w), to_dlpack(out), start)
+
+
 def linear_int8_transposed(x: Tensor, w: Tensor, scales: Tensor, out: Tensor, accumulate: bool) -> None:
     """out [B, C] = x [B, R] times w, int8 [R, C] with scales as in `linear_int8`; added to out if `accumulate`.
 
-    Rows are added in ascending order, so a matrix may come in several calls without a change of bits.
+    Rows are added in ascending order, so a matrix may come in several calls without a change of bits. A row is read
+    only if an x is not zero there.
     """
     _native.linear_transposed(to_dlpack(x), to_dlpack(w), to_dlpack(scales), to_dlpack(out), accumulate)
 

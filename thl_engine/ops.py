@@ -7,6 +7,7 @@ that they are given in place; they return the tensors to use from then on.
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ from thl_engine.kernels import linear as linear_kernels
 from thl_engine.product import LAYER_NORM_EPS, Product, even_rows
 from thl_engine.weights import Adapted, Matrix, Part, Table
 
-# Rows of a sparse gate for which reading only the matrix rows that some of them need is faster: 0.34 of the time for
-# one, 0.62 for two, 1.2 for four (16384 x 2048 int8, 5 % of the gate left, 2-core AMD EPYC Zen 5).
-SPARSE_ROWS = 2
+# Share of a gate up to which only the products that it lets through are made. With 5 % they took 0.14 of the time of
+# all for one row of activations, 0.31 for 8 and 0.34 for 64 (16384 x 2048 int8, one thread, AMD EPYC Zen 5).
+SPARSE_SHARE = 1 / 8
 
 
 class ReferenceOps:
@@ -43,6 +44,7 @@ class ReferenceOps:
 
     name = "reference"
     has_threads = False  # besides torch's
+    sparse_share = 0.0  # up to which sparse products read no more of a matrix than they need
 
     gru_reset = staticmethod(tier_cell.gru_reset)
     gru_update = staticmethod(tier_cell.gru_update)
@@ -116,11 +118,14 @@ class ReferenceOps:
         """`linear` of an adapted matrix; an adapter whose `up` is zero leaves the base's values as they are."""
         if norm is not None:
             x = self.layer_norm(x, *norm)
-        out = self.linear(x, matrix.base, bias)
-        out = out.add_(self.linear(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up))
+        out = self.linear(x, matrix.base, bias).add_(self.low_rank(x, matrix))
         if gelu:
             out = self.gelu(out)
         return out if addend is None else out + addend
+
+    def low_rank(self, x: Tensor, matrix: Adapted) -> Tensor:
+        """What an adapter adds to the product of its base."""
+        return self.linear(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up)
 
     def linears(self, x: Tensor, matrices: Sequence[Matrix | Adapted]) -> list[Tensor]:
         """`linear` of the same activations with several matrices."""
@@ -151,6 +156,14 @@ class ReferenceOps:
             values = x[:, h, first : first + part.stop - part.start]
             out[h] = out[h] + linear_kernels.linear_transposed(values, _widen(part))
         return torch.stack(out, dim=1)
+
+    def linear_sparse(self, x: Tensor, matrix: Matrix | Adapted) -> Tensor:
+        """`linear` of x [..., C] that is mostly zero; natively it skips rows of a transposed matrix [C, R]."""
+        if isinstance(matrix, Adapted):
+            return self.linear_sparse(x, matrix.base).add_(self.low_rank(x, matrix))
+        if not matrix.transposed:
+            return self.linear(x, matrix)
+        return self.linear_transposed(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], matrix.shape[1])
 
     def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix | Adapted, quantile: float) -> Tensor:
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
@@ -205,6 +218,7 @@ class NativeOps(ReferenceOps):
 
     name = "native"
     has_threads = True
+    sparse_share = SPARSE_SHARE
 
     def __init__(self) -> None:
         # Memory that calls leave to each other.
@@ -242,9 +256,9 @@ class NativeOps(ReferenceOps):
         return out
 
     def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
-        out = torch.zeros(x.shape[0], matrix.shape[1])
+        out = torch.empty(x.shape[0], matrix.shape[1])
         for part in matrix.parts():
-            _transposed_into(out, x[:, part.start : part.stop], part)
+            _transposed_into(out, x[:, part.start : part.stop], part, part.start > 0)
         return out
 
     def linear_transposed_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
@@ -306,29 +320,16 @@ class NativeOps(ReferenceOps):
         return out
 
     def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix | Adapted, quantile: float) -> Tensor:
-        rows = gate.numel() // gate.shape[-1]
-        if rows > SPARSE_ROWS:
+        if NormalDist().cdf(-quantile) > self.sparse_share:
             return super().geglu_linear(gate, x, up, quantile)
-        out = self.geglu(gate, torch.ones_like(gate), quantile)
-        values, inputs = out.view(rows, -1), x.reshape(rows, -1)
-        alive = values.any(dim=0)  # rows of the matrix that would be multiplied by zero are left out
-        values[:, alive] *= self.linear_rows(inputs, up, alive)
-        return out
-
-    def linear_rows(self, x: Tensor, matrix: Matrix | Adapted, wanted: Tensor) -> Tensor:
-        """`linear` with the n rows of the matrix that are wanted: x [B, C], bool [R] -> [B, n]."""
-        if isinstance(matrix, Adapted):
-            out = self.linear_rows(x, matrix.base, wanted)
-            return out.add_(self.linear_rows(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up, wanted))
-        out, product, done = torch.empty(len(x), int(wanted.sum())), Product(self._packings, x), 0
-        for part in matrix.parts():
-            chosen = wanted[part.start : part.stop].nonzero().flatten()
-            if len(chosen):
-                scales = None if part.scales is None else part.scales.index_select(0, chosen)
-                some = Part(0, len(chosen), part.data.index_select(0, chosen), scales, part.group)
-                product.into(out, some, done)
-                done += len(chosen)
-        product.done()
+        out = self.geglu(gate, torch.ones(gate.shape[-1]).expand(gate.shape), quantile)
+        if not isinstance(up, Adapted):
+            Product(self._packings, x).multiply(out, up)
+            return out
+        alive = (out != 0).float()
+        factors = alive.clone()
+        Product(self._packings, x).multiply(factors, up.base)
+        return out.mul_(factors.add_(self.low_rank(x, up).mul_(alive)))
         return out
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
@@ -438,11 +439,11 @@ class NativeOps(ReferenceOps):
         return slot_memory.Write(memory, norms, write_ema, last_write, vector, gate, novelty, branch, indices)
 
 
-def _transposed_into(out: Tensor, x: Tensor, part: Part) -> None:
+def _transposed_into(out: Tensor, x: Tensor, part: Part, accumulate: bool = True) -> None:
     if part.scales is None:
-        native.linear_float_transposed(x, part.data, out, True)
+        native.linear_float_transposed(x, part.data, out, accumulate)
     else:
-        native.linear_int8_transposed(x, part.data, part.scales, out, True)
+        native.linear_int8_transposed(x, part.data, part.scales, out, accumulate)
 
 
 def _widen(part: Part) -> Tensor:

@@ -5,7 +5,7 @@ Layout, in the order of the bytes:
   header          padded with spaces so that the data section begins on a 4,096-byte boundary
   vectors         norms, biases and the scales of int8 tensors, float32, one after the other
   matrices,       each from a 4,096-byte boundary, in the order in which the schedule first uses them,
-  tables          under the published name; int8 rows, or floats as they came
+  tables          under the published name; int8 rows (or columns, see "transposed"), or floats as they came
   unused          tensors that take part in nothing, and their scales
 
 safetensors allows no holes, so the gaps before boundaries are U8 tensors named `__padding__.N`. A tensor is
@@ -15,7 +15,8 @@ Metadata (strings):
   thl_engine.format     "1"
   thl_engine.config     JSON of the configuration, with model_type
   thl_engine.pages      JSON: name -> {"rows": rows of a page, "group": inputs that share a scale or null,
-                        "crc": CRC32C of each page's rows without padding, 8 hex digits a page}
+                        "crc": CRC32C of each page's rows without padding, 8 hex digits a page,
+                        "transposed": true where the rows are the columns of the published matrix}
   thl_engine.tokenizer  tokenizer.json or a character vocabulary, if there is one
   thl_engine.checksum   CRC32C of the strings above
 
@@ -82,6 +83,7 @@ class Entry:
     shape: tuple[int, ...]
     page_rows: int
     group: int | None = None
+    transposed: bool = False
     offset: int = 0
 
     @property
@@ -185,6 +187,7 @@ class PackPlan:
                 "rows": e.page_rows,
                 "group": e.group,
                 "crc": "".join(f"{crc:08x}" for crc in checksums.get(e.name, [0] * e.pages)),
+                **({"transposed": True} if e.transposed else {}),
             }
             for e in self.entries
         }
@@ -224,7 +227,8 @@ class PackPlan:
                 if entry.name in scale_entries:
                     continue  # written with the tensor that they scale
                 sums, scale_parts = [], []
-                for start, rows in _chunks(entry, self.sources[entry.name], ahead):
+                source = self.sources[entry.name]
+                for start, rows in _chunks(entry, _columns(source) if entry.transposed else source, ahead):
                     stored, scales = _encode(rows, entry, start, self)
                     scale_parts.append(scales)
                     buffer = as_bytes(stored)
@@ -350,12 +354,14 @@ def _lay_out(
     vectors, scales, paged, unused = [], [], [], []
     for block in blocks:
         dtype = _stored_dtype(block, sources[block.name].dtype, quantize)
-        entry = _entry(block.name, block.kind, dtype, block.shape)
+        quantized = dtype == "I8" and sources[block.name].dtype != "I8"
+        transposed = quantized and may_transpose(block)
+        entry = _entry(block.name, block.kind, dtype, block.shape[::-1] if transposed else block.shape)
         section = vectors if block.kind == "vector" else unused if block.kind == "unused" else paged
-        if dtype == "I8" and sources[block.name].dtype != "I8":
-            entry = replace(entry, group=group)
+        if quantized:
+            entry = replace(entry, group=group, transposed=transposed)
             kind = "unused" if block.kind == "unused" else "vector"
-            scale = _entry(block.name + SCALE_SUFFIX, kind, "F32", scale_shape(*block.shape, group))
+            scale = _entry(block.name + SCALE_SUFFIX, kind, "F32", scale_shape(*entry.shape, group))
             (unused if kind == "unused" else scales).append(scale)
         section.append(entry)
     placed, padding, position = [], [], 0
@@ -369,6 +375,26 @@ def _lay_out(
         padding.append((position, -position % ALIGNMENT))
         position += -position % ALIGNMENT
     return PackPlan(where, sources, quantize == "int8", config, tokenizer, tuple(placed), tuple(padding), position)
+
+
+def may_transpose(block: Block) -> bool:
+    """Whether int8 files keep the block's columns as rows. The shape has to tell where another tool has dropped the
+    metadata, so square matrices stay as they are."""
+    return block.transposed and block.shape != block.shape[::-1]
+
+
+def _columns(source: Source) -> Source:
+    """The transpose of a matrix, which is read anew for each chunk of its columns: it need not fit in memory."""
+    height, width = source.shape
+    step = max(1, CHUNK_ELEMENTS // max(1, width))
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        out = torch.empty(stop - start, height, dtype=DTYPES[source.dtype])
+        for first in range(0, height, step):
+            out[:, first : first + step] = source.rows(first, min(first + step, height))[:, start:stop].T
+        return out
+
+    return Source(source.dtype, (width, height), rows)
 
 
 def _entry(name: str, kind: str, dtype: str, shape: tuple[int, ...]) -> Entry:
@@ -408,8 +434,9 @@ def _encode(rows: torch.Tensor, entry: Entry, start: int, plan: PackPlan) -> tup
     finite = (rows if scales is None else scales).isfinite()
     if plan.quantized and not finite.all():
         row = start + int((~finite).nonzero()[0, 0]) if finite.dim() else start
+        line = "column" if entry.transposed else "row"
         raise CheckpointError(
-            f"{plan.where}: tensor {shown(entry.name)} cannot be quantised: NaN or infinity in row {row}"
+            f"{plan.where}: tensor {shown(entry.name)} cannot be quantised: NaN or infinity in {line} {row}"
         )
     return rows.to(DTYPES[entry.dtype]), scales
 

@@ -19,6 +19,7 @@ class PagedMatrix:
     name: str
     shape: tuple[int, int]
     pager: Pager
+    transposed: bool = False
 
     def parts(self) -> Iterator[Part]:
         return self.pager.parts(self.name)
@@ -60,7 +61,7 @@ def paged_weights(store: Store, pager: Pager,
         if tensor.kind == "vector":
             weights[name] = vectors[name]
         elif tensor.kind == "matrix":
-            weights[name] = PagedMatrix(name, tensor.shape, pager)
+            weights[name] = PagedMatrix(name, tensor.shape, pager, tensor.transposed)
         elif tensor.kind == "table":
             weights[name] = PagedTable(name, tensor.shape, pager)
     return weights

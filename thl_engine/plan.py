@@ -46,8 +46,9 @@ class PageSchedule:
     """A model's walk in pages: which pages each step reads, which the logits read, and endless futures of both."""
 
     def __init__(self, store: Store, walk: Walk, head: tuple[str, ...],
-                 products: Mapping[str, float] | None = None) -> None:
-        """products: how many products a reading of a matrix serves, where it is not one."""
+                 products: Mapping[str, float] | None = None, touched: Mapping[str, float] | None = None) -> None:
+        """products: how many products a reading of a matrix serves, where it is not one. touched: the share of a matrix
+        that they need, where it is not all."""
         self._pages = {name: tuple(page.index for page in tensor.pages) for name, tensor in store.tensors.items()
                        if tensor.kind == "matrix"}
         self.may_stop = walk.may_stop
@@ -57,6 +58,7 @@ class PageSchedule:
         products = products or {}
         self.products_per_token = sum(products.get(name, 1) / clock for name, clock in walk.clocked) + len(head)
         self._products = {page: times for name, times in products.items() for page in self._pages[name]}
+        self._touched = {page: share for name, share in (touched or {}).items() for page in self._pages[name]}
         self._runs: dict[tuple[str, ...], tuple[int, ...]] = {}  # names read -> their streamed pages
         self._pinned: frozenset[int] = frozenset()
 
@@ -70,6 +72,10 @@ class PageSchedule:
     def products(self, page: int) -> float:
         """Products that are made with a page each time that it is read."""
         return self._products.get(page, 1)
+
+    def touched(self, page: int) -> float:
+        """Share of a page that products read from memory each time that it is used."""
+        return self._touched.get(page, 1.0)
 
     def uses(self) -> dict[int, float]:
         """Page -> uses per token of decoding."""
@@ -133,7 +139,7 @@ class Plan:
     slot_bytes: int
     streamed_pages: int
     streamed_bytes: int  # pages that are not pinned, each counted once
-    bytes_per_token: float  # that products read, wherever from
+    bytes_per_token: float  # that products read, wherever from; of sparse ones, only what they need
     bytes_streamed_per_token: float
     seconds_per_token: float
     stall_per_token: float
@@ -312,7 +318,7 @@ def _predict(plan: Plan, store: Store, schedule: PageSchedule) -> Plan:
     clock = _Clock(plan.bandwidths)
     overhead = schedule.products_per_token * READ_SECONDS + plan.state_traffic / plan.bandwidths.memory
     stretch = min(schedule.period, LONGEST_STRETCH)
-    runs: dict[tuple[int, ...], list[tuple[int, float, int | None]]] = {}
+    runs: dict[tuple[int, ...], list[tuple[float, float, int | None]]] = {}
     clock.fetch(ring, pages)
     for first in (0, stretch):
         started = replace(clock)
@@ -336,12 +342,12 @@ def _predict(plan: Plan, store: Store, schedule: PageSchedule) -> Plan:
 
 
 def _runs(step: tuple[int, ...], pinned: frozenset[int], store: Store,
-          schedule: PageSchedule) -> list[tuple[int, float, int | None]]:
-    """A step as (bytes read, bytes multiplied, page) per streamed page; neighbouring pinned pages are taken together,
-    with page None."""
-    out: list[tuple[int, float, int | None]] = []
+          schedule: PageSchedule) -> list[tuple[float, float, int | None]]:
+    """A step as (bytes touched, bytes multiplied, page) per streamed page; neighbouring pinned pages are taken
+    together, with page None."""
+    out: list[tuple[float, float, int | None]] = []
     for page in step:
-        nbytes = store.pages[page].nbytes
+        nbytes = store.pages[page].nbytes * schedule.touched(page)
         entry = (nbytes, nbytes * schedule.products(page), None if page in pinned else page)
         if page in pinned and out and out[-1][2] is None:
             entry = (out[-1][0] + entry[0], out[-1][1] + entry[1], None)
@@ -358,7 +364,7 @@ class _Clock:
     now: float = 0.0
     stalled: float = 0.0
     streamed: int = 0
-    read: int = 0
+    read: float = 0.0
     reader_free: float = 0.0
     landed: dict[int, float] = field(default_factory=dict)
 
@@ -373,6 +379,6 @@ class _Clock:
         self.stalled += wait
         self.now += wait
 
-    def compute(self, nbytes: int, multiplied: float) -> None:
+    def compute(self, nbytes: float, multiplied: float) -> None:
         self.now += multiplied / self.rates.memory
         self.read += nbytes

@@ -45,19 +45,34 @@ class Product:
              addend: Tensor | None = None) -> None:
         """Columns from `start` on of out."""
         if part.scales is not None:
-            if self._packed is None:
-                self._packed = self._pack(self._packings.pop() if self._packings else None)
-            native.linear_int8(self._packed, part.data, part.scales, bias, out, start, gelu, addend)
+            native.linear_int8(self._as_packed(), part.data, part.scales, bias, out, start, gelu, addend)
         else:
-            if self._floats is None:
-                self._floats = self._compute()
-            native.linear_float(self._floats, part.data, bias, out, start, gelu, addend)
+            native.linear_float(self._as_floats(), part.data, bias, out, start, gelu, addend)
+
+    def multiply(self, out: Tensor, matrix: Matrix) -> None:
+        """out [..., R] times the product; rows of the matrix [R, C] that only meet zeros there are not read."""
+        for part in matrix.parts():
+            if part.scales is None:
+                native.multiply_float(self._as_floats(), part.data, out, part.start)
+            else:
+                native.multiply_int8(self._as_packed(), part.data, part.scales, out, part.start)
+        self.done()
 
     def done(self) -> None:
         """Gives the packing's memory back."""
         if self._packed is not None:
             self._packings.append(self._packed)
             self._packed = None
+
+    def _as_packed(self) -> Any:
+        if self._packed is None:
+            self._packed = self._pack(self._packings.pop() if self._packings else None)
+        return self._packed
+
+    def _as_floats(self) -> Tensor:
+        if self._floats is None:
+            self._floats = self._compute()
+        return self._floats
 
     def _pack(self, memory: Any) -> Any:
         if self._up is not None:

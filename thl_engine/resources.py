@@ -27,7 +27,8 @@ def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream:
     check_batch_size(batch_size)
     config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
     products = model.products(config) if hasattr(model, "products") else {}
-    schedule = PageSchedule(store, model.walk(config), model.head(config), products)
+    schedule = PageSchedule(store, model.walk(config), model.head(config), products,
+                            touched(store, ops, batch_size))
     limit = None if memory_budget is None else parse_bytes(memory_budget)
     state_bytes, workspace = needs(store, ops, batch_size, options)
 
@@ -65,6 +66,19 @@ def state_traffic(store: Store, batch_size: int, options: dict[str, Any], positi
     if not hasattr(model, "traffic"):
         return None
     return model.traffic(config, model.init_state(config, batch_size, "meta", **options), position)
+
+
+def touched(store: Store, ops: ReferenceOps, batch_size: int) -> dict[str, float]:
+    """Share of a matrix that the sparse products of a step read, where that is not all of it.
+
+    Columns that are not needed can only be left out where the file stores the matrix by columns.
+    """
+    config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
+    shares = model.touched(config) if hasattr(model, "touched") else {}
+    by_columns = {block.name for block in model.blocks(config) if block.transposed}
+    rows = rows_of_products(store, batch_size)
+    return {name: 1.0 - (1.0 - share) ** rows for name, share in shares.items()
+            if share <= ops.sparse_share and (name not in by_columns or store.tensors[name].transposed)}
 
 
 def rows_of_products(store: Store, batch_size: int) -> int:

@@ -21,12 +21,14 @@ class Block:
       unused  takes part in no output: kept in files, never loaded
 
     exact: stays a float tensor when a model is quantised.
+    transposed: products need a few columns of the matrix only, so int8 files keep these as rows, [C, R].
     """
 
     name: str
     shape: tuple[int, ...]
     kind: str
     exact: bool = False
+    transposed: bool = False
 
     @property
     def numel(self) -> int:

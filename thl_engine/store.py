@@ -39,6 +39,7 @@ from thl_engine.pack import (
     Source,
     as_bytes,
     check_tensors,
+    may_transpose,
     metadata_checksum,
     page_rows,
     without_aliases,
@@ -70,7 +71,8 @@ class Page:
 class StoredTensor:
     """A tensor of the model, or the scales of one, and its pages in row order.
 
-    An int8 tensor names its `scales`; `group` is the number of inputs that share one, None for one a row.
+    An int8 tensor names its `scales`; `group` is the number of inputs that share one, None for one a row. Where
+    `transposed`, rows, shape and scales are of the transpose of the published matrix.
     """
 
     name: str
@@ -80,6 +82,7 @@ class StoredTensor:
     pages: tuple[Page, ...]
     scales: str | None = None
     group: int | None = None
+    transposed: bool = False
 
     @property
     def rows(self) -> int:
@@ -260,7 +263,7 @@ def _assemble_plain(path: Path, index: CheckpointIndex, config: object, blocks: 
                 f"{path}: tensor {shown(block.name)} is F64; save it as F32, F16 or BF16"
             )
     pages = {}
-    for name, (kind, _) in groups.items():
+    for name, (kind, _, _) in groups.items():
         info = index.tensors[name]
         rows = info.shape[0] if info.shape else 1
         pages[name] = (page_rows(kind, rows, info.nbytes // max(rows, 1)), None)
@@ -295,8 +298,8 @@ def _check_stored(
     blocks: tuple[Block, ...],
     model_type: str,
     table: dict | None,
-) -> dict[str, tuple[str, int | None]]:
-    """Checks tensors against the model; name -> (kind, inputs that share a scale), in file order."""
+) -> dict[str, tuple[str, int | None, bool]]:
+    """Checks tensors against the model; name -> (kind, inputs that share a scale, transposed), in file order."""
     scaled = {
         block.name: index.tensors[block.name + SCALE_SUFFIX]
         for block in blocks
@@ -304,33 +307,50 @@ def _check_stored(
         and block.name in index.tensors
         and index.tensors[block.name].dtype == "I8"
     }
+    turned = _transposed(path, index, [block for block in blocks if block.name in scaled], table)
     # To check_tensors an int8 tensor with scales is as good as the floats that it stands for.
     found = {
-        name: Source("F32", info.shape, lambda a, b: torch.empty(0)) if name in scaled else info
+        name: Source("F32", info.shape[:: -1 if name in turned else 1], lambda a, b: torch.empty(0))
+        if name in scaled else info
         for name, info in index.tensors.items()
         if not name.startswith(PADDING) and name.removesuffix(SCALE_SUFFIX) not in scaled or name in scaled
     }
     check_tensors(blocks, found, model_type, str(path))
     blocks = [block for block in blocks if block.name in found]
-    kinds: dict[str, tuple[str, int | None]] = {}
+    kinds: dict[str, tuple[str, int | None, bool]] = {}
     for block in blocks:
         scale = scaled.get(block.name)
         if scale is None:
-            kinds[block.name] = (block.kind, None)
+            kinds[block.name] = (block.kind, None, False)
             continue
         entry = table.get(block.name) if table is not None else None
         group = entry.get("group") if isinstance(entry, dict) else GROUP if len(scale.shape) == 2 else None
-        sound = len(block.shape) == 2 and group in (None, GROUP)
-        if not sound or scale.dtype != "F32" or scale.shape != scale_shape(*block.shape, group):
+        shape = index.tensors[block.name].shape
+        sound = len(shape) == 2 and group in (None, GROUP)
+        if not sound or scale.dtype != "F32" or scale.shape != scale_shape(*shape, group):
             raise CheckpointError(
                 f"{path}: tensor {shown(scale.name)} is {scale.dtype} {list(scale.shape)}, expected F32 "
-                f"scales of int8 {list(block.shape)} by rows or by groups of {GROUP} inputs"
+                f"scales of int8 {list(shape)} by rows or by groups of {GROUP} inputs"
             )
-        kinds[block.name] = (block.kind, group)
-        kinds[scale.name] = ("unused" if block.kind == "unused" else "vector", None)
+        kinds[block.name] = (block.kind, group, block.name in turned)
+        kinds[scale.name] = ("unused" if block.kind == "unused" else "vector", None, False)
     files = {file: number for number, file in enumerate(index.files)}
     where = {name: (files[index.tensors[name].file], index.tensors[name].offset) for name in kinds}
     return {name: kinds[name] for name in sorted(kinds, key=where.__getitem__)}
+
+
+def _transposed(path: Path, index: CheckpointIndex, quantized: list[Block], table: dict | None) -> set[str]:
+    """Names of the int8 tensors that are stored transposed: what the metadata mark, or else what the shapes tell."""
+    able = {block.name: block.shape[::-1] for block in quantized if may_transpose(block)}
+    if table is None:
+        return {name for name, shape in able.items() if index.tensors[name].shape == shape}
+    marked = {name: entry["transposed"] for name, entry in table.items()
+              if isinstance(entry, dict) and "transposed" in entry}
+    for name, mark in marked.items():
+        if mark is not True or name not in able:
+            raise CheckpointError(f"{path}: metadata 'thl_engine.pages' marks {shown(name)} as transposed "
+                                  f"({shown(mark)}), which this model does not store so")
+    return set(marked)
 
 
 def _page_table(file: Path, info: TensorInfo, entry: object) -> tuple[int, list[int]]:
@@ -352,7 +372,7 @@ def _assemble(
     path: Path,
     index: CheckpointIndex,
     config: object,
-    groups: Mapping[str, tuple[str, int | None]],
+    groups: Mapping[str, tuple[str, int | None, bool]],
     pages: Mapping[str, tuple[int, list[int] | None]],
     layout: str,
     tokenizer: str | None,
@@ -360,7 +380,7 @@ def _assemble(
     files = {file: number for number, file in enumerate(index.files)}
     tensors: dict[str, StoredTensor] = {}
     every: list[Page] = []
-    for name, (kind, group) in groups.items():
+    for name, (kind, group, transposed) in groups.items():
         info = index.tensors[name]
         size, checksums = pages[name]
         rows = info.shape[0] if info.shape else 1
@@ -373,6 +393,6 @@ def _assemble(
             own.append(Page(len(every) + number, name, start, stop, *place, crc))
         every += own
         scales = name + SCALE_SUFFIX if info.dtype == "I8" and name + SCALE_SUFFIX in groups else None
-        tensors[name] = StoredTensor(name, kind, info.shape, DTYPES[info.dtype], tuple(own), scales, group)
+        tensors[name] = StoredTensor(name, kind, info.shape, DTYPES[info.dtype], tuple(own), scales, group, transposed)
     fields, kind = config.to_dict(), config.model_type
     return Store(path, index.files, fields, kind, layout, tensors, tuple(every), tokenizer, index)

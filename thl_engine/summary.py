@@ -31,7 +31,8 @@ def summarise(store: Store) -> dict[str, Any]:
         entry["bytes"] += tensor.nbytes
         entry["pages"] += len(tensor.pages)
     matrix_pages = [page for tensor in tensors.values() if tensor.kind == "matrix" for page in tensor.pages]
-    reads = [{"name": name, "clock": clock, "bytes": tensors[name].nbytes, "pages": len(tensors[name].pages)}
+    reads = [{"name": name, "clock": clock, "bytes": tensors[name].nbytes, "pages": len(tensors[name].pages),
+              "transposed": tensors[name].transposed}
              for name, clock in (*walk.clocked, *((name, 1) for name in head))]
     average = sum(read["bytes"] / read["clock"] for read in reads)
     return {
@@ -42,7 +43,8 @@ def summarise(store: Store) -> dict[str, Any]:
         "unused_parameters": sum(block.numel for block in blocks if block.kind == "unused"),
         "kinds": [{"kind": kind, "dtype": dtype, **entry} for (kind, dtype), entry in kinds.items()],
         "tensors": [{"name": name, "kind": t.kind, "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape),
-                     "group": t.group, "bytes": t.nbytes, "pages": len(t.pages)} for name, t in tensors.items()],
+                     "group": t.group, "transposed": t.transposed, "bytes": t.nbytes, "pages": len(t.pages)}
+                    for name, t in tensors.items()],
         "pages": {
             "count": len(store.pages), "matrix_pages": len(matrix_pages),
             "least_matrix_page": min(page.nbytes for page in matrix_pages),
@@ -82,9 +84,9 @@ def describe(summary: dict[str, Any]) -> str:
         _table([("kind", "dtype", "tensors", "elements", "size", "pages")]
                + [(e["kind"], e["dtype"], str(e["tensors"]), f"{e['elements']:,}", size(e["bytes"]), str(e["pages"]))
                   for e in summary["kinds"]]),
-        _table([("schedule, in order", "every", "size", "pages")]
-               + [(e["name"], f"{e['clock']} steps" if e["clock"] > 1 else "step", size(e["bytes"]), str(e["pages"]))
-                  for e in schedule["reads"]]),
+        _table([("schedule, in order", "every", "size", "pages", "")]
+               + [(e["name"], f"{e['clock']} steps" if e["clock"] > 1 else "step", size(e["bytes"]), str(e["pages"]),
+                   "stored by columns" if e["transposed"] else "") for e in schedule["reads"]]),
         _table([
             ("bytes per token", f"{size(schedule['bytes_per_token'])} on average, from "
                                 f"{size(schedule['least_step_bytes'])} to {size(schedule['largest_step_bytes'])}"),

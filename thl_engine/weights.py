@@ -25,9 +25,13 @@ class Part:
 
 
 class Matrix(Protocol):
-    """A matrix [R, C]. Its parts come in row order; a part's memory is valid until the next one is asked for."""
+    """A matrix [R, C]. Its parts come in row order; a part's memory is valid until the next one is asked for.
+
+    transposed: R are the inputs and C the outputs of the linear map that it stands for, for `linear_sparse`.
+    """
 
     shape: tuple[int, int]
+    transposed: bool
 
     def parts(self) -> Iterator[Part]: ...
 
@@ -49,6 +53,7 @@ class Held:
     data: Tensor
     scales: Tensor | None = None
     group: int | None = None
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,6 +85,7 @@ class Trainable:
     """A float matrix or table that gradients flow through."""
 
     tensor: Tensor
+    transposed = False
 
     @property
     def shape(self) -> tuple[int, int]:

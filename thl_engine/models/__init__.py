@@ -22,6 +22,7 @@ and, where it differs from what the engine does without,
   forward_walk(config, tokens_shape, **inputs) -> Walk   a whole sequence that is no chain of `advance`s
   reused(config) -> int                        weights that an op keeps to use them again
   products(config) -> dict[str, float]         products that one reading of a matrix serves, where it is not one
+  touched(config) -> dict[str, float]          share of a matrix that the product of one row needs, where it is not all
   step_rows(config) -> int                     rows that a sequence brings to a step's products, where it is not one
   traffic(config, state, position) -> int      bytes of the state that a token reads or writes; else four times all
   ROWS_MEET = True                             sequences of a batch depend on each other

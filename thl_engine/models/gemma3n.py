@@ -85,8 +85,8 @@ def blocks(config: Gemma3nConfig) -> tuple[Block, ...]:
     c, width = config, config.hidden_size
     out: list[Block] = []
 
-    def add(name: str, *shape: int, kind: str | None = None) -> None:
-        out.append(Block(f"{name}.weight", shape, kind or ("matrix" if len(shape) == 2 else "vector")))
+    def add(name: str, *shape: int, kind: str | None = None, transposed: bool = False) -> None:
+        out.append(Block(f"{name}.weight", shape, kind or ("matrix" if len(shape) == 2 else "vector"), transposed=transposed))
 
     out.append(Block(TIED, (c.vocab_size, width), "matrix"))  # its rows first, the whole at the end, for the logits
     out.append(Block(PER_LAYER_TABLE, (c.vocab_size_per_layer_input, _per_layer(c)), "table"))
@@ -114,7 +114,7 @@ def blocks(config: Gemma3nConfig) -> tuple[Block, ...]:
         add(f"{layer}pre_feedforward_layernorm", width)
         add(f"{layer}mlp.gate_proj", inner, width)
         add(f"{layer}mlp.up_proj", inner, width)
-        add(f"{layer}mlp.down_proj", width, inner)
+        add(f"{layer}mlp.down_proj", width, inner, transposed=c.activation_sparsity_pattern[i] > 0.0)
         add(f"{layer}post_feedforward_layernorm", width)
         add(f"{layer}altup.correction_coefs", n, n, kind="vector")
         out.append(Block(f"{layer}altup.correct_output_scale", (width,), "vector"))
@@ -155,6 +155,12 @@ def stored_name(config: Gemma3nConfig, name: str) -> str | None:
 def walk(config: Gemma3nConfig) -> Walk:
     """Matrices read by one pass, however many tokens it takes."""
     return Walk(tuple((block.name, 1) for block in blocks(config) if block.kind == "matrix" and block.name != TIED))
+
+
+def touched(config: Gemma3nConfig) -> dict[str, float]:
+    """Share of a matrix that one row's product needs: of a sparse gate's neighbours, what the gate lets through."""
+    return {f"model.layers.{i}.mlp.{name}_proj.weight": 1.0 - share
+            for i, share in enumerate(config.activation_sparsity_pattern) if share > 0.0 for name in ("up", "down")}
 
 
 def head(config: Gemma3nConfig) -> tuple[str, ...]:
@@ -438,10 +444,10 @@ def layer(c: Gemma3nConfig, weights: Any, ops: Any, i: int, streams: Tensor, own
     share = c.activation_sparsity_pattern[i]
     gate, up = weights[f"{prefix}mlp.gate_proj.weight"], weights[f"{prefix}mlp.up_proj.weight"]
     if share > 0.0:
-        inner = ops.geglu_linear(ops.linear(wide, gate), wide, up, NormalDist().inv_cdf(share))
+        inner, down = ops.geglu_linear(ops.linear(wide, gate), wide, up, NormalDist().inv_cdf(share)), ops.linear_sparse
     else:
-        inner = ops.geglu(*ops.linears(wide, [gate, up]))
-    x = x + norm("post_feedforward_layernorm", linear("mlp.down_proj", inner))
+        inner, down = ops.geglu(*ops.linears(wide, [gate, up])), ops.linear
+    x = x + norm("post_feedforward_layernorm", down(inner, weights[f"{prefix}mlp.down_proj.weight"]))
     streams = ops.altup_correct(predicted, x, a, coefficients("correction_coefs", x) + 1.0)
     x = streams[a]
     if c.altup_correct_scale:
