@@ -30,7 +30,7 @@ RECORDED = {"full_forward_early": "input_ids", "greedy": "output_ids"}  # and wh
 
 
 def compare(engine: Engine, batches: Sequence[Tensor]) -> tuple[dict, tuple[float, float]]:
-    """Figures over int64 [B, T] batches, each of them one `forward`, and mean nats a token of both rules."""
+    """Figures over int64 [B, T] batches, each of them one `forward`; mean nats of a token by `forward` and `step`."""
     layers, threshold = engine.config.num_layers, engine.config.adaptive_convergence_threshold
     names = [f"layer{i}.iterations_used" for i in range(layers)]
     steps = [f"layer{i}.steps_taken" for i in range(layers)]
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument("--thresholds", type=float, nargs="+", help="in place of the checkpoint's own")
-    parser.add_argument("--windows", type=int, default=64, help="spread over the held-out text (default: 64)")
+    parser.add_argument("--windows", type=int, default=32, help="spread over the held-out text (default: 32)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a window (default: 128)")
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the text, at its end (default: 0.1)")
     given = parser.parse_args(argv)
