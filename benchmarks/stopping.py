@@ -8,6 +8,11 @@ the recorded cases' tokens come first. Differences of logits are relative to the
 
 `beyond, layer 0`: how far `forward` moves a token after the step at which it would have stopped by itself, for each
 such step, over the threshold. In the first layer both rules start from the same values.
+
+The model of benchmarks/results/inl-stopping.json, whose configuration stands there, was trained by
+
+    thl train --model-type inl --config inl.json --data shakespeare.txt --out inl --tokenizer-type char --threads 1
+        --steps 1800 --batch-size 4 --chunk 128 --warmup 50 --dropout 0 --weight-dropout 0 --evaluate-every 450
 """
 
 import argparse
