@@ -19,9 +19,8 @@ ROOT = Path(__file__).parent.parent
 
 def write_report(path: Path, arguments: list[str], **figures: Any) -> None:
     """Writes the figures as JSON, with machine, date, commit and the command with its arguments."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     head = {"machine": f"{_processor()}, {native.isa()}, {native.threads()} threads, torch {torch.__version__}",
-            "date": date.today().isoformat(), "commit": commit.stdout.strip(),
+            "date": date.today().isoformat(), "commit": _commit(),
             "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])}
     data = (json.dumps({**head, **figures}, indent=1) + "\n").encode()
     with replacing(path, len(data)) as descriptor:
@@ -31,6 +30,15 @@ def write_report(path: Path, arguments: list[str], **figures: Any) -> None:
 def rounded(value: float) -> float:
     """Four significant digits."""
     return float(f"{value:.4g}")
+
+
+def _commit() -> str | None:
+    """None outside of a repository."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
 
 
 def _processor() -> str:
