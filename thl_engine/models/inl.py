@@ -4,6 +4,12 @@ Notation: B batch, T tokens, D d_model, A heads of d features, N = B * T rows of
 The published rule stops a layer's integrator for all tokens of the batch together, so that a token depends on later
 ones. `forward` follows it. `advance`, which keeps past tokens as they are, stops each token by itself, by the same
 threshold.
+
+Guaranteed of the difference: nothing is tested before the fourth step, so the rules differ by at most S - 4 of the S
+steps that a layer makes for a token, and by rounding alone where S <= 4 or no token stops early. The step with which a
+token stops moves it by less than the threshold, but the steps that it then misses may be longer: no bound on the logits
+follows. Observed (benchmarks/stopping.py, tests/test_inl.py; S = 8, of the largest logit): at most 0.053 on recorded
+cases, whose threshold is 0.75; on a trained model 2e-5 with the default of 0.001, 0.009 with 0.75, 0.26 with 3.
 """
 
 import math
