@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor
 from thl_engine.config import parse_config
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
 from thl_engine.generation import Piece, Row, generate
+from thl_engine.memory import peak_bytes
 from thl_engine.models import architecture
 from thl_engine.ops import load_ops
 from thl_engine.paged_weights import load_vectors, paged_weights
@@ -412,7 +412,7 @@ class Engine:
             "tokens": self._tokens, "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else 0.0,
             **asdict(self._pager.traffic), "peak_memory_bytes": self._plan.peak_memory_bytes,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_bytes(),
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
             "memory_budget": self._plan.budget, "backend": self.ops.name, "device": str(self.device),
             "sliding_window": self._options.get("sliding_window"),
