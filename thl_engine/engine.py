@@ -332,6 +332,13 @@ class Engine:
         if hasattr(self._model, "check_room"):
             self._model.check_room(self.config, state, count)
 
+    def _check_prompt(self, state: Any, length: int, count: int) -> None:
+        """The same for a prompt of `length` tokens and `count` new ones, the last of which is not read."""
+        try:
+            self._check_room(state, length + max(count - 1, 0))
+        except ConfigError as error:
+            raise ConfigError(f"a prompt of {length} tokens and {count} new ones: {error}") from None
+
     def _count(self, tokens: int, started: float) -> None:
         self._tokens += tokens
         self._seconds += time.perf_counter() - started
@@ -347,7 +354,7 @@ class Engine:
         """
         row = self._row(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, repetition_penalty, seed), stop)
         state = self.new_state() if state is None else state
-        self._check_room(state, len(row.prompt) + max(max_new_tokens - 1, 0))
+        self._check_prompt(state, len(row.prompt), max_new_tokens)
         return (piece for _, piece in generate(self, [row], state))
 
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 128,
@@ -366,12 +373,11 @@ class Engine:
             raise ConfigError(f"prompts is {prompts!r}; it must be a list of at least one prompt")
         sampling, options = Sampling(temperature, top_k, top_p, repetition_penalty, seed), dict(state_options or {})
         rows = [self._row(prompt, max_new_tokens, sampling, stop) for prompt in prompts]
-        longest = max(len(row.prompt) for row in rows) + max(max_new_tokens - 1, 0)
         if getattr(self._model, "ROWS_MEET", False):
             return ((i, piece) for i, row in enumerate(rows)
                     for _, piece in generate(self, [row], self.new_state(**options)))
         state = self.new_state(len(rows), **options)
-        self._check_room(state, longest)
+        self._check_prompt(state, max(len(row.prompt) for row in rows), max_new_tokens)
         return generate(self, rows, state)
 
     def _row(self, prompt: str | Sequence[int], count: int, sampling: Sampling, stop: Sequence[str]) -> Row:
