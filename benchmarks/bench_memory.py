@@ -28,21 +28,21 @@ SEQUENCES = 3
 RUN = """
 import json, sys
 import torch
-from thl_engine import Engine, bench
+from thl_engine import Engine, memory
 from thl_engine.ops import load_ops
 path, options, sequences = json.loads(sys.argv[1])
 torch.nn.functional.softmax(torch.randn(64, 64) @ torch.randn(64, 64), dim=-1)  # loads what torch loads late
 with Engine.from_pretrained(path, device="cpu", stream=True, batch_size=sequences, **options) as engine:
     budget = int(1.5 * engine.plan().least_budget)
-before = bench.resident_bytes()
-bench.reset_peak()
+before = memory.resident_bytes()
+memory.reset_peak()
 with Engine.from_pretrained(path, device="cpu", memory_budget=budget, batch_size=sequences, **options) as engine:
     length = getattr(engine.config, "max_seq_len", 72)
     tokens = torch.randint(engine.config.vocab_size, (sequences, length))
     logits, state = engine.prefill(tokens[:, :-2], engine.new_state(sequences))
     for column in tokens[:, -2:].unbind(1):
         engine.step(column, state)
-    print(json.dumps([bench.peak_bytes() - before, engine.plan().peak_memory_bytes]))
+    print(json.dumps([memory.peak_bytes() - before, engine.plan().peak_memory_bytes]))
 """
 
 

@@ -1,13 +1,15 @@
 """Measured bandwidths and the benchmark over them, on amounts too small to mean anything."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import SMALL, random_weights
 from safetensors.torch import save_file
 
-from thl_engine import ConfigError, Engine, bench
+from thl_engine import ConfigError, Engine, bench, memory
 from thl_engine.cli import main
 from thl_engine.ops import load_ops
 from thl_engine.store import open_store
@@ -80,11 +82,18 @@ def test_bad_options(checkpoint, options):
 
 
 def test_the_peak_can_be_forgotten():
-    bench.reset_peak()
-    before = bench.peak_bytes()
+    memory.reset_peak()
+    before = memory.peak_bytes()
     block = torch.ones(16 << 20)
-    assert bench.peak_bytes() - before > 32 << 20
+    assert memory.peak_bytes() - before > 32 << 20
     del block
-    assert bench.resident_bytes() > 0
+    assert memory.resident_bytes() > 0
 
 
+
+
+def test_the_peak_of_a_large_parent_is_not_counted():
+    ballast = torch.ones(128 << 20)
+    child = "from thl_engine import memory; print(memory.peak_bytes())"
+    found = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
+    assert 0 < int(found.stdout) < ballast.nbytes

@@ -43,6 +43,19 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return out
 
 
+@pytest.mark.parametrize("model, context", [("inl", "40 tokens"), ("him", "any length"), ("hrm", "any length")])
+def test_inspect_tells_how_long_a_sequence_may_be(model, context, models, succeeds):
+    assert f"for a sequence of {context}" in succeeds("inspect", models[model])
+    assert "state_context" in json.loads(succeeds("inspect", models[model], "--json"))
+
+
+def test_a_prompt_beyond_the_context(models, fails):
+    argv = ["run", "--model", models["inl"], "--prompt", "x" * 41, "--max-new-tokens", 5]
+    for prompts in ([], ["--prompt", "y"]):
+        line = fails(*argv, *prompts)
+        assert "a prompt of 41 tokens and 5 new ones" in line and "max_seq_len is 40" in line
+
+
 @pytest.mark.parametrize("model", ["inl", "him"])
 def test_run_writes_what_the_engine_generates(model, models, succeeds):
     with Engine.from_pretrained(models[model]) as engine:
@@ -141,7 +154,7 @@ def test_unknown_modes(mode, models, fails):
 
 def test_models_without_modes_or_chat(models, fails):
     for command in (["run", "--prompt", "a", "--model"], ["plan"], ["bench"]):
-        assert "inl models have no modes; these have: hrm" in fails(*command, models["inl"], "--mode", "fast")
+        assert "inl models have no such option; these have: hrm" in fails(*command, models["inl"], "--mode", "fast")
     assert "no chat template" in fails("run", "--model", models["him"], "--prompt", "a", "--chat")
 
 

@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import resource
 import statistics
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from thl_engine import native
 from thl_engine.config import parse_config
 from thl_engine.engine import Engine
 from thl_engine.errors import ConfigError
+from thl_engine.memory import peak_bytes, reset_peak, resident_bytes
 from thl_engine.models import architecture
 from thl_engine.ops import ReferenceOps, load_ops
 from thl_engine.pager import extent
@@ -220,36 +220,6 @@ def _decode(engine: Engine, tokens: int, warmup: int, seed: int, batch_size: int
         "page_misses": after["page_misses"] - before["page_misses"],
         "rss_quarter_bytes": resident, "rss_end_bytes": resident_bytes(),
     }
-
-
-def resident_bytes() -> int:
-    """Memory that the process occupies now; its peak where the system does not tell."""
-    return _status("VmRSS:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def peak_bytes() -> int:
-    """The most memory that the process has occupied since `reset_peak`, or since its start where that is refused.
-
-    getrusage would count what the parent process had when it started this one.
-    """
-    return _status("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def reset_peak() -> None:
-    """Makes `peak_bytes` forget what was before."""
-    try:
-        with open("/proc/self/clear_refs", "w") as control:
-            control.write("5")
-    except OSError:
-        pass  # then the peak includes the measurements, which is more than the truth
-
-
-def _status(field: str) -> int | None:
-    try:
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-    except (OSError, StopIteration):
-        return None
 
 
 def _filled(nbytes: int, dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,6 +19,7 @@ from torch import Tensor
 from thl_engine.config import parse_config
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
 from thl_engine.generation import Piece, Row, generate
+from thl_engine.memory import peak_bytes
 from thl_engine.models import architecture
 from thl_engine.ops import load_ops
 from thl_engine.paged_weights import load_vectors, paged_weights
@@ -334,6 +334,13 @@ class Engine:
         if hasattr(self._model, "check_room"):
             self._model.check_room(self.config, state, count)
 
+    def _check_prompt(self, state: Any, length: int, count: int) -> None:
+        """The same for a prompt of `length` tokens and `count` new ones, the last of which is not read."""
+        try:
+            self._check_room(state, length + max(count - 1, 0))
+        except ConfigError as error:
+            raise ConfigError(f"a prompt of {length} tokens and {count} new ones: {error}") from None
+
     def _count(self, tokens: int, started: float) -> None:
         self._tokens += tokens
         self._seconds += time.perf_counter() - started
@@ -349,7 +356,7 @@ class Engine:
         """
         row = self._row(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, repetition_penalty, seed), stop)
         state = self.new_state() if state is None else state
-        self._check_room(state, len(row.prompt) + max(max_new_tokens - 1, 0))
+        self._check_prompt(state, len(row.prompt), max_new_tokens)
         return (piece for _, piece in generate(self, [row], state))
 
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 128,
@@ -368,12 +375,11 @@ class Engine:
             raise ConfigError(f"prompts is {prompts!r}; it must be a list of at least one prompt")
         sampling, options = Sampling(temperature, top_k, top_p, repetition_penalty, seed), dict(state_options or {})
         rows = [self._row(prompt, max_new_tokens, sampling, stop) for prompt in prompts]
-        longest = max(len(row.prompt) for row in rows) + max(max_new_tokens - 1, 0)
         if getattr(self._model, "ROWS_MEET", False):
             return ((i, piece) for i, row in enumerate(rows)
                     for _, piece in generate(self, [row], self.new_state(**options)))
         state = self.new_state(len(rows), **options)
-        self._check_room(state, longest)
+        self._check_prompt(state, max(len(row.prompt) for row in rows), max_new_tokens)
         return generate(self, rows, state)
 
     def _row(self, prompt: str | Sequence[int], count: int, sampling: Sampling, stop: Sequence[str]) -> Row:
@@ -414,7 +420,7 @@ class Engine:
             "tokens": self._tokens, "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else 0.0,
             **asdict(self._pager.traffic), "peak_memory_bytes": self._plan.peak_memory_bytes,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_bytes(),
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
             "memory_budget": self._plan.budget, "backend": self.ops.name, "device": str(self.device),
             "sliding_window": self._options.get("sliding_window"),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 
 import torch
 
@@ -37,3 +38,33 @@ def available_memory(device: torch.device) -> int:
     except (OSError, StopIteration):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(free * SHARE_OF_FREE)
+
+
+def resident_bytes() -> int:
+    """Memory that the process occupies now; its peak where the system does not tell."""
+    return _status("VmRSS:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_bytes() -> int:
+    """The most memory that the process has occupied since `reset_peak`, or since its start where that is refused.
+
+    getrusage would count what the parent process had when it started this one.
+    """
+    return _status("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak() -> None:
+    """Makes `peak_bytes` forget what was before."""
+    try:
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")
+    except OSError:
+        pass  # then the peak includes the measurements, which is more than the truth
+
+
+def _status(field: str) -> int | None:
+    try:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    except (OSError, StopIteration):
+        return None

@@ -1,6 +1,7 @@
 """What is in a checkpoint: tensors, pages and schedule, as values and as text; and whether its pages are sound."""
 
 from collections import deque
+from inspect import signature
 from typing import Any
 
 from thl_engine.config import parse_config
@@ -56,7 +57,7 @@ def summarise(store: Store) -> dict[str, Any]:
             "bytes_per_period": round(average * walk.period),
             "largest_step_bytes": sum(read["bytes"] for read in reads),
             "least_step_bytes": sum(read["bytes"] for read in reads if read["clock"] == 1)},
-        "state_bytes": state.nbytes, "state_context": getattr(state, "context", None),
+        "state_bytes": state.nbytes, "state_context": state.context if "context" in signature(model.init_state).parameters else None,
     }
 
 

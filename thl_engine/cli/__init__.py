@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
+from thl_engine.cli.interrupt import interruptible
 from thl_engine.cli.options import parse, parse_run
 from thl_engine.errors import EngineError
 
@@ -34,7 +35,7 @@ def run_main(argv: Sequence[str] | None = None) -> int:
 def _execute(arguments: argparse.Namespace) -> int:
     module, _, function = arguments.command.partition(".")
     try:
-        with _notes(), _terminable():
+        with _notes(), _terminable(), interruptible():
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(encoding="utf-8")
             getattr(import_module(f"thl_engine.cli.{module}"), function)(arguments)

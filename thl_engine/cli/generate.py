@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from thl_engine import hrm_chat, native
-from thl_engine.cli import batch
+from thl_engine.cli import batch, interrupt
 from thl_engine.cli.effort import described, effort, mode_options, open_state, traced
 from thl_engine.cli.options import cache_options
 from thl_engine.cli.progress import progress_bar
@@ -117,6 +117,7 @@ def _write(engine: Engine, stream: Iterator[tuple[int, Piece]], prompts: list[st
     read = prompted = None
     try:
         for i, piece in stream:
+            interrupt.check()
             if read is None:
                 read, prompted = time.perf_counter(), engine.stats()["tokens"] - before
             pieces[i].append(piece)

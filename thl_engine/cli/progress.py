@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from thl_engine.cli import interrupt
 from thl_engine.pack import Progress
 
 LIVE_SECONDS = 0.1  # between rewrites of the line on a terminal
@@ -24,6 +25,7 @@ def progress_bar(what: str, unit: str | None = None) -> Iterator[Progress]:
 
     def show(done: int, total: int) -> None:
         nonlocal shown
+        interrupt.check()
         now = time.monotonic()
         if now - shown < (LIVE_SECONDS if live else LINE_SECONDS):
             return
