@@ -86,7 +86,8 @@ def blocks(config: Gemma3nConfig) -> tuple[Block, ...]:
     out: list[Block] = []
 
     def add(name: str, *shape: int, kind: str | None = None, transposed: bool = False) -> None:
-        out.append(Block(f"{name}.weight", shape, kind or ("matrix" if len(shape) == 2 else "vector"), transposed=transposed))
+        kind = kind or ("matrix" if len(shape) == 2 else "vector")
+        out.append(Block(f"{name}.weight", shape, kind, transposed=transposed))
 
     out.append(Block(TIED, (c.vocab_size, width), "matrix"))  # its rows first, the whole at the end, for the logits
     out.append(Block(PER_LAYER_TABLE, (c.vocab_size_per_layer_input, _per_layer(c)), "table"))
