@@ -55,7 +55,8 @@ def summarise(store: Store) -> dict[str, Any]:
             "bytes_per_period": round(average * walk.period),
             "largest_step_bytes": sum(read["bytes"] for read in reads),
             "least_step_bytes": sum(read["bytes"] for read in reads if read["clock"] == 1)},
-        "state_bytes": state.nbytes, "state_context": state.context if "context" in signature(model.init_state).parameters else None,
+        "state_bytes": state.nbytes,
+        "state_context": state.context if "context" in signature(model.init_state).parameters else None,
     }
 
 

@@ -21,7 +21,8 @@ def mode_options(model_type: str, mode: str | None, max_cycles: int | None = Non
         able = [other for other in ARCHITECTURES if _takes(other, name)]
         if model_type not in able:
             option = "--mode" if name == "cycles" else "--max-cycles"
-            raise ConfigError(f"{option} {value}: {model_type} models have no such option; these have: {', '.join(able)}")
+            raise ConfigError(f"{option} {value}: {model_type} models have no such option; these have: "
+                              f"{', '.join(able)}")
     return options
 
 
