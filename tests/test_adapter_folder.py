@@ -107,7 +107,8 @@ def test_commands_on_a_fresh_model(base, tmp_path, succeeds, fails, monkeypatch)
     assert "reasoning         3.00 cycles a token" in succeeds.err
     stats = json.loads(succeeds(*run, "--state", "context", "--max-cycles", 2))["stats"]
     assert stats["cycles_per_token"] == 2
-    assert "no modes; these have: hrm, hrm_gemma3n" in fails("run", "--model", base, "--mode", "math", "--prompt", "a")
+    line = fails("run", "--model", base, "--mode", "math", "--prompt", "a")
+    assert "no such option; these have: hrm, hrm_gemma3n" in line
     assert "max_cycles is 0" in fails(*run, "--max-cycles", 0)
     assert "not an empty folder" in fails(*argv, "fresh")
     assert "not thl" in fails("init", "--base", base, "--model-type", "thl", "other")

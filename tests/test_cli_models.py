@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -47,6 +48,12 @@ def models(tmp_path_factory) -> dict[str, Path]:
 def test_inspect_tells_how_long_a_sequence_may_be(model, context, models, succeeds):
     assert f"for a sequence of {context}" in succeeds("inspect", models[model])
     assert "state_context" in json.loads(succeeds("inspect", models[model], "--json"))
+
+
+def test_the_names_of_files_say_nothing_about_the_model(models, succeeds, tmp_path):
+    shutil.copytree(models["hrm"], tmp_path / "folder")
+    (tmp_path / "folder" / "model.safetensors").rename(tmp_path / "folder" / "hrm.safetensors")
+    assert json.loads(succeeds("inspect", tmp_path / "folder", "--json"))["model_type"] == "hrm"
 
 
 def test_a_prompt_beyond_the_context(models, fails):

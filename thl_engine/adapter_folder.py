@@ -29,8 +29,13 @@ UNSUPPORTED = ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "lora_bias"
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """Whether any part of an HRM-Gemma is there."""
-    return path.is_dir() and any((path / name).exists() for name in (RECURRENT, *FOLDERS.values()))
+    """Whether any part of an HRM-Gemma is there. Raises ConfigError for a config.json that cannot be read."""
+    if not path.is_dir():
+        return False
+    if any((path / name).exists() for name in FOLDERS.values()):
+        return True
+    given = (config_beside(path) if (path / RECURRENT).exists() else None) or ({}, "")  # the file may be any model's
+    return "base_model" in given[0] or given[0].get("model_type") == "hrm_gemma3n"
 
 
 def base_of(folder: Path) -> tuple[Path, dict[str, Any], str]:

@@ -22,7 +22,7 @@ def mode_options(model_type: str, mode: str | None, max_cycles: int | None = Non
         if model_type not in able:
             option = "--mode" if name == "cycles" else "--max-cycles"
             raise ConfigError(f"{option} {value}: {model_type} models have no such option; these have: "
-                              + ", ".join(able))
+                              f"{', '.join(able)}")
     return options
 
 
