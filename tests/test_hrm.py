@@ -363,3 +363,18 @@ def test_initial_values_are_the_published_ones(backend):
     assert int(seen["num_segments"]) == config.halt_max_steps  # an untrained model never wants to halt
     assert torch.equal(Recorded("forward_n1t1").tensors["rope.inv_freq"],
                        hrm.inverse_frequencies(Recorded("forward_n1t1").config))
+
+
+def test_a_trace_has_the_logits_of_every_segment(backend):
+    tensors = random_tensors(ODD)
+    tokens = torch.tensor([[3, 1, 4, 1, 5]])
+    for stream in (True, False):
+        with Engine.from_state_dict("hrm", ODD.to_dict(), tensors, backend=backend, stream=stream) as model:
+            with model.trace() as trace:
+                traced, _ = model.forward(tokens)
+            plain, _ = model.forward(tokens)
+        step = trace.steps[0]
+        found = [step[f"segment{s}.logits"] for s in range(int(step["num_segments"]))]
+        assert torch.equal(found[-1], traced)
+        assert all(value.shape == traced.shape for value in found)
+        torch.testing.assert_close(plain, traced, rtol=1e-5, atol=1e-6)

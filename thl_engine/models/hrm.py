@@ -271,10 +271,20 @@ def forward(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     """
     if cycles is not None:
         state = State(state.timestep, state.window, state.valid, parse_cycles(cycles))
-    seen = _append(state, tokens)
-    high = _think(config, weights, ops, seen, state.cycles, record, together=True, last=tokens.shape[1])
-    out = logits(config, weights, ops, high.flatten(0, 1)).view(*tokens.shape, -1)
-    return out, _remember(state, seen, tokens.shape[1])
+    seen, new = _append(state, tokens), tokens.shape[1]
+    states: list[Tensor] = []  # z_H after each segment, of the new positions
+
+    def keep(name: str, value: Tensor) -> None:
+        record(name, value)
+        if name.startswith("segment") and name.endswith(".z_H"):
+            states.append(value[:, -new:])
+
+    high = _think(config, weights, ops, seen, state.cycles, None if record is None else keep, together=True, last=new)
+    high = torch.stack(states or [high])  # one product for all segments: the head's pages are read once
+    out = logits(config, weights, ops, high.flatten(0, 2)).view(*high.shape[:-1], -1)
+    for s in range(len(states)):
+        record(f"segment{s}.logits", out[s])
+    return out[-1], _remember(state, seen, new)
 
 
 def begin(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[Inputs, Tensor, Tensor]:
