@@ -68,6 +68,7 @@ def test_an_int8_base_keeps_its_pages_and_the_adapters_stay_floats(folder, base,
             if store.tensors[name].dtype == torch.float32:
                 assert torch.equal(store.read(name), values), name
         widened = {name: store.read_float(name) for name in WEIGHTS}
+        widened |= {name: widened[name].T.contiguous() for name in WEIGHTS if store.tensors[name].transposed}
     resident = Engine.from_pretrained(folder, device="cpu", backend=backend).forward(TOKENS)[0]
     with Engine.from_pretrained(folder, device="cpu", backend=backend, stream=True) as engine:
         assert torch.equal(engine.forward(TOKENS)[0], resident)

@@ -142,7 +142,7 @@ def test_options_of_the_cache(with_cache, packed, succeeds, fails, monkeypatch):
     assert text == succeeds(*run, "--sliding-window", 3, "--context", 6)
     assert "would be 6 tokens long; the context ends at 5" in fails("bench", with_cache, "--context", 5)
     assert "context is 526; the model's max_seq_len is 525" in fails(*plan, "--context", 526)
-    assert "a thl model has no such option" in fails("run", "--model", packed, "--prompt", "x", "--kv-cache", "int8")
+    assert "thl models have no such option" in fails("run", "--model", packed, "--prompt", "x", "--kv-cache", "int8")
 
 
 def test_run_streams_the_same_text(packed, succeeds):

@@ -116,5 +116,5 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(backend):
 @pytest.mark.parametrize("options", [{"context": 5}, {"kv_cache": "int8"}, {"sliding_window": 4}], ids=str)
 def test_options_that_a_model_has_not(name, options):
     kind, config, tensors = model(name)
-    with pytest.raises(ConfigError, match=f"{next(iter(options))} is .*a {kind} model has no such option"):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} is .*{kind} models have no such option"):
         Engine.from_state_dict(kind, config, tensors, device="cpu", **options)

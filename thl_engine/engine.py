@@ -173,7 +173,7 @@ class Engine:
         except TypeError:
             if not options:
                 raise
-            raise ConfigError(f"new_state: a {self.model_type} model has no option {', '.join(options)}") from None
+            raise ConfigError(f"new_state: {self.model_type} models have no option {', '.join(options)}") from None
 
     def _check_budget(self, batch_size: int) -> None:
         plan = self._plan
@@ -234,7 +234,7 @@ class Engine:
         if whole:
             logits = self._forward_whole(tokens, state, inputs)
         elif inputs:
-            raise ConfigError(f"forward: a {self.model_type} model has no input {', '.join(inputs)}")
+            raise ConfigError(f"forward: {self.model_type} models have no input {', '.join(inputs)}")
         else:
             logits = self._forward_chained(tokens, state)
         self._count(tokens.numel(), started)
@@ -245,7 +245,7 @@ class Engine:
         try:
             walk = self._model.forward_walk(self.config, tuple(tokens.shape), **inputs)
         except TypeError:
-            raise ConfigError(f"forward: a {self.model_type} model has no input {', '.join(inputs)}") from None
+            raise ConfigError(f"forward: {self.model_type} models have no input {', '.join(inputs)}") from None
         names = walk.reads(0)
         self._pager.begin(None, lambda: self._schedules[()].once(names), walk.may_stop)
         logits, following = self._model.forward(self.config, self._weights, self.ops, tokens, state, self._recorder(),

@@ -248,8 +248,8 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
         what = "needs at least" if stream else "is not enough to keep everything resident, which needs"
         hint = "" if stream else f"; streaming runs from {size(least)} ({least} bytes) on: stream=True or 'auto'"
         amount = least if stream else everything
-        raise BudgetError(f"memory budget {size(budget)}: this {store.model_type} model {what} {size(amount)} "
-                          f"({amount} bytes){hint}")
+        raise BudgetError(f"memory budget {size(budget)} ({budget} bytes): this {store.model_type} model {what} "
+                          f"{size(amount)} ({amount} bytes){hint}")
 
     def divide(slots: int, limit: int | None) -> Plan:
         room = None if limit is None else limit - base - slots * slot_bytes

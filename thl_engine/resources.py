@@ -95,7 +95,7 @@ def state_options(model_type: str, context: int | None, kv_cache: str, sliding_w
     options = {name: value for name, value in given.items() if value is not None}
     unknown = options.keys() - signature(architecture(model_type).init_state).parameters.keys()
     for name in sorted(unknown):
-        raise ConfigError(f"{name} is {options[name]!r}, but a {model_type} model has no such option; leave it out")
+        raise ConfigError(f"{name} is {options[name]!r}, but {model_type} models have no such option; leave it out")
     return options
 
 

@@ -41,7 +41,8 @@ def train_bpe(text: str, vocab_size: int) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < BYTES:
-        raise ConfigError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {BYTES}")
+        raise ConfigError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {BYTES}; "
+                          "--tokenizer-type char takes the characters of the text")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
