@@ -10,12 +10,9 @@ namespace py = pybind11;
 namespace {
 
 using thl::DType;
+using thl::floats;
 using thl::TensorView;
 using thl::view;
-
-TensorView floats(py::handle capsule, const char* name, std::initializer_list<int64_t> shape) {
-    return view(capsule, name).with_dtype(DType::f32).with_shape(shape);
-}
 
 // float32 [batch, d] of a tensor of any rank; -1 accepts any number.
 TensorView flat(py::handle capsule, const char* name, int64_t batch = -1, int64_t d = -1) {

@@ -9,12 +9,9 @@ namespace py = pybind11;
 namespace {
 
 using thl::DType;
+using thl::floats;
 using thl::TensorView;
 using thl::view;
-
-TensorView floats(py::handle capsule, const char* name, std::initializer_list<int64_t> shape) {
-    return view(capsule, name).with_dtype(DType::f32).with_shape(shape);
-}
 
 TensorView integers(py::handle capsule, const char* name, std::initializer_list<int64_t> shape) {
     return view(capsule, name).with_dtype(DType::i64).with_shape(shape).contiguous();

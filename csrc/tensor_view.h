@@ -172,4 +172,8 @@ inline TensorView view(pybind11::handle object, const char* name) {
     return result;
 }
 
+inline TensorView floats(pybind11::handle object, const char* name, std::initializer_list<int64_t> shape) {
+    return view(object, name).with_dtype(DType::f32).with_shape(shape);
+}
+
 }  // namespace thl

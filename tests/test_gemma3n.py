@@ -143,7 +143,7 @@ def test_options_of_a_state(backend):
         model.step(tokens[:, 0], small)
     for options, message in (({"kv_cache": "int4"}, "kv_cache is 'int4'; it must be one of float32, int8"),
                              ({"context": 129}, "from 1 to max_position_embeddings"),
-                             ({"context": 0}, "context is 0"), ({"cycles": 1}, "has no option cycles")):
+                             ({"context": 0}, "context is 0"), ({"cycles": 1}, "have no option cycles")):
         with pytest.raises(ConfigError, match=message):
             model.new_state(**options)
 

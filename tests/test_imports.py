@@ -37,7 +37,7 @@ ALLOWED = {
     "models.hrm_gemma3n": {"config", "errors", "models", "schedule", "weights"},
     "models.low_rank": {"config", "models", "schedule", "weights"},
     "models.gemma3n": {"config", "errors", "kernels", "models", "schedule", "weights"},
-    "models.kv_cache": set(),
+    "models.kv_cache": {"errors"},
     "generation": {"sampler", "tokenizer"},
     "chat_template": {"errors"},
     "hrm_chat": {"engine", "sampler", "tokenizer"},

@@ -242,29 +242,14 @@ def state_from_dict(config: Gemma3nConfig, values: Mapping[str, Tensor], ops: An
         raise CheckpointError(f"state: timestep is {length}; it must be from 0 to the context's {state.context}")
     state.timestep = length
     state.cache.seek(length)
-    expected = state.named()
-    for name in values.keys() - expected.keys():
-        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
-    for name, own in expected.items():
-        if name not in values:
-            raise CheckpointError(f"state: field {name!r} is missing")
-        value = values[name]
-        if tuple(value.shape) != tuple(own.shape):
-            raise CheckpointError(f"state: field {name!r} has shape {list(value.shape)}, expected {list(own.shape)}")
-        if (value.dtype == torch.int8) != (own.dtype == torch.int8):
-            raise CheckpointError(f"state: field {name!r} is {value.dtype}, expected {own.dtype}; open the engine with "
-                                  "the kv_cache that the state was made with")
-        own.copy_(value.detach())  # views of the state's own memory, apart from `timestep`
+    kv_caches.restore(state.named(), values)
     return state
 
 
 def check_room(config: Gemma3nConfig, state: State, count: int) -> None:
     """Raises ConfigError if `count` more tokens are more than the state's context has room for."""
-    length, most = state.timestep + count, config.max_position_embeddings
-    if length > state.context:
-        own = "" if state.context == most else f"the context ends at {state.context} (option context); "
-        raise ConfigError(f"the context would be {length} tokens long; {own}the model's max_position_embeddings is "
-                          f"{most}")
+    kv_caches.check_room(state.timestep + count, state.context, "max_position_embeddings",
+                         config.max_position_embeddings)
 
 
 def advance(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,

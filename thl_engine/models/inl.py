@@ -256,29 +256,13 @@ def state_from_dict(config: INLConfig, values: Mapping[str, Tensor], ops: Any,
                               f"max_seq_len is {config.max_seq_len}")
     state.timestep = length
     state.cache.seek(length)
-    expected = state.named()
-    for name in values.keys() - expected.keys():
-        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
-    for name, own in expected.items():
-        if name not in values:
-            raise CheckpointError(f"state: field {name!r} is missing")
-        value = values[name]
-        if tuple(value.shape) != tuple(own.shape):
-            raise CheckpointError(f"state: field {name!r} has shape {list(value.shape)}, expected {list(own.shape)}")
-        if (value.dtype == torch.int8) != (own.dtype == torch.int8):
-            raise CheckpointError(f"state: field {name!r} is {value.dtype}, expected {own.dtype}; open the engine with "
-                                  "the kv_cache that the state was made with")
-        own.copy_(value.detach())  # views of the state's own memory, apart from `timestep`
+    kv_caches.restore(state.named(), values)
     return state
 
 
 def check_room(config: INLConfig, state: State, count: int) -> None:
     """Raises ConfigError if `count` more tokens are more than the state's context has room for."""
-    length = state.timestep + count
-    if length > state.context:
-        own = "" if state.context == config.max_seq_len else f"the context ends at {state.context} (option context); "
-        raise ConfigError(f"the context would be {length} tokens long; {own}the model's max_seq_len is "
-                          f"{config.max_seq_len}")
+    kv_caches.check_room(state.timestep + count, state.context, "max_seq_len", config.max_seq_len)
 
 
 def advance(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,

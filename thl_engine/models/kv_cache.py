@@ -4,11 +4,13 @@ All that a cache may come to hold is allocated at once. So a plan can count it, 
 no token pays for moving a long context; on the CPU, memory that no position was written to stays with the system.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from thl_engine.errors import CheckpointError, ConfigError
 
 FORMATS = ("float32", "int8")
 SLACK = 64  # positions that a window's rows have to spare: once in so many tokens they are moved to the front
@@ -177,3 +179,29 @@ def empty(windows: Sequence[int | None], batch_size: int, heads: int, width: int
         capacity = positions if window is None else min(positions, window - 1 + SLACK)
         layers.append(Layer(new(capacity), new(capacity), window))
     return KVCache(layers)
+
+
+def check_room(length: int, context: int, limit_name: str, limit: int) -> None:
+    """Raises ConfigError if `length` positions are more than the context; `limit`: the most that the model has."""
+    if length > context:
+        own = "" if context == limit else f"the context ends at {context} (option context); "
+        raise ConfigError(f"the context would be {length} tokens long; {own}the model's {limit_name} is {limit}")
+
+
+def restore(fields: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copies stored values into a state's fields, views of its own memory.
+
+    Raises CheckpointError on a missing or unknown field, a wrong shape or another kind of cache.
+    """
+    for name in values.keys() - fields.keys():
+        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(fields)}")
+    for name, own in fields.items():
+        if name not in values:
+            raise CheckpointError(f"state: field {name!r} is missing")
+        value = values[name]
+        if tuple(value.shape) != tuple(own.shape):
+            raise CheckpointError(f"state: field {name!r} has shape {list(value.shape)}, expected {list(own.shape)}")
+        if (value.dtype == torch.int8) != (own.dtype == torch.int8):
+            raise CheckpointError(f"state: field {name!r} is {value.dtype}, expected {own.dtype}; open the engine with "
+                                  "the kv_cache that the state was made with")
+        own.copy_(value.detach())
