@@ -254,6 +254,8 @@ def test_checkpoints_of_other_variants(tmp_path):
     for model_type in ("gemma3", "gemma2", "gemma3n_vision"):
         with pytest.raises(ConfigError, match=f"model_type '{model_type}' is not supported; supported: .*gemma3n"):
             parse_config({"model_type": model_type, "text_config": {}})
+    with pytest.raises(ConfigError, match="images or sound without a text_config; supported is the text part"):
+        parse_config({"model_type": "gemma3n", "vision_config": {}})
     (tmp_path / "config.json").write_text(json.dumps({**CASE.config, "model_type": "gemma3n"}))
     only = {"model.vision_tower.x": torch.ones(2)}
     with pytest.raises(CheckpointError, match="'model.embed_tokens.weight' .* is missing"):
