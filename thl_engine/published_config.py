@@ -28,8 +28,8 @@ def gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         where = f"{where}: text_config"
         quantization = quantization or values.get("quantization_config")
     elif "vision_config" in values or "audio_config" in values:
-        raise ConfigError(f"{where}: found parts for images or sound without a text_config; supported is the text part of "
-                          "Gemma-3n, alone or beside those")
+        raise ConfigError(f"{where}: found parts for images or sound without a text_config; supported is the text part "
+                          "of Gemma-3n, alone or beside those")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ConfigError(f"{where}: the checkpoint was quantised by another tool (quantization_config: {method!r}); "
