@@ -199,20 +199,6 @@ class ReferenceOps:
         return norm.add_layer_norm(x, addend, weight, bias, LAYER_NORM_EPS)
 
 
-class TrainingOps(ReferenceOps):
-    """The reference with Gumbel noise on the router's scores, as the published model trains."""
-
-    name = "training"
-
-    def __init__(self, generator: torch.Generator | None = None) -> None:
-        self.generator = generator
-
-    def slot_topk(self, scores: Tensor, k: int, capacity: int | None = None) -> tuple[Tensor, Tensor]:
-        uniform = torch.rand(scores.shape, generator=self.generator, device=scores.device)
-        noise = -torch.log(-torch.log(uniform + 1e-9) + 1e-9)
-        return slot_memory.slot_topk(scores + noise, k, capacity)
-
-
 class NativeOps(ReferenceOps):
     """Compiled C++ on CPU tensors, for inference; what is not overridden here is cheap in torch."""
 

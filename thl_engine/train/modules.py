@@ -12,10 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from thl_engine.kernels import slot_memory
 from thl_engine.models import architecture
-from thl_engine.ops import ReferenceOps, TrainingOps
+from thl_engine.ops import ReferenceOps
 from thl_engine.schedule import Block
 from thl_engine.weights import Matrix, trainable
+
+
+class TrainingOps(ReferenceOps):
+    """The reference with Gumbel noise on the router's scores, as the published model trains."""
+
+    name = "training"
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+
+    def slot_topk(self, scores: Tensor, k: int, capacity: int | None = None) -> tuple[Tensor, Tensor]:
+        uniform = torch.rand(scores.shape, generator=self.generator, device=scores.device)
+        noise = -torch.log(-torch.log(uniform + 1e-9) + 1e-9)
+        return slot_memory.slot_topk(scores + noise, k, capacity)
 
 
 class DroppingOps(TrainingOps):
