@@ -22,3 +22,12 @@ def window_append(buffer: Tensor, valid: int, entry: Tensor) -> tuple[Tensor, in
     if valid < width:
         return torch.cat([buffer[:, :valid], entry[:, None], buffer[:, valid + 1 :]], dim=1), valid + 1
     return torch.cat([buffer[:, 1:], entry[:, None]], dim=1), width
+
+
+def window_append_in_place(buffer: Tensor, valid: int, entry: Tensor) -> tuple[Tensor, int]:
+    """`window_append` in the buffer's own memory."""
+    if valid == buffer.shape[1]:
+        buffer[:, :-1] = buffer[:, 1:].clone()
+        valid -= 1
+    buffer[:, valid] = entry
+    return buffer, valid + 1

@@ -204,6 +204,8 @@ class NativeOps(ReferenceOps):
 
     name = "native"
     has_threads = True
+
+    window_append = staticmethod(window_attention.window_append_in_place)
     sparse_share = SPARSE_SHARE
 
     def __init__(self) -> None:
@@ -379,14 +381,6 @@ class NativeOps(ReferenceOps):
         native.window_scores_mix(query, buffer, valid, scale, out)
         return out
 
-    def window_append(self, buffer: Tensor, valid: int, entry: Tensor) -> tuple[Tensor, int]:
-        width = buffer.shape[1]
-        if valid == width:
-            buffer[:, :-1] = buffer[:, 1:].clone()
-            valid -= 1
-        buffer[:, valid] = entry
-        return buffer, valid + 1
-
     def slot_scores(self, query: Tensor, memory: Tensor, read_ema: Tensor, scale: float,
                     load_penalty: float) -> Tensor:
         out = torch.empty(*query.shape[:2], memory.shape[1])
@@ -434,17 +428,6 @@ def _transposed_into(out: Tensor, x: Tensor, part: Part, accumulate: bool = True
 
 def _widen(part: Part) -> Tensor:
     return linear_kernels.widen(part.data, part.scales, part.group)
-
-
-def stored_matrix(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
-    """The matrix in memory of its own: int8 with a scale for each row, or else float32."""
-    parts = [(part.data.clone(), part.scales.clone()) if part.scales is not None and part.scales.dim() == 1
-             else (_widen(part).clone() if part.data.dtype == torch.float32 else _widen(part), None)
-             for part in matrix.parts()]
-    if len(parts) == 1:
-        return parts[0]
-    scales = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
-    return torch.cat([part[0] for part in parts]), scales
 
 
 def _whole(matrix: Matrix) -> Tensor:

@@ -3,15 +3,17 @@
 What is not overridden here is cheap in torch. Importing this module needs triton.
 """
 
+import torch
 from torch import Tensor
 
-from thl_engine.kernels import integrator
+from thl_engine.kernels import integrator, window_attention
+from thl_engine.kernels.linear import widen
 from thl_engine.kernels.triton import attention, elementwise, linear, norm, slot_memory
 from thl_engine.kernels.triton import integrator as integrator_kernel
 from thl_engine.kernels.triton.arithmetic import INTERPRETED
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
-from thl_engine.ops import LAYER_NORM_EPS, ReferenceOps, stored_matrix
+from thl_engine.ops import LAYER_NORM_EPS, ReferenceOps
 from thl_engine.weights import Matrix, Part
 
 
@@ -33,6 +35,7 @@ class TritonOps(ReferenceOps):
     read_metadata = staticmethod(slot_memory.read_metadata)
     slot_read = staticmethod(slot_memory.slot_read)
     novelty_write = staticmethod(slot_memory.novelty_write)
+    window_append = staticmethod(window_attention.window_append_in_place)
 
     @staticmethod
     def devices() -> tuple[str, ...]:
@@ -76,22 +79,29 @@ class TritonOps(ReferenceOps):
 
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
-                  together: bool = False, trajectory: bool = False, group: int = 1) -> integrator.Integration:
+                  together: bool = False, trajectory: bool = False, group: int = 1,
+                  norm: tuple[Tensor, Tensor] | None = None) -> integrator.Integration:
         if trajectory or first.shape[0] > integrator_kernel.WIDEST:
             return super().integrate(x, context, first, first_bias, second, second_bias, mu, steps=steps,
-                                     threshold=threshold, together=together, trajectory=trajectory, group=group)
+                                     threshold=threshold, together=together, trajectory=trajectory, group=group,
+                                     norm=norm)
+        if norm is not None:
+            x = self.layer_norm(x, *norm)
         mu = integrator.spread(mu, group, x.shape[-1])
-        matrices = (Weights(*stored_matrix(matrix)) for matrix in (first, second))
+        matrices = (Weights(*_whole(matrix)) for matrix in (first, second))
         return integrator_kernel.integrate(x, context, next(matrices), first_bias, next(matrices), second_bias, mu,
                                            steps=steps, threshold=threshold, together=together)
-
-    def window_append(self, buffer: Tensor, valid: int, entry: Tensor) -> tuple[Tensor, int]:
-        if valid == buffer.shape[1]:
-            buffer[:, :-1] = buffer[:, 1:].clone()
-            valid -= 1
-        buffer[:, valid] = entry
-        return buffer, valid + 1
 
 
 def _weights(part: Part) -> Weights:
     return Weights(part.data, part.scales, part.group)
+
+
+def _whole(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
+    """The matrix in memory of its own: int8 with a scale for each row, or else float32."""
+    parts = [(part.data.clone(), part.scales.clone()) if part.scales is not None and part.scales.dim() == 1
+             else (widen(part.data, part.scales, part.group).clone(), None) for part in matrix.parts()]
+    if len(parts) == 1:
+        return parts[0]
+    scales = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
+    return torch.cat([part[0] for part in parts]), scales

@@ -23,6 +23,7 @@ from torch import Tensor
 from thl_engine.config import HIM_POSITIONS, HIMConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.sinusoid import sinusoid
+from thl_engine.models.state_fields import check_fields
 from thl_engine.schedule import Block, Walk
 
 Record = Callable[[str, Tensor], None]
@@ -256,21 +257,15 @@ def state_from_dict(config: HIMConfig, values: Mapping[str, Tensor], ops: Any,
     rows = values.get("memory" if set(values) <= set(published) else "context", torch.empty(0))
     batch = max(1, rows.shape[0] if rows.dim() else 1)
     expected = init_state(config, batch, "meta").named()
-    for name in values.keys() - expected.keys():
-        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
     if set(values) == set(published):
         rest = init_state(config, batch).named()
         values = {**rest, **values}
-    taken: dict[str, Tensor] = {}
-    for name, like in expected.items():
-        if name not in values:
-            raise CheckpointError(f"state: field {name!r} is missing")
-        value, shape = values[name], tuple(like.shape)
-        if name == "memory" and value.dim() == 3 and value.shape[0] == batch:
-            shape = (batch, *shape[1:])
-        if tuple(value.shape) != shape:
-            raise CheckpointError(f"state: field {name!r} has shape {list(value.shape)}, expected {list(shape)}")
-        taken[name] = value.detach().to(device=device, dtype=like.dtype, copy=True).contiguous()
+    memory = values.get("memory")
+    if memory is not None and memory.dim() == 3 and memory.shape[0] == batch:  # of each row, after the first pass
+        expected["memory"] = expected["memory"].expand(batch, -1, -1)
+    check_fields(values, expected)
+    taken = {name: values[name].detach().to(device=device, dtype=like.dtype, copy=True).contiguous()
+             for name, like in expected.items()}
     timestep, valid = int(taken.pop("timestep")), int(taken.pop("context_valid"))
     if timestep < 0 or not 0 <= valid <= config.max_seq_len:
         raise CheckpointError(f"state: timestep {timestep} and context_valid {valid} must be at least 0 and "

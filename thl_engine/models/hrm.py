@@ -21,6 +21,7 @@ from torch import Tensor
 
 from thl_engine.config import LARGEST_CYCLES, HRMConfig
 from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.models.state_fields import check_fields
 from thl_engine.schedule import Block, Walk
 
 Record = Callable[[str, Tensor], None]
@@ -211,15 +212,9 @@ def state_from_dict(config: HRMConfig, values: Mapping[str, Tensor], ops: Any = 
     window = values.get("window")
     batch = window.shape[0] if window is not None and window.dim() == 2 else 1
     expected = init_state(config, batch, "meta").named()
-    for name in values.keys() - expected.keys():
-        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
+    check_fields(values, expected)
     taken: dict[str, Tensor] = {}
-    for name, like in expected.items():
-        if name not in values:
-            raise CheckpointError(f"state: field {name!r} is missing")
-        if values[name].shape != like.shape:
-            raise CheckpointError(f"state: field {name!r} has shape {list(values[name].shape)}, expected "
-                                  f"{list(like.shape)}")
+    for name in expected:
         if values[name].dtype != torch.int64:
             raise CheckpointError(f"state: field {name!r} is {values[name].dtype}, expected torch.int64")
         taken[name] = values[name].detach().to(device=device, copy=True).contiguous()

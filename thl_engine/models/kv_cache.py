@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.models.state_fields import check_fields
 
 FORMATS = ("float32", "int8")
 SLACK = 64  # positions that a window's rows have to spare: once in so many tokens they are moved to the front
@@ -193,14 +194,9 @@ def restore(fields: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
     Raises CheckpointError on a missing or unknown field, a wrong shape or another kind of cache.
     """
-    for name in values.keys() - fields.keys():
-        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(fields)}")
+    check_fields(values, fields)
     for name, own in fields.items():
-        if name not in values:
-            raise CheckpointError(f"state: field {name!r} is missing")
         value = values[name]
-        if tuple(value.shape) != tuple(own.shape):
-            raise CheckpointError(f"state: field {name!r} has shape {list(value.shape)}, expected {list(own.shape)}")
         if (value.dtype == torch.int8) != (own.dtype == torch.int8):
             raise CheckpointError(f"state: field {name!r} is {value.dtype}, expected {own.dtype}; open the engine with "
                                   "the kv_cache that the state was made with")

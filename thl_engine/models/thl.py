@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thl_engine.config import THLConfig
 from thl_engine.errors import CheckpointError
+from thl_engine.models.state_fields import check_fields
 from thl_engine.schedule import Block, Walk
 
 Record = Callable[[str, Tensor], None]
@@ -173,16 +174,9 @@ def state_from_dict(config: THLConfig, values: Mapping[str, Tensor], ops: Any,
     """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong shape."""
     batch = values["memory_state"].shape[0] if "memory_state" in values and values["memory_state"].dim() == 3 else 1
     expected = init_state(config, batch, "meta").named()
-    for name in values.keys() - expected.keys():
-        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
-    taken: dict[str, Tensor] = {}
-    for name, like in expected.items():
-        if name not in values:
-            raise CheckpointError(f"state: field {name!r} is missing")
-        value = values[name]
-        if tuple(value.shape) != tuple(like.shape):
-            raise CheckpointError(f"state: field {name!r} has shape {list(value.shape)}, expected {list(like.shape)}")
-        taken[name] = value.detach().to(device=device, dtype=like.dtype, copy=True).contiguous()
+    check_fields(values, expected)
+    taken = {name: values[name].detach().to(device=device, dtype=like.dtype, copy=True).contiguous()
+             for name, like in expected.items()}
     valid, step_count = int(taken["local_valid"]), int(taken["timestep"])
     if not 0 <= valid <= config.local_window or step_count < 0:
         raise CheckpointError(f"state: timestep {step_count} and local_valid {valid} must be at least 0 and "
