@@ -96,7 +96,7 @@ void bind_copy(py::module_& m) {
             [](thl::HostCopyDevice& device, const py::object& memory) {
                 device.use(address(memory), static_cast<std::size_t>(size(memory)));
             },
-            py::arg("memory"))
+            py::arg("memory"), py::keep_alive<1, 2>())
         .def("sums", &thl::HostCopyDevice::sums, py::call_guard<py::gil_scoped_release>())
         .def("violations", &thl::HostCopyDevice::violations)
         .def("fail_at", &thl::HostCopyDevice::fail_at, py::arg("copy"))
