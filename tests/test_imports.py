@@ -28,7 +28,7 @@ ALLOWED = {
     "product": {"native", "weights"},
     "ops": {"errors", "kernels", "native", "product", "triton_ops", "weights"},
     "triton_ops": {"kernels", "ops", "weights"},
-    "transfer": {"_native", "cuda", "reader"},
+    "transfer": {"_native", "cuda", "errors", "reader"},
     "pager": {"checksum", "errors", "reader", "store", "transfer", "weights"},
     "plan": {"errors", "pager", "schedule", "store"},
     "models.thl": {"config", "errors", "models", "schedule"},
