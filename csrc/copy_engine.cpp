@@ -76,21 +76,6 @@ void CopyEngine::close() {
     arrived_.notify_all();
     if (!thread_.joinable()) return;
     thread_.join();
-    for (const Job& job : reading_) {
-        try {
-            reader_.wait(job.ticket);
-        } catch (const std::exception&) {
-            // nobody asks for this page any more
-        }
-    }
-    reading_.clear();
-    try {
-        for (const Flight& one : flights_) {
-            if (one.has_copy) device_->host_waits(one.copied);
-        }
-    } catch (const DeviceError&) {
-        // a device that has failed copies nothing any more
-    }
     staging_.reset();
     direct_.reset();
 }
@@ -167,6 +152,26 @@ void CopyEngine::run() {
         if (!lock.owns_lock()) lock.lock();
         failure_ = std::current_exception();
         arrived_.notify_all();
+    }
+    lock.unlock();
+    drain();
+}
+
+// Ends what uses the ring's memory, when nothing is started any more.
+void CopyEngine::drain() {
+    for (const Job& job : reading_) {
+        try {
+            reader_.wait(job.ticket);
+        } catch (const std::exception&) {
+            // nobody asks for this page any more
+        }
+    }
+    try {
+        for (const Flight& one : flights_) {
+            if (one.has_copy) device_->host_waits(one.copied);
+        }
+    } catch (const DeviceError&) {
+        // a device that has failed copies nothing any more
     }
 }
 

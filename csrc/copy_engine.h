@@ -118,6 +118,7 @@ private:
     };
 
     void run();
+    void drain();
     void reclaim();
     void submit_reads();
     void copy_next(std::unique_lock<std::mutex>& lock);
