@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemv(const __grid_constant__ Gemv
 
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
     const int part = warp % split, team = warp / split, teams = kWarps / split;
-    const bool gated = p.up.data != nullptr;
+    const bool gated = p.gate != Gate::none;
     const int own = gated ? N / 2 : N;  // rows of the result that a warp makes
     const int64_t first = (int64_t(blockIdx.x) * teams + team) * own;
     const int b0 = blockIdx.y * B;
@@ -238,7 +238,7 @@ bool aligned(const Int8Rows& w) { return reinterpret_cast<uintptr_t>(w.data) % k
 
 template <int B, int N, bool ALIGNED, bool GROUPED>
 void launch(const GemvInt8& p, int split, cudaStream_t stream) {
-    const int64_t rows = int64_t(kWarps / split) * (p.up.data ? N / 2 : N);
+    const int64_t rows = int64_t(kWarps / split) * (p.gate == Gate::none ? N : N / 2);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((p.rows + rows - 1) / rows, (p.batch + B - 1) / B);
     config.blockDim = dim3(kThreads);

@@ -26,7 +26,8 @@ struct Int8Rows {
     int64_t scales_row = 0;
 };
 
-// At least one row of both. out[b][r] = residual[b][r] + bias[r] + sum over c of x[b][c] w[r][c], or, with up, gate(x w^T) * (x up^T).
+// out [B, R] = x w^T + bias + residual or, with a gate, gate(x w^T + bias) * (x up^T) + residual; x [B, C], w and up
+// [R, C], B and R at least 1.
 struct GemvInt8 {
     Rows<const void*> x;
     Int8Rows w, up;
