@@ -14,12 +14,12 @@ from thl_engine import native
 from thl_engine.checksum import crc32c
 from thl_engine.errors import DeviceError
 from thl_engine.reader import Reader
+from thl_engine.transfer import _native
 
 ROOT = Path(__file__).parents[1]
 TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 if not native.available() or shutil.which("g++") is None or not (TOOLKIT / "cuda_runtime_api.h").exists():
     pytest.skip("needs the C++ extension, a C++ compiler and CUDA's headers", allow_module_level=True)
-from thl_engine import _native
 
 SLOT = 8192
 NAME = b"thl_engine.CopyDevice.1"  # capsules keep a pointer to it
