@@ -20,6 +20,8 @@ ALLOWED = {
     "weights": {"schedule"},
     "native": {"_native"},
     "cuda": {"_cuda"},
+    "caching_allocator": set(),
+    "device_memory": {"cuda", "errors"},
     "sampler": {"errors"},
     "adapter_folder": {"config", "errors", "index", "models", "pack", "published_config"},
     "token_stream": {"errors"},
