@@ -17,6 +17,7 @@ import re
 import statistics
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -95,7 +96,7 @@ class DeviceMemory:
             try:
                 yield
             except torch.OutOfMemoryError as error:
-                error.__traceback__ = None  # its frames would keep what was computed alive
+                traceback.clear_frames(error.__traceback__)  # they would keep what was computed alive
                 raise self._exhausted(str(error)) from None
             finally:
                 self._depth -= 1
