@@ -85,7 +85,8 @@ class Stage:
 
 @pytest.fixture
 def stage(monkeypatch):
-    return Stage(monkeypatch)
+    yield Stage(monkeypatch)
+    gc.collect()  # what a test has left closes its arena on its own stage
 
 
 @needs_native
