@@ -14,9 +14,7 @@ cache (torch.cuda.empty_cache(), or the next engine that needs the room).
 import gc
 import logging
 import re
-import statistics
 import threading
-import time
 import traceback
 import weakref
 from collections.abc import Iterator
@@ -26,11 +24,11 @@ from typing import Any
 
 import torch
 
-from thl_engine import cuda
+from thl_engine import cuda, transfer
 from thl_engine.errors import BudgetError
 
 _log = logging.getLogger("thl_engine")
-LINK_BYTES = 16 << 20  # a copy to measure by: a millisecond, and little memory
+LINK_COPIES = 16  # of a page each: 128 MiB, some ten milliseconds
 
 
 class DeviceMemory:
@@ -157,21 +155,13 @@ class DeviceMemory:
 def link_bandwidth(device: torch.device) -> float | None:
     """Bytes per second from page-locked host memory to a CUDA device, measured once for the process; None on the CPU.
 
-    The copy's target is given back before it returns, so that it adds nothing to an engine's memory.
+    Its target is given back at once, so that it takes nothing from an engine's memory.
     """
     if device.type != "cuda":
         return None
-    source = torch.ones(LINK_BYTES, dtype=torch.uint8).pin_memory()
-    target, seconds = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device), []
-    for _ in range(6):
-        torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    del target
+    found = transfer.link_bandwidth(device, copies=LINK_COPIES)
     torch.cuda.empty_cache()
-    return LINK_BYTES / statistics.median(seconds[1:])  # the first one warms up
+    return found
 
 
 @cache
