@@ -19,6 +19,8 @@ ALLOWED = {
     "quant": {"errors"},
     "weights": {"schedule"},
     "native": {"_native"},
+    "caching_allocator": set(),
+    "device_memory": {"cuda", "errors", "transfer"},
     "cuda": {"_cuda", "_native"},
     "sampler": {"errors"},
     "adapter_folder": {"config", "errors", "index", "models", "pack", "published_config"},

@@ -4,7 +4,9 @@ Models call an ops object; a backend is chosen once, when the engine starts. Ope
 that they are given in place; they return the tensors to use from then on.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import groupby
 from operator import itemgetter
 from statistics import NormalDist
@@ -469,10 +471,20 @@ def _triton() -> ReferenceOps:
 BACKENDS: dict[str, Callable[[], ReferenceOps]] = {"reference": ReferenceOps, "native": _native, "triton": _triton}
 
 
+@cache
+def _cuda_backend() -> str:
+    try:
+        _triton()
+    except ConfigError as error:
+        logging.getLogger("thl_engine").warning("computing with torch's operations, more slowly: %s", error)
+        return "reference"
+    return "triton"
+
+
 def load_ops(backend: str, device: str) -> ReferenceOps:
-    """The ops of a backend. "auto" takes native on the CPU where it was built, and the reference elsewhere."""
+    """The ops of a backend. "auto" takes native on the CPU and triton elsewhere where they are, else the reference."""
     if backend == "auto":
-        backend = "native" if device == "cpu" and native.available() else "reference"
+        backend = _cuda_backend() if device != "cpu" else "native" if native.available() else "reference"
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
     if backend == "native" and device != "cpu":
