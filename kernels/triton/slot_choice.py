@@ -46,8 +46,8 @@ def best_below(last, keys, at, slots, terms, stride, CHUNK: tl.constexpr, ONE: t
     else:
         best = tl.full([], NONE, tl.int64)
         for start in range(0, slots, CHUNK):
-            keys = load_keys(at, start, slots, terms, stride, CHUNK)
-            best = tl.maximum(best, tl.max(tl.where(keys < last, keys, NONE), axis=0))
+            read = load_keys(at, start, slots, terms, stride, CHUNK)
+            best = tl.maximum(best, tl.max(tl.where(read < last, read, NONE), axis=0))
         return best
 
 

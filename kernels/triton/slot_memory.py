@@ -22,6 +22,7 @@ from thl_engine.kernels.slot_memory import (
     UPDATE,
     Write,
 )
+from thl_engine.kernels.triton.arithmetic import ALL_REGISTERS
 from thl_engine.kernels.triton.counter import counted
 from thl_engine.kernels.triton.slot_choice import (
     CHUNK,
@@ -85,21 +86,21 @@ def _scores(query, memory, read_ema, out, heads, slots, width, share, shares, sc
             WIDTH: tl.constexpr):
     """A share's part of each score: out [batch, shares, heads, slots]."""
     part = tl.program_id(1) % shares
-    h = tl.program_id(1) // shares * HEADS + tl.arange(0, HEADS)[:, None, None]
+    h = tl.program_id(1) // shares * HEADS + tl.arange(0, HEADS)[None, :, None]
     b = tl.program_id(2).to(tl.int64)
-    j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)[None, :, None]
+    j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)[:, None, None]
     slot_at = memory + b * memory_batch + j.to(tl.int64) * memory_slot
     query_at = query + b * query_batch + h * query_head
     end = tl.minimum((part + 1) * share, width)
-    dots = tl.zeros([HEADS, SLOTS, WIDTH], tl.float32)
+    dots = tl.zeros([SLOTS, HEADS, WIDTH], tl.float32)
     for start in tl.range(part * share, end, WIDTH, num_stages=4):
         d = start + tl.arange(0, WIDTH)[None, None, :]
-        tile = tl.load(slot_at + d, mask=(j < slots) & (d < end), other=0.0)
         features = tl.load(query_at + d, mask=(h < heads) & (d < end), other=0.0)
+        tile = tl.load(slot_at + d, mask=(j < slots) & (d < end), other=0.0)
         dots += tile * features
     scores = tl.sum(dots, axis=2) * scale
-    h = tl.program_id(1) // shares * HEADS + tl.arange(0, HEADS)[:, None]
-    j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)[None, :]
+    h = tl.program_id(1) // shares * HEADS + tl.arange(0, HEADS)[None, :]
+    j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)[:, None]
     if read_ema is not None:
         load = tl.load(read_ema + b * ema_batch + j, mask=(j < slots) & (part == 0), other=0.0)
         scores -= load_penalty * load
@@ -220,7 +221,7 @@ def _decay(candidate, memory, norms, values, length, read_ema, write_ema, last_w
         tile = tl.load(row_at + d, mask=inside, other=0.0)
         if WRITE:
             features = tl.load(candidate + b * candidate_batch + d, mask=d < width, other=0.0).to(tl.float32)
-            dots += tile * features
+            dots += features * tile
             length_square += features * features
             tile *= decay
             tl.store(row_at + d, tile, mask=inside)
@@ -333,7 +334,8 @@ def slot_read(query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor
     chosen = None
     if capacity is not None or keys > CHOICES:
         chosen, keys = last_read.new_empty(batch, heads, k), 0
-        _select[heads, batch](scores, chosen, heads, slots, shares, k, **choice_sizes(slots, CHUNK))
+        _select[heads, batch](scores, chosen, heads, slots, shares, k, ptx_options=ALL_REGISTERS,
+                               **choice_sizes(slots, CHUNK))
     mixed, alpha = memory.new_empty(batch, heads, width), memory.new_empty(batch, heads, k)
     indices = last_read.new_empty(batch, heads, k)
     across = max(16, min(LANES, CHOICES // (all_heads * entries)))
@@ -342,7 +344,8 @@ def slot_read(query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor
         scores, chosen, memory, mixed, alpha, indices, read_ema, last_read, heads, slots, width, shares, k, t,
         capacity or 0, mixers, decay, 1.0 - decay, *memory.stride()[:2], COUNTED=isinstance(t, Tensor),
         CAP=capacity is not None, HEADS=all_heads, ENTRIES=entries, CHUNKS=max(keys // (LANES * all_heads), 1),
-        LANES=LANES, WIDTH=across, num_warps=8 if max(keys, all_heads * entries * across) > 4096 else 4)
+        LANES=LANES, WIDTH=across, ptx_options=ALL_REGISTERS,
+        num_warps=8 if max(keys, all_heads * entries * across) > 4096 else 4)
     return mixed, alpha, indices, read_ema, last_read
 
 
@@ -383,7 +386,7 @@ def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Te
         candidate, memory, norms, values, length, write_ema, last_write, vector, gate, novelty, branch, indices, count,
         width, t, clip_max, theta, beta, 1.0 - ema_decay, candidate.stride(0), *memory.stride()[:2],
         CLIP_EPS=CLIP_EPS, UPDATE=UPDATE, LEAST_USEFUL=LEAST_USEFUL, EMPTY=EMPTY, COUNTED=on_device,
-        SLOTS=tile.slots, WIDTH=tile.width, **choice_sizes(count, CHUNK // 2))
+        SLOTS=tile.slots, WIDTH=tile.width, ptx_options=ALL_REGISTERS, **choice_sizes(count, CHUNK // 2))
     return Write(memory, norms, write_ema, last_write, vector, gate, novelty, branch, indices)
 
 
