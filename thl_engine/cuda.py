@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 try:
+    from thl_engine import _native
+except ImportError:  # installed without a compiler for it
+    _native = None
+try:
     from thl_engine import _cuda
 except ImportError as error:
     _cuda = None
@@ -41,6 +45,11 @@ def reason() -> str | None:
         return None if _cuda.device_count() else "there is no CUDA device"
     except RuntimeError as error:
         return str(error)
+
+
+def copy_device(index: int) -> "_native.CopyDevice":
+    """Device number `index` for the native copy engine, with a stream for copies. Raises DeviceError."""
+    return _native.CopyDevice(_cuda.copy_device(index))
 
 
 def gemv_int8(x: Tensor, w: Tensor, scales: Tensor, out: Tensor, shape: GemvShape, *, bias: Tensor | None = None,
