@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from thl_engine import cuda
 from thl_engine.kernels import integrator
 from thl_engine.kernels.linear import widen
 from thl_engine.kernels.triton import (
@@ -89,9 +90,14 @@ class TritonOps(ReferenceOps):
     def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         out = x.new_empty(flat.shape[0], matrix.shape[0])
+        shape = cuda.gemv_shape(flat, *matrix.shape)
         for part in matrix.parts():
             rows = slice(part.start, part.stop)
-            linear.linear(flat, _weights(part), None if bias is None else bias[rows], out=out[:, rows])
+            added = None if bias is None else bias[rows]
+            if shape is not None and part.data.dtype == torch.int8:
+                cuda.gemv_int8(flat, part.data, part.scales, out[:, rows], shape, bias=added, group=part.group)
+            else:
+                linear.linear(flat, _weights(part), added, out=out[:, rows])
         return out.view(*x.shape[:-1], -1)
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
