@@ -17,14 +17,16 @@ from thl_engine.models import architecture
 from thl_engine.ops import ReferenceOps
 from thl_engine.plan import NOMINAL, NOMINAL_CUDA, Bandwidths, PageSchedule, Plan, make_plan
 from thl_engine.store import Store
+from thl_engine.transfer import keeps_pages
 
 FORWARD_CHUNK = 64  # rows of `forward` whose logits share one pass over the head
 WORKSPACE_LOGITS = 4  # rows of logits alive at once for each sequence: as computed, and float64 while one is chosen
+HOST_SHARE = 0.5  # of free host memory: page-locked, it is lost to everything else
 GRAPHS_BYTES = 32 * MIB  # for the pool of captured steps, which shares no memory with what is launched anew
 
 
 def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream: bool | str = "auto",
-                  memory_budget: str | int | None = None, *, batch_size: int = 1,
+                  memory_budget: str | int | None = None, *, batch_size: int = 1, host_memory: str | int | None = None,
                   **options: Any) -> tuple[PageSchedule, Plan]:
     """What an engine pins and streams for states of `batch_size` with these options; none of the weights is read."""
     if stream not in (True, False, "auto"):
@@ -35,12 +37,14 @@ def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream:
     schedule = PageSchedule(store, model.walk(config), model.head(config), products,
                             touched(store, ops, batch_size))
     limit = None if memory_budget is None else parse_bytes(memory_budget)
+    room = host_room(device, host_memory)
     needed = needs(store, ops, device, batch_size, options)
 
     def plan(limit: int | None, stream: bool) -> Plan:
         return make_plan(store, schedule, budget=limit, stream=stream, batch_size=batch_size,
                          state_bytes=needed.state, workspace_bytes=needed.workspace, reserve_bytes=needed.reserve,
-                         state_traffic=state_traffic(store, batch_size, options), nominal=nominal(device))
+                         state_traffic=state_traffic(store, batch_size, options), nominal=nominal(device),
+                         host_room=room)
 
     if stream != "auto":
         return schedule, plan(limit, stream)
@@ -150,6 +154,23 @@ def check_batch_size(batch_size: int) -> None:
     """Raises ConfigError for a batch size that is none."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
+
+
+def host_room(device: torch.device, host_memory: str | int | None) -> int:
+    """Bytes of host memory that pages streamed to a device may stay in: as given, or a share of what is free now.
+
+    None without the copy engine. Raises ConfigError on the CPU, where memory_budget bounds it.
+    """
+    if device.type == "cpu":
+        if host_memory is not None:
+            raise ConfigError("host_memory is for pages on their way to a CUDA device; on the CPU, memory_budget bounds "
+                              "what is kept")
+        return 0
+    if torch.cuda.is_available() and not keeps_pages(device):
+        return 0
+    if host_memory is None:
+        return int(available_memory(torch.device("cpu")) * HOST_SHARE)
+    return 0 if host_memory in (0, "0") else parse_bytes(host_memory)
 
 
 def nominal(device: torch.device) -> Bandwidths:
