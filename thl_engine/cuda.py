@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from thl_engine.kernels import tuned
+
 try:
     from thl_engine import _native
 except ImportError:  # installed without a compiler for it
@@ -80,6 +82,17 @@ def arena_counts(number: int) -> dict[str, int]:
 def copy_device(index: int) -> "_native.CopyDevice":
     """Device number `index` for the native copy engine, with a stream for copies. Raises DeviceError."""
     return _native.CopyDevice(_cuda.copy_device(index))
+
+
+def gemv_shape(x: Tensor, rows: int, columns: int) -> GemvShape | None:
+    """How `gemv_int8` is to multiply x [.., C] with parts of a matrix [rows, columns]; None where it is not to.
+
+    It is to where the card's table has it as the fastest, and x lies as it must.
+    """
+    choice = tuned.find("gemv_int8", x.numel() // max(columns, 1), rows, columns, x.device)
+    if choice is None or choice.use != "cuda" or x.stride(-1) != 1 or not available():
+        return None
+    return GemvShape(*choice.launch)
 
 
 def gemv_int8(x: Tensor, w: Tensor, scales: Tensor, out: Tensor, shape: GemvShape, *, bias: Tensor | None = None,
