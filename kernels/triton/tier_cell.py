@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thl_engine.kernels.triton.arithmetic import tanh
+from thl_engine.kernels.triton.arithmetic import ALL_REGISTERS, tanh
 from thl_engine.kernels.triton.linear import Tile, Weights
 
 PLACES = 3  # at most, that an input lies in
@@ -97,7 +97,8 @@ def joined_linear(places: Sequence[Tensor], w: Weights, bias: Tensor | None, out
     _joined[(triton.cdiv(rows, tile.rows),)](
         *places, addend, data, w.scales, bias, update, state, out, batch, rows, *widths, *[0] * (PLACES - len(widths)),
         w.group or 1, *map(_stride, (*places, addend, data, w.scales, update, state, out)), GROUPED=grouped, GATE=gate,
-        BATCH=tile.batch, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps)
+        BATCH=tile.batch, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        ptx_options=ALL_REGISTERS)
 
 
 def _rows(x: Tensor) -> Tensor:
