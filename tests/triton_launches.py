@@ -92,6 +92,7 @@ def tier_cell_launches(batch):
             tier_cell.joined_linear((x, x, x), stored(kind, 512, 3 * width), bias, gate, gate="reset", state=state)
             tier_cell.joined_linear((gate, x, x), stored(kind, 512, 512 + 2 * width), bias, state, addend=x,
                                     gate="candidate", update=gate, state=state)
+        tier_cell.joined_layer_norm((x, x, x), torch.empty(3 * width), torch.empty(3 * width), 1e-5)
     tier_cell.joined_linear((x, x), stored("row", 512, 2 * 12288), None, gate)
 
 

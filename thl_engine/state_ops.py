@@ -27,6 +27,10 @@ class StateOps:
         """`linear` of activations [B, C_i] that lie in several places, side by side."""
         return self.linear(torch.cat(places, dim=-1), matrix, bias)
 
+    def layer_norm_joined(self, places: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        """`layer_norm` of features [B, C_i] that lie in several places, side by side."""
+        return self.layer_norm(torch.cat(places, dim=-1), weight, bias)
+
     def gru_cell(self, update: tuple[Matrix, Tensor], reset: tuple[Matrix, Tensor], candidate: tuple[Matrix, Tensor],
                  state: Tensor, below: Tensor, context: Tensor, addend: Tensor | None = None) -> Tensor:
         """The next state [B, d] of a GRU that sees state, below and context + addend; its weights with their biases."""

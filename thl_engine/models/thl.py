@@ -230,7 +230,7 @@ def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
         record("write_branch", written.branch)
         record("write_indices", written.indices)
 
-    hidden = ops.layer_norm(torch.cat(tiers, dim=-1), weights["layer_norm.weight"], weights["layer_norm.bias"])
+    hidden = ops.layer_norm_joined(tiers, weights["layer_norm.weight"], weights["layer_norm.bias"])
     following = State(timestep=t + 1, tiers=tiers, memory=written.memory, norms=written.norms, read_ema=read_ema,
                       write_ema=written.write_ema, last_read=last_read, last_write=written.last_write,
                       local_buffer=buffer, local_valid=valid)
