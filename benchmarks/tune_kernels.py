@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -46,10 +46,7 @@ def forms(batch: int) -> dict[Form, Product]:
     if cuda.available():
         for rows, split in product((2, 4) if batch <= 4 else (2,), (1, 2, 4, 8)):
             if split * batch <= 16:
-                def twin(x, w, scales, out, shape=GemvShape(rows, split)):
-                    cuda.gemv_int8(x, w, scales, out, shape)
-
-                found["cuda", (rows, split)] = twin
+                found["cuda", (rows, split)] = partial(cuda.gemv_int8, shape=GemvShape(rows, split))
     return found
 
 

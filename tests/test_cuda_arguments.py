@@ -1,4 +1,4 @@
-"""Arguments of the CUDA extension are checked before a device is asked for anything: tensors that are nowhere will do."""
+"""Arguments of the CUDA extension are checked before a device is asked for anything: tensors may be nowhere."""
 
 import ctypes
 
@@ -72,7 +72,8 @@ def test_an_argument_that_does_not_fit_is_named(changed, message):
 
 
 @pytest.mark.parametrize("changed", [{"x": nowhere(0, 40), "out": nowhere(0, 5)},
-                                     {"w": nowhere(0, 40, dtype=torch.int8), "scales": nowhere(0), "out": nowhere(2, 0)}])
+                                     {"w": nowhere(0, 40, dtype=torch.int8), "scales": nowhere(0),
+                                      "out": nowhere(2, 0)}])
 def test_nothing_to_multiply_asks_for_no_device(changed):
     cuda.gemv_int8(*arguments(**changed))
 

@@ -69,14 +69,16 @@ def test_bits_depend_on_the_split_alone():
     x, stored = torch.randn(7, 1700), (on_device(w, 12), on_device(scales))
     whole = check(x.double() @ wide.T, on_device(x), *stored, (2, 2)).clone()
     for rows, columns in ((slice(0, 1), slice(0, 11)), (slice(0, 3), slice(3, 11)), (slice(0, 7), slice(0, 3))):
-        found = check(x[rows].double() @ wide[columns].T, on_device(x[rows]), *(part[columns] for part in stored), (4, 2))
+        part = [tensor[columns] for tensor in stored]
+        found = check(x[rows].double() @ wide[columns].T, on_device(x[rows]), *part, (4, 2))
         assert torch.equal(found, whole[rows, columns])
 
 
 def test_products_wait_for_their_stream_and_can_be_captured():
     torch.manual_seed(0)
     w, scales, wide = matrix(40, 3000, None)
-    x, out, stored = on_device(torch.randn(2, 3000)), torch.empty(2, 40, device=DEVICE), (on_device(w), on_device(scales))
+    x, stored = on_device(torch.randn(2, 3000)), (on_device(w), on_device(scales))
+    out = torch.empty(2, 40, device=DEVICE)
 
     def work():
         cuda.gemv_int8(x, *stored, out, GemvShape(4, 8))
