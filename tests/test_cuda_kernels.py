@@ -9,6 +9,7 @@ from test_cuda_gemv import CASES, TOLERANCE, matrix
 
 from thl_engine import cuda
 from thl_engine.cuda import GemvShape
+from thl_engine.kernels import tuned
 from thl_engine.reader import Reader
 from thl_engine.transfer import NativeTransfer, Request
 
@@ -99,6 +100,21 @@ def test_products_wait_for_their_stream_and_can_be_captured():
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+def test_the_triton_backend_uses_the_twin_where_the_table_has_it(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from thl_engine.triton_ops import TritonOps
+    from thl_engine.weights import Held
+
+    torch.manual_seed(0)
+    (w, scales, wide), x, bias = matrix(20, 300, None), torch.randn(3, 2, 300), torch.randn(20)
+    calls, multiply = [], cuda.gemv_int8
+    monkeypatch.setattr(cuda, "gemv_int8", lambda *given, **named: (calls.append(given), multiply(*given, **named)))
+    monkeypatch.setattr(tuned, "find", lambda *size: tuned.Choice(8, 20, 300, "cuda", (4, 2)))
+    found = TritonOps().product(on_device(x), Held(on_device(w), on_device(scales)), on_device(bias))
+    expected = x.double() @ wide.T + bias.double()
+    assert len(calls) == 1 and (found.cpu().double() - expected).norm() <= 2e-6 * expected.norm()
 
 
 def test_arguments_are_of_one_device():
