@@ -87,6 +87,10 @@ class ReferenceOps:
         # The page as float32, and the product of its integers on the way there. Scores before and after each step.
         return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores
 
+    def counter(self, value: int) -> int | Tensor:
+        """A number that counts with the timestep, as ops take it: on triton int64 [1] while a step is captured."""
+        return value
+
     def gather(self, table: Table, ids: Tensor) -> Tensor:
         """Rows of a table: int64 [B] -> float32 [B, C]."""
         return table.rows(ids)

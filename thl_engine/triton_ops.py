@@ -3,6 +3,9 @@
 What is not overridden here is cheap in torch. Importing this module needs triton.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,13 +17,14 @@ from thl_engine.kernels.triton.arithmetic import INTERPRETED
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
 from thl_engine.ops import LAYER_NORM_EPS, ReferenceOps
-from thl_engine.weights import Matrix, Part
+from thl_engine.weights import Matrix, Part, Table
 
 
 class TritonOps(ReferenceOps):
     """Kernels read the stored weights; state tensors are updated in place. For inference."""
 
     name = "triton"
+    recorder: Any = None  # of graphs.py, while a step is captured
 
     swiglu = staticmethod(elementwise.swiglu)
     gelu = staticmethod(elementwise.gelu)
@@ -44,18 +48,38 @@ class TritonOps(ReferenceOps):
     def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
         return 4 * reused_elements
 
+    def counter(self, value: int) -> int | Tensor:
+        return value if self.recorder is None else self.recorder.counter(value)
+
+    def gather(self, table: Table, ids: Tensor) -> Tensor:
+        return super().gather(table, ids) if self.recorder is None else self.recorder.gather(table, ids)
+
+    def each_part(self, matrix: Matrix, use: Callable[[Part], None]) -> None:
+        """Calls `use` for each part of a matrix in row order: now, and again whenever a captured step is replayed.
+
+        It launches kernels with the same operands each time, the part aside. All uses of a matrix go through here.
+        """
+        if self.recorder is not None:
+            self.recorder.each_part(matrix, use)
+            return
+        for part in matrix.parts():
+            use(part)
+
     def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         out = x.new_empty(flat.shape[0], matrix.shape[0])
-        for part in matrix.parts():
+
+        def use(part: Part) -> None:
             rows = slice(part.start, part.stop)
             linear.linear(flat, _weights(part), None if bias is None else bias[rows], out=out[:, rows])
+
+        self.each_part(matrix, use)
         return out.view(*x.shape[:-1], -1)
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         out = x.new_empty(x.shape[0], matrix.shape[0])
-        for part in matrix.parts():
-            linear.linear_heads(x, _weights(part), matrix.shape[0], part.start, out=out[:, part.start : part.stop])
+        self.each_part(matrix, lambda part: linear.linear_heads(x, _weights(part), matrix.shape[0], part.start,
+                                                                out=out[:, part.start : part.stop]))
         return out
 
     def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
@@ -64,8 +88,8 @@ class TritonOps(ReferenceOps):
     def linear_transposed_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         batch, heads, _ = x.shape
         out = x.new_empty(batch, heads, matrix.shape[1])
-        for part in matrix.parts():
-            linear_transposed(x, _weights(part), heads, matrix.shape[0], part.start, out, accumulate=part.start > 0)
+        self.each_part(matrix, lambda part: linear_transposed(x, _weights(part), heads, matrix.shape[0], part.start,
+                                                              out, accumulate=part.start > 0))
         return out
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

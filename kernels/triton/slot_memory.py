@@ -126,7 +126,9 @@ def _settle(alpha, indices, memory, mixed, heads, slots, width, k, capacity, alp
 
 
 @triton.jit(do_not_specialize=["t"])
-def _metadata(alpha, indices, read_ema, last_read, entries, slots, t, decay, gain, SLOTS: tl.constexpr):
+def _metadata(alpha, indices, read_ema, last_read, entries, slots, t, decay, gain, COUNTED: tl.constexpr, SLOTS: tl.constexpr):
+    if COUNTED:
+        t = tl.load(t)
     b = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     added = tl.zeros([SLOTS], tl.float32)
@@ -177,8 +179,10 @@ def _affinities(candidate, memory, norms, vector, out, slots, width, clip_max, c
 @triton.jit(do_not_specialize=["t"])
 def _choose(affinity, norms, read_ema, last_write, gate, novelty, branch, indices, slots, t, chosen, theta, beta,
             stale_weight, underuse_weight, ema_batch, EMPTY_NORM: tl.constexpr, NORM_EPS: tl.constexpr,
-            UPDATE: tl.constexpr, LEAST_USEFUL: tl.constexpr, EMPTY: tl.constexpr, CHUNK: tl.constexpr):
+            UPDATE: tl.constexpr, LEAST_USEFUL: tl.constexpr, EMPTY: tl.constexpr, COUNTED: tl.constexpr, CHUNK: tl.constexpr):
     """How novel a row's candidate is, how strongly it is written, and to which slots."""
+    if COUNTED:
+        t = tl.load(t)
     b = tl.program_id(0).to(tl.int64)
     values_at = affinity + b * slots
     highest, least = tl.full([CHUNK], float("-inf"), tl.float32), tl.full([CHUNK], float("inf"), tl.float32)
@@ -211,8 +215,10 @@ def _choose(affinity, norms, read_ema, last_write, gate, novelty, branch, indice
 
 @triton.jit(do_not_specialize=["t"])
 def _renew(memory, norms, vector, gate, indices, write_ema, last_write, slots, width, chosen, t, decay, ema_decay,
-           ema_gain, memory_batch, memory_slot, WRITE: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
+           ema_gain, memory_batch, memory_slot, WRITE: tl.constexpr, SLOTS: tl.constexpr, COUNTED: tl.constexpr, WIDTH: tl.constexpr):
     """With WRITE, decays the slots, adds the vector to the chosen ones and renews metadata; always, their norms."""
+    if COUNTED:
+        t = tl.load(t)
     b = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     if WRITE:
@@ -272,7 +278,7 @@ def read_metadata(alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: T
     batch, slots = read_ema.shape
     _metadata[triton.cdiv(slots, METADATA), batch](
         alpha.contiguous(), indices.contiguous(), read_ema, last_read, indices[0].numel(), slots, t, decay,
-        1.0 - decay, SLOTS=METADATA)
+        1.0 - decay, SLOTS=METADATA, COUNTED=isinstance(t, Tensor))
     return read_ema, last_read
 
 
@@ -291,7 +297,7 @@ def slot_norms(memory: Tensor) -> Tensor:
     norms = memory.new_empty(batch, slots)
     _renew[triton.cdiv(slots, SLOTS), batch](
         memory, norms, None, None, None, None, None, slots, width, 0, 0, 0.0, 0.0, 0.0, *memory.stride()[:2],
-        WRITE=False, SLOTS=SLOTS, WIDTH=WIDTH)
+        WRITE=False, SLOTS=SLOTS, WIDTH=WIDTH, COUNTED=False)
     return norms
 
 
@@ -313,9 +319,10 @@ def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Te
     _choose[(batch,)](affinity, norms, read_ema, last_write, gate, novelty, branch, indices, count, t, slots, theta,
                       beta, stale_weight, underuse_weight, read_ema.stride(0), EMPTY_NORM=EMPTY_NORM,
                       NORM_EPS=NORM_EPS, UPDATE=UPDATE, LEAST_USEFUL=LEAST_USEFUL, EMPTY=EMPTY,
-                      enable_fp_fusion=False, **_choice_sizes(count))
+                      COUNTED=isinstance(t, Tensor), enable_fp_fusion=False, **_choice_sizes(count))
     _renew[tiles](memory, norms, vector, gate, indices, write_ema, last_write, count, width, slots, t, decay,
-                  ema_decay, 1.0 - ema_decay, *memory.stride()[:2], WRITE=True, SLOTS=SLOTS, WIDTH=WIDTH)
+                  ema_decay, 1.0 - ema_decay, *memory.stride()[:2], WRITE=True, SLOTS=SLOTS, WIDTH=WIDTH,
+                  COUNTED=isinstance(t, Tensor))
     return Write(memory, norms, write_ema, last_write, vector, gate, novelty, branch, indices)
 
 

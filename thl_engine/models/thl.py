@@ -196,6 +196,13 @@ def workspace(config: THLConfig, state: State) -> tuple[int, int]:
     return 4 * state.batch_size * (widest + slots + 4 * c.state_dim), 0
 
 
+def graph_key(config: THLConfig, state: State) -> tuple[bool, ...] | None:
+    """Which tiers the next step updates. None while the window fills up, when its sizes change from step to step."""
+    if state.local_valid < config.local_window:
+        return None
+    return tuple(state.timestep % clock == 0 for clock in config.tier_timescales)
+
+
 def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
             record: Record | None = None) -> tuple[Tensor, State]:
     """One step of every sequence in the batch.
@@ -204,9 +211,10 @@ def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     and the next state; ops may update the given state's tensors in place. `record` receives named intermediates.
     """
     c, t = config, state.timestep
+    now = ops.counter(t)
     embedded = ops.gather(weights["embedding.weight"], tokens[:, 0])
     local, buffer, valid = _read_window(c, weights, ops, embedded, state)
-    read, read_ema, last_read = _read_memory(c, weights, ops, embedded, state, record)
+    read, read_ema, last_read = _read_memory(c, weights, ops, embedded, state, now, record)
 
     tiers, below, context = list(state.tiers), embedded, read + local
     for k, clock in enumerate(c.tier_timescales):
@@ -217,7 +225,7 @@ def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     candidate = ops.linear(torch.cat([tiers[0], tiers[-1]], dim=-1), weights["writer.W_w.weight"],
                            weights["writer.W_w.bias"])
     written = ops.novelty_write(
-        candidate, state.memory, state.norms, read_ema, state.write_ema, state.last_write, t,
+        candidate, state.memory, state.norms, read_ema, state.write_ema, state.last_write, now,
         slots=c.write_slots, clip_max=c.write_clip_max, theta=c.novelty_theta, beta=c.novelty_beta,
         decay=c.memory_decay, ema_decay=c.write_ema_decay, stale_weight=c.stale_weight,
         underuse_weight=c.underuse_weight)
@@ -254,7 +262,7 @@ def _read_window(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: 
     return local, buffer, valid
 
 
-def _read_memory(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State,
+def _read_memory(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State, now: int | Tensor,
                  record: Record | None) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse read of the slots: (value [B, d_v], read_ema, last_read)."""
     batch = embedded.shape[0]
@@ -262,7 +270,7 @@ def _read_memory(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: 
     query = ops.linear(context, weights["router.W_q.weight"]).view(batch, c.num_heads, c.head_dim)
     query = ops.linear_transposed_heads(query, weights["router.W_k.weight"])  # [B, H, d_m]
     mixed, alpha, indices, read_ema, last_read = ops.slot_read(
-        query, state.memory, state.read_ema, state.last_read, state.timestep, k=c.read_topk,
+        query, state.memory, state.read_ema, state.last_read, now, k=c.read_topk,
         capacity=c.read_slot_capacity, scale=1.0 / sqrt(c.head_dim), load_penalty=c.load_penalty,
         decay=c.read_ema_decay)  # mixed [B, H, d_m]
     read = ops.linear_heads(mixed, weights["router.W_v.weight"])
