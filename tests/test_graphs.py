@@ -56,7 +56,7 @@ HOOKS = {"counter", "gather", "each_part", "scratch_bytes"}
 for name in set(vars(ReferenceOps)) & set(vars(TritonOps)) - set(vars(HostOps)) - HOOKS:
     setattr(HostOps, name, vars(ReferenceOps)[name])
 for name in ("product", "linear_heads", "linear_transposed", "linear_transposed_heads"):
-    setattr(HostOps, name, lambda self, x, matrix, *args, act=vars(ReferenceOps)[name]: act(
+    setattr(HostOps, name, lambda self, x, matrix, *args, name=name: getattr(ReferenceOps, name)(
         self, x, self.whole(matrix), *args))
 
 CONFIG = parse_config({
@@ -247,6 +247,26 @@ def test_idle_tapes_make_room(monkeypatch):
     assert len(engine._graphs._tapes) == 4
 
 
+def test_tapes_are_as_many_as_memory_holds(monkeypatch, caplog):
+    engine, eager = make(True), make(False)
+    captures, room = engine._graphs._captures, [2]
+    begin = captures.begin
+
+    def begins():
+        begin()
+        room[0] -= 1
+        if room[0] < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(captures, "begin", begins)
+    state, other = engine.new_state(), eager.new_state()
+    for column in tokens(2 + 4 * PERIOD, 1):
+        assert torch.equal(engine.step(column, state)[0], eager.step(column, other)[0])
+        same(state, other)
+    assert len(engine._graphs._tapes) == 2 and 0 < engine.stats()["replayed_steps"] < 4 * PERIOD - 4
+    assert not caplog.records and room[0] == -1  # asked no more
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_captured_is_computed_without(stream, monkeypatch, caplog):
     """The step that fails to be captured has changed nothing, and is made as all after it."""
@@ -419,7 +439,7 @@ def test_cuda_captures_use_one_pool_and_leave_empty_stretches_out(fake_cuda, rec
         captures.begin()
         replay = captures.end()
     replay()
-    assert fake_cuda.log == [("begin", (0, 7), "thread_local"), "end", ("begin", (0, 7), "thread_local"), "end", "replay"]
+    assert fake_cuda.log == [*2 * [("begin", (0, 7), "thread_local"), "end"], "replay"]
     assert replay.pool is captures._pool and not recwarn
 
 

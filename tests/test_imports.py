@@ -28,6 +28,8 @@ ALLOWED = {
     "product": {"native", "weights"},
     "ops": {"errors", "kernels", "native", "product", "triton_ops", "weights"},
     "triton_ops": {"kernels", "ops", "weights"},
+    "graphs": {"weights"},
+    "trace": set(),
     "transfer": {"reader"},
     "pager": {"checksum", "errors", "reader", "store", "transfer", "weights"},
     "plan": {"errors", "pager", "schedule", "store"},

@@ -25,7 +25,7 @@ from thl_engine.weights import Matrix, Part, Table
 
 _log = logging.getLogger("thl_engine")
 
-TAPES = 32  # of an engine, at most
+TAPES = 32  # of an engine, at most; each holds what the uses of streamed matrices read and write, all share the rest
 IDLE = 256  # steps after which a tape gives way to another, so that many states in turn do not capture all the time
 
 Use = Callable[[Part], None]  # launches what one part of a matrix is needed for
@@ -118,7 +118,10 @@ class Ports:
 
     def set(self, tokens: Tensor, timestep: int) -> None:
         """Writes int64 tokens [B, 1], which may lie on the host, and all counters."""
-        self.tokens(tokens.shape[0]).copy_(tokens)
+        if tokens.numel() == 1 and tokens.device.type == "cpu":
+            self.tokens(1).fill_(int(tokens))  # a launch, where a copy from the host's memory would wait for others
+        else:
+            self.tokens(tokens.shape[0]).copy_(tokens)
         for distance, held in self._counters.items():
             held.fill_(timestep + distance)
 
@@ -219,7 +222,8 @@ class StepGraphs:
     """The tapes of an engine.
 
     The first step of a state with a key is a rehearsal, the second one is captured and replayed, later ones are
-    replayed. If a step cannot be captured, a warning says why, and all go on without.
+    replayed. If a step cannot be captured, a warning says why, and all go on without; if there is no memory for one
+    more tape, with those that there are.
     """
 
     def __init__(self, ops: Any, captures: Captures, device: torch.device, count_uses: Callable[[int], None]) -> None:
@@ -229,7 +233,7 @@ class StepGraphs:
         self._states: dict[int, weakref.ref] = {}  # by id
         self._rehearsed: set[tuple] = set()  # (id of a state, key)
         self._tapes: dict[tuple, Tape] = {}
-        self._steps = 0
+        self._steps, self._most = 0, TAPES
         self._works = True
 
     def step(self, key: Hashable, tokens: Tensor, state: Any, compute: Compute) -> Tensor | None:
@@ -262,7 +266,8 @@ class StepGraphs:
         """The state's id, whose tapes go when it does."""
         own = id(state)
         if own not in self._states:
-            self._states[own] = weakref.ref(state, lambda _, graphs=weakref.ref(self): graphs() and graphs()._drop(own))
+            drop = weakref.WeakMethod(self._drop)
+            self._states[own] = weakref.ref(state, lambda _: drop() and drop()(own))
         return own
 
     def _drop(self, own: int) -> None:
@@ -273,13 +278,12 @@ class StepGraphs:
     def _has_room(self, name: tuple) -> bool:
         """Whether there is room for one more tape, if need be in place of one that has been idle."""
         self._tapes.pop(name, None)
-        if len(self._tapes) < TAPES:
+        if len(self._tapes) < self._most:
             return True
         idle = min(self._tapes, key=lambda other: self._tapes[other].used)
-        if self._steps - self._tapes[idle].used < IDLE:
-            return False
-        del self._tapes[idle]
-        return True
+        if self._steps - self._tapes[idle].used >= IDLE:
+            del self._tapes[idle]
+        return len(self._tapes) < self._most
 
     def _rehearse(self, tokens: Tensor, state: Any, compute: Compute) -> Tensor:
         with self._recorder(Rehearsal(self._ports, state.timestep)):
@@ -299,15 +303,23 @@ class StepGraphs:
                 growth = settle(own, list(leaves(following)))
                 recorder.end()
             return Tape(recorder, result, addresses(own), growth)
+        except torch.OutOfMemoryError as error:
+            self._most = len(self._tapes)
+            if not self._most:
+                self._give_up(error)
+            return None
         except Exception as error:
-            _log.warning("decoding steps are not captured as graphs: %s", error)
-            self._works = False
-            self._tapes.clear()
+            self._give_up(error)
             return None
         finally:
             for owner, name, value in own:  # `advance` may have counted in the state itself
                 if type(value) is int:
                     setattr(owner, name, value)
+
+    def _give_up(self, error: Exception) -> None:
+        _log.warning("decoding steps are not captured as graphs: %s", error)
+        self._works = False
+        self._tapes.clear()
 
     @contextmanager
     def _recorder(self, recorder: Rehearsal | Recorder) -> Iterator[None]:
