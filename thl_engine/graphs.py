@@ -212,9 +212,7 @@ class Tape:
         self.recorder.ids = tokens
         for entry in self.recorder.entries:
             entry()
-        for at, growth in self.growth.items():
-            owner, name, value = own[at]
-            setattr(owner, name, value + growth)
+        grow(own, self.growth)
         return self.result.clone()  # the next replay writes there
 
 
@@ -252,10 +250,10 @@ class StepGraphs:
         if tape is None:
             if name not in self._rehearsed or not self._has_room(name):
                 self._rehearsed.add(name)
-                return self._rehearse(tokens, state, compute)
+                return self._rehearse(tokens, state, own, compute)
             tape = self._record(tokens, state, own, compute)
             if tape is None:
-                return None
+                return self._rehearse(tokens, state, own, compute)
             self._tapes[name] = tape
         result, tape.used = tape.replay(tokens, own), self._steps
         self._count_uses(tape.recorder.uses)
@@ -280,16 +278,20 @@ class StepGraphs:
         self._tapes.pop(name, None)
         if len(self._tapes) < self._most:
             return True
-        idle = min(self._tapes, key=lambda other: self._tapes[other].used)
-        if self._steps - self._tapes[idle].used >= IDLE:
-            del self._tapes[idle]
+        idle, tape = min(self._tapes.items(), key=lambda item: item[1].used)
+        if self._steps - tape.used >= IDLE:
+            self._tapes.pop(idle, None)
         return len(self._tapes) < self._most
 
-    def _rehearse(self, tokens: Tensor, state: Any, compute: Compute) -> Tensor:
+    def _rehearse(self, tokens: Tensor, state: Any, own: list[Leaf], compute: Compute) -> Tensor:
         with self._recorder(Rehearsal(self._ports, state.timestep)):
             result, following = compute(self._ports.tokens(tokens.shape[0]), state)
         self._ports.result(result)
-        state.become(following)
+        try:
+            grow(own, settle(own, list(leaves(following))))
+        except RuntimeError as error:
+            state.become(following)
+            self._give_up(error)
         return result
 
     def _record(self, tokens: Tensor, state: Any, own: list[Leaf], compute: Compute) -> Tape | None:
@@ -358,19 +360,29 @@ def settle(before: list[Leaf], after: list[Leaf]) -> dict[int, int]:
 
     Raises RuntimeError if the state changes in another way: then a replay would not do what the step does.
     """
-    growth, own = {}, {value.untyped_storage().data_ptr() for _, _, value in before if isinstance(value, Tensor)}
+    growth, copies = {}, []
+    lie = {value.untyped_storage().data_ptr() for _, _, value in before if isinstance(value, Tensor)}
     for at, ((_, name, old), (_, _, new)) in enumerate(zip(before, after, strict=True)):
         if isinstance(old, Tensor):
             if new.shape != old.shape or new.dtype != old.dtype:
                 raise RuntimeError(f"the step changes the state's {name} from {list(old.shape)} to {list(new.shape)}")
             if new.data_ptr() == old.data_ptr() and new.stride() == old.stride():
                 continue
-            if new.untyped_storage().data_ptr() in own:
+            if new.untyped_storage().data_ptr() in lie:
                 raise RuntimeError(f"the step moves the state's {name} to where another of its tensors lies")
-            old.copy_(new)
+            copies.append((old, new))
         elif type(old) is int and type(new) is int:
             if new != old:
                 growth[at] = new - old
         elif new != old:
             raise RuntimeError(f"the step changes the state's {name} from {old!r} to {new!r}")
+    for old, new in copies:
+        old.copy_(new)
     return growth
+
+
+def grow(own: list[Leaf], growth: dict[int, int]) -> None:
+    """Counts on in the numbers of a state."""
+    for at, count in growth.items():
+        owner, name, value = own[at]
+        setattr(owner, name, value + count)
