@@ -8,6 +8,8 @@ tape computes, and a step that cannot be captured leaves the state as it was and
 A tape belongs to a state, whose tensors it reads and writes where they lie, and to a key that the model gives: all
 that the host decides in a step (`graph_key` in models/__init__.py). What else differs between two steps is the token,
 the timestep and what counts with it; captured launches read them from memory on the device (`counter` in ops.py).
+Models without a key are launched anew: HRM and HRM-Gemma decide after each segment or cycle, on the host, whether it
+was the last; of HIM each step's context is longer than the one before.
 """
 
 import logging

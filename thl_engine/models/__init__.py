@@ -28,7 +28,7 @@ and, where it differs from what the engine does without,
   graph_key(config, state) -> Hashable | None  all that the host decides in the next step of one token: two steps with
                                                the same key and shapes launch the same, and what differs in the values
                                                that they read is the token and what `ops.counter` gave; the state's
-                                               numbers then grow alike. None, as without it: launch each step anew
+                                               numbers then grow alike; None: launch this step anew
   ROWS_MEET = True                             sequences of a batch depend on each other
 
 A State has timestep, batch_size, nbytes (all that it will ever take), clone(), become(other), to_dict(), and options
