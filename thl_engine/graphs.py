@@ -56,9 +56,10 @@ class CudaCaptures:
 
     def __init__(self, device: torch.device, pool: Any = None,
                  apart: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        self._pool = torch.cuda.MemPool() if pool is None else pool
         self._apart = apart
-        self._stream = torch.cuda.Stream(device)
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.MemPool() if pool is None else pool
+            self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @contextmanager
