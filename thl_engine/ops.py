@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from thl_engine import native
+from thl_engine.cached_attention import CachedAttention
 from thl_engine.errors import ConfigError
 from thl_engine.kernels import (
     altup,
@@ -87,6 +88,14 @@ class ReferenceOps:
         """
         # The page as float32, and the product of its integers on the way there. Scores before and after each step.
         return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores
+
+    def counter(self, value: int) -> int | Tensor:
+        """A number that counts with the timestep, as ops take it: on triton int64 [1] while a step is captured."""
+        return value
+
+    def cached_attention(self, cache: Any, past: int, rows: int, device: torch.device) -> CachedAttention:
+        """Attention of `rows` positions behind the first `past` to a KVCache, or without one to each other."""
+        return CachedAttention(self, cache, int(self.counter(past)), rows, device)
 
     def gather(self, table: Table, ids: Tensor) -> Tensor:
         """Rows of a table: int64 [B] -> float32 [B, C]."""

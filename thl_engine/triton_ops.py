@@ -3,9 +3,12 @@
 What is not overridden here is cheap in torch. Importing this module needs triton.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from thl_engine.cached_attention import CachedAttention
 from thl_engine.kernels import integrator, window_attention
 from thl_engine.kernels.linear import widen
 from thl_engine.kernels.triton import attention, elementwise, linear, norm, sampling, slot_memory
@@ -14,6 +17,7 @@ from thl_engine.kernels.triton.arithmetic import INTERPRETED
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
 from thl_engine.ops import LAYER_NORM_EPS, ReferenceOps
+from thl_engine.triton_attention import RingAttention
 from thl_engine.weights import Matrix, Part
 
 
@@ -71,6 +75,18 @@ class TritonOps(ReferenceOps):
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return norm.layer_norm(x, weight, bias, LAYER_NORM_EPS)
+
+    def cached_attention(self, cache: Any, past: int, rows: int, device: torch.device) -> CachedAttention:
+        if cache is None or cache.layers[0].keys.data.shape[-1] > attention.WIDEST:
+            return super().cached_attention(cache, past, rows, device)
+        return RingAttention(self, cache, past, rows, device)
+
+    def rotary_attention(self, joined: Tensor, heads: int, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        query, key, value = joined.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, A, T, d]
+        if query.shape[-1] > attention.WIDEST:
+            return super().rotary_attention(joined, heads, cos, sin, scale)
+        mixed = attention.attention(query, key, value, scale, query_tables=(cos, sin), key_tables=(cos, sin))
+        return mixed.transpose(1, 2).flatten(2)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
                   blocked: Tensor | None = None) -> Tensor:

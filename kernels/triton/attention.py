@@ -58,7 +58,8 @@ def tile(rows: int, width: int, half: bool, card: int) -> Tile:
 
 def few_tile(rows: int, padded: int, card: int) -> Tile:
     """For at most FEW_ROWS rows: 16 accumulators a thread for each of up to four."""
-    return Tile(triton.next_power_of_2(rows), max((2048 if rows <= 4 else 1024) // padded, 1), 4, 3 if card >= 80 else 1)
+    keys = (2048 if rows <= 4 else 1024) // padded
+    return Tile(triton.next_power_of_2(rows), keys, 4, 3 if card >= 80 else 1)
 
 
 def pieces(rows: int, keys: int, key_heads: int) -> int:
@@ -221,7 +222,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
     sizes = few_tile(rows * group, padded, card) if few else tile(rows * group, width, half, card)
     cuttable = capacity if reach is None else min(reach, capacity)
     piece = pieces(rows * group, cuttable, key_heads)
-    count = triton.cdiv(max(most if reach is None else min(reach, most), 1), piece)
+    count = triton.cdiv(max(min(most, cuttable), 1), piece)
     made, highest, total = out, None, None
     if count > 1:
         made = query.new_empty(batch, key_heads, count, group * rows, width, dtype=torch.float32)

@@ -1,6 +1,7 @@
-"""New keys and values into a cache, in one launch: normalised, rotated, quantised by ../../thl_engine/models/kv_cache.py.
+"""New keys and values into a cache, in one launch: normalised, rotated and, into int8 rows, rounded.
 
-A cache of C rows is a ring: position p stands in row p mod C.
+Reference: `Rows.write` in ../../thl_engine/models/kv_cache.py, behind ../norm.py and ../rotary.py. A cache
+of C rows is a ring: position p stands in row p mod C.
 """
 
 import triton
@@ -31,28 +32,28 @@ def _keep(at, weight, eps, cos, sin, rows, scales, width, NORM: tl.constexpr, WI
 
 
 @triton.jit(do_not_specialize=["past"])
-def _append(key, value, keys, values, key_scales, value_scales, weight, cos, sin, eps, past, heads, capacity, width,
-            k_batch, k_row, k_head, v_batch, v_row, v_head, c_batch, c_head, c_row, s_batch, s_head,
+def _append(key, value, keys, values, key_scales, value_scales, weight, cos, sin, key_eps, value_eps, past, heads,
+            capacity, width, k_batch, k_row, k_head, v_batch, v_row, v_head, c_batch, c_head, c_row, s_batch, s_head,
             ON_DEVICE: tl.constexpr, KEY_NORM: tl.constexpr, VALUE_NORM: tl.constexpr, WIDTH: tl.constexpr):
-    t, b, h = tl.program_id(0), (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    t, b, h = tl.program_id(0).to(tl.int64), (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     row = (counted(past, ON_DEVICE) + t) % capacity
     kept, scale = b * c_batch + h * c_head + row * c_row, b * s_batch + h * s_head + row
     if tl.program_id(2) == 0:
-        _keep(key + b * k_batch + t * k_row + h * k_head, weight, eps, cos if cos is None else cos + t * width,
+        _keep(key + b * k_batch + t * k_row + h * k_head, weight, key_eps, cos if cos is None else cos + t * width,
               sin if sin is None else sin + t * width, keys + kept,
               key_scales if key_scales is None else key_scales + scale, width, KEY_NORM, WIDTH)
     else:
-        _keep(value + b * v_batch + t * v_row + h * v_head, None, eps, None, None, values + kept,
+        _keep(value + b * v_batch + t * v_row + h * v_head, None, value_eps, None, None, values + kept,
               value_scales if value_scales is None else value_scales + scale, width, VALUE_NORM, WIDTH)
 
 
 def append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None,
            value_scales: Tensor | None, past: int | Tensor, *, key_norm: tuple[Tensor, float] | None = None,
-           value_norm: float | None = None, tables: tuple[Tensor, Tensor] | None = None) -> None:
+           value_eps: float | None = None, tables: tuple[Tensor, Tensor] | None = None) -> None:
     """Stores key and value [B, T, A, d] in the rows of positions `past` to past + T - 1 of keys, values [B, A, C, d].
 
     The cache is floats, or int8 with float32 scales [B, A, C]; keys and values have equal strides. past: a number or an
-    int64 [1]. key_norm: weight [d] and epsilon of an `rms_norm` of each key; value_norm: the epsilon of one of each
+    int64 [1]. key_norm: weight [d] and epsilon of an `rms_norm` of each key; value_eps: the epsilon of one of each
     value, without a weight. tables: cos and sin, float32 [T, d], by which normalised keys are rotated.
     """
     batch, rows, heads, width = key.shape
@@ -61,14 +62,12 @@ def append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, key_scales:
                          f"{list(keys.shape)} and {list(values.shape)}, strides {keys.stride()} and {values.stride()}")
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     cos, sin = (None, None) if tables is None else (x.contiguous() for x in tables)
-    weight, eps = (None, value_norm or 0.0) if key_norm is None else key_norm
-    if value_norm is not None and value_norm != eps:
-        raise ValueError(f"append: keys and values are normalised with epsilons {eps} and {value_norm}; they must agree")
+    weight, key_eps = (None, 0.0) if key_norm is None else key_norm
     if not key.numel():
         return
     _append[rows, batch * heads, 2](
-        key, value, keys, values, key_scales, value_scales, weight, cos, sin, eps, past, heads, keys.shape[2], width,
-        *key.stride()[:3], *value.stride()[:3], *keys.stride()[:3],
+        key, value, keys, values, key_scales, value_scales, weight, cos, sin, key_eps, value_eps or 0.0, past, heads,
+        keys.shape[2], width, *key.stride()[:3], *value.stride()[:3], *keys.stride()[:3],
         *((0, 0) if key_scales is None else key_scales.stride()[:2]), ON_DEVICE=isinstance(past, Tensor),
-        KEY_NORM=key_norm is not None, VALUE_NORM=value_norm is not None,
+        KEY_NORM=key_norm is not None, VALUE_NORM=value_eps is not None,
         WIDTH=max(triton.next_power_of_2(width), 16), num_warps=1)
