@@ -58,7 +58,7 @@ def tile(rows: int, width: int, half: bool, card: int) -> Tile:
 
 def few_tile(rows: int, padded: int, card: int) -> Tile:
     """For at most FEW_ROWS rows: 16 accumulators a thread for each of up to four."""
-    keys = (2048 if rows <= 4 else 1024) // padded
+    keys = min((2048 if rows <= 4 else 1024) // padded, PIECE)
     return Tile(triton.next_power_of_2(rows), keys, 4, 3 if card >= 80 else 1)
 
 

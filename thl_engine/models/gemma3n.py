@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thl_engine.cached_attention import bucket
 from thl_engine.config import FULL, SLIDING, Gemma3nConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.altup import magnitude, scaled_to
@@ -194,7 +195,7 @@ def workspace(config: Gemma3nConfig, state: State) -> tuple[int, int]:
     floats = (4 * c.altup_num_inputs + 6) * c.hidden_size + 4 * _per_layer(c) + max(3 * max(c.intermediate_size),
                                                                                     3 * heads)
     seen = max(held.kept(state.context) for held in state.cache.layers) + CHUNK
-    return 4 * rows * floats + 2 * CHUNK * seen + state.cache.widened_bytes, rows * c.num_attention_heads * seen
+    return 4 * rows * floats + 2 * CHUNK * seen, rows * c.num_attention_heads * seen
 
 
 def traffic(config: Gemma3nConfig, state: State, position: int | None = None) -> int:
@@ -249,6 +250,11 @@ def check_room(config: Gemma3nConfig, state: State, count: int) -> None:
     """Raises ConfigError if `count` more tokens are more than the state's context has room for."""
     kv_caches.check_room(state.timestep + count, state.context, "max_position_embeddings",
                          config.max_position_embeddings)
+
+
+def graph_key(config: Gemma3nConfig, state: State) -> int:
+    """What the host decides in the next step of one token: for how many positions attention is launched."""
+    return bucket(state.timestep + 1)
 
 
 def advance(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,

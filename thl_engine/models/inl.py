@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thl_engine.cached_attention import CachedAttention
+from thl_engine.cached_attention import CachedAttention, bucket
 from thl_engine.config import INLConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.attention import causal
@@ -176,7 +176,7 @@ def workspace(config: INLConfig, state: State) -> tuple[int, int]:
     # The stream, what was attended and the position, beside one layer's attention, integrator or feed-forward part.
     floats = 3 * c.d_model + max(12 * c.d_model, 2 * c.d_model + 3 * c.inner_size)
     seen = state.cache.layers[0].kept(state.context) + CHUNK
-    return 4 * rows * floats + rows * seen + state.cache.widened_bytes, rows * c.num_heads * seen
+    return 4 * rows * floats + rows * seen, rows * c.num_heads * seen
 
 
 def traffic(config: INLConfig, state: State, position: int | None = None) -> int:
@@ -264,6 +264,11 @@ def state_from_dict(config: INLConfig, values: Mapping[str, Tensor], ops: Any,
 def check_room(config: INLConfig, state: State, count: int) -> None:
     """Raises ConfigError if `count` more tokens are more than the state's context has room for."""
     kv_caches.check_room(state.timestep + count, state.context, "max_seq_len", config.max_seq_len)
+
+
+def graph_key(config: INLConfig, state: State) -> int:
+    """What the host decides in the next step of one token: for how many positions attention is launched."""
+    return bucket(state.timestep + 1)
 
 
 def advance(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
