@@ -4,7 +4,9 @@ Models call an ops object; a backend is chosen once, when the engine starts. Ope
 that they are given in place; they return the tensors to use from then on.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import groupby
 from operator import itemgetter
 from statistics import NormalDist
@@ -75,23 +77,25 @@ class ReferenceOps:
     erase_then_add = staticmethod(shared_memory.erase_then_add)
     reasoning_update = staticmethod(shared_memory.reasoning_update)
 
+    def counter(self, t: int) -> int | Tensor:
+        """A time or position for ops that take it as a value: t, or on a device a tensor that holds it."""
+        return t
+
     @staticmethod
     def devices() -> tuple[str, ...]:
         """Kinds of device that these ops compute on."""
         return ("cpu", "cuda")
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0,
+                      widened: int = 0) -> int:
         """Memory that ops need beside their operands, for pages of up to `page_elements` weights.
 
         reused_elements: weights that one op reads again after their parts have been let go (`integrate`).
-        scores: of the largest `attention`, for all heads. inputs: activations that the widest product takes.
+        scores: of the largest `attention`, for all heads. inputs: activations that the widest product takes. widened:
+        bytes of a layer's int8 keys and values as float32.
         """
         # The page as float32, and the product of its integers on the way there. Scores before and after each step.
-        return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores
-
-    def counter(self, value: int) -> int | Tensor:
-        """A number that counts with the timestep, as ops take it: on triton int64 [1] while a step is captured."""
-        return value
+        return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores + widened
 
     def cached_attention(self, cache: Any, past: int, rows: int, device: torch.device) -> CachedAttention:
         """Attention of `rows` positions behind the first `past` to a KVCache, or without one to each other."""
@@ -137,6 +141,20 @@ class ReferenceOps:
         """What an adapter adds to the product of its base."""
         return self.linear(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up)
 
+    def linear_joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        """`linear` of activations [B, C_i] that lie in several places, side by side."""
+        return self.linear(torch.cat(places, dim=-1), matrix, bias)
+
+    def gru_cell(self, update: tuple[Matrix, Tensor], reset: tuple[Matrix, Tensor], candidate: tuple[Matrix, Tensor],
+                 state: Tensor, below: Tensor, context: Tensor, addend: Tensor | None = None) -> Tensor:
+        """The next state [B, d] of a GRU that sees state, below and context + addend; its weights with their biases."""
+        if addend is not None:
+            context = context + addend
+        inputs = torch.cat([state, below, context], dim=-1)
+        z, r = self.linear(inputs, *update), self.linear(inputs, *reset)
+        inputs = torch.cat([self.gru_reset(r, state), below, context], dim=-1)
+        return self.gru_update(z, self.linear(inputs, *candidate), state)
+
     def linears(self, x: Tensor, matrices: Sequence[Matrix | Adapted]) -> list[Tensor]:
         """`linear` of the same activations with several matrices."""
         return [self.linear(x, matrix) for matrix in matrices]
@@ -179,7 +197,14 @@ class ReferenceOps:
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
         return self.geglu(gate, self.linear(x, up), quantile)
 
-    def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int, *, k: int,
+    def window_read(self, query: Tensor, buffer: Tensor, valid: int | Tensor, entry: Tensor,
+                    scale: float) -> tuple[Tensor, Tensor]:
+        """`window_mix` of the first `valid` entries, at most all, and the buffer after `window_append` of a new one."""
+        valid = min(valid, buffer.shape[1])
+        mixed = self.window_mix(query, buffer, valid, scale)
+        return mixed, self.window_append(buffer, valid, entry)[0]
+
+    def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int | Tensor, *, k: int,
                   capacity: int | None, scale: float, load_penalty: float,
                   decay: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """A sparse read of the slots: (mixed [B, H, d], alpha, indices [B, H, k], read_ema, last_read [B, J])."""
@@ -223,11 +248,12 @@ class NativeOps(ReferenceOps):
         self._packings: list[Any] = []  # of `Product`: none that is in use
         self._controller = native.KeptMatrix(False), native.KeptMatrix(True)
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0,
+                      widened: int = 0) -> int:
         # Kernels read the stored weights. Copies of two matrices used again, and one of them on the way there as
         # floats; as int8 these take a quarter. Scores stay in the caches. Packed activations take four bytes each, and
         # what fills their rows up.
-        return 4 * reused_elements * 3 // 2 + 5 * inputs
+        return 4 * reused_elements * 3 // 2 + 5 * inputs + widened
 
     def linear(self, x: Tensor, matrix: Matrix | Adapted, bias: Tensor | None = None, *,
                norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:
@@ -478,10 +504,20 @@ def _triton() -> ReferenceOps:
 BACKENDS: dict[str, Callable[[], ReferenceOps]] = {"reference": ReferenceOps, "native": _native, "triton": _triton}
 
 
+@cache
+def _cuda_backend() -> str:
+    try:
+        _triton()
+    except ConfigError as error:
+        logging.getLogger("thl_engine").warning("computing with torch's operations, more slowly: %s", error)
+        return "reference"
+    return "triton"
+
+
 def load_ops(backend: str, device: str) -> ReferenceOps:
-    """The ops of a backend. "auto" takes native on the CPU where it was built, and the reference elsewhere."""
+    """The ops of a backend. "auto" takes native on the CPU and triton elsewhere where they are, else the reference."""
     if backend == "auto":
-        backend = "native" if device == "cpu" and native.available() else "reference"
+        backend = _cuda_backend() if device != "cpu" else "native" if native.available() else "reference"
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
     if backend == "native" and device != "cpu":
