@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thl_engine import cuda
+from thl_engine.cached_attention import CachedAttention
 from thl_engine.kernels import integrator
 from thl_engine.kernels.linear import widen
 from thl_engine.kernels.triton import (
@@ -27,6 +28,7 @@ from thl_engine.kernels.triton.arithmetic import INTERPRETED, capability
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
 from thl_engine.ops import LAYER_NORM_EPS, ReferenceOps
+from thl_engine.triton_attention import RingAttention
 from thl_engine.weights import Matrix, Part, Table
 
 
@@ -52,8 +54,10 @@ class TritonOps(ReferenceOps):
     def devices() -> tuple[str, ...]:
         return ("cuda", "cpu") if INTERPRETED.value else ("cuda",)
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
-        return 4 * reused_elements
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0,
+                      widened: int = 0) -> int:
+        # Partial sums of attention's pieces: at most (d + 2) floats for each PIECE keys of one row in a chunk of 64.
+        return 4 * reused_elements + scores // 4
 
     def counter(self, t: int) -> int | Tensor:
         return t if self.recorder is None else self.recorder.counter(t)
@@ -131,6 +135,18 @@ class TritonOps(ReferenceOps):
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return norm.layer_norm(x, weight, bias, LAYER_NORM_EPS)
+
+    def cached_attention(self, cache: Any, past: int, rows: int, device: torch.device) -> CachedAttention:
+        if cache is None or cache.layers[0].keys.data.shape[-1] > attention.WIDEST:
+            return super().cached_attention(cache, past, rows, device)
+        return RingAttention(self, cache, past, rows, device)
+
+    def rotary_attention(self, joined: Tensor, heads: int, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        query, key, value = joined.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, A, T, d]
+        if query.shape[-1] > attention.WIDEST:
+            return super().rotary_attention(joined, heads, cos, sin, scale)
+        mixed = attention.attention(query, key, value, scale, query_tables=(cos, sin), key_tables=(cos, sin))
+        return mixed.transpose(1, 2).flatten(2)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
                   blocked: Tensor | None = None) -> Tensor:
