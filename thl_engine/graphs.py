@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from thl_engine.weights import Matrix, Part, Table
+from thl_engine.weights import Held, Matrix, Part, Table
 
 _log = logging.getLogger("thl_engine")
 
@@ -157,7 +157,7 @@ class Recorder:
 
     def __init__(self, captures: Captures, ports: Ports, timestep: int, tokens: Tensor) -> None:
         self.entries: list[Callable[[], None]] = []
-        self.uses = 0  # of parts that stay where they are
+        self.uses = 0  # of pinned pages
         self.ids: Tensor | None = None  # tokens of the step being replayed, as they were given
         self._captures, self._ports, self._timestep, self._tokens = captures, ports, timestep, tokens
 
@@ -173,7 +173,8 @@ class Recorder:
 
             self._anew(stream)
             return
-        self.uses += len(parts)
+        if not isinstance(matrix, Held):
+            self.uses += len(parts)
         for part in parts:
             use(part)
 
@@ -228,7 +229,7 @@ class StepGraphs:
     """
 
     def __init__(self, ops: Any, captures: Captures, device: torch.device, count_uses: Callable[[int], None]) -> None:
-        """count_uses: is told how many uses of resident parts a replay made."""
+        """count_uses: is told how many uses of pinned pages a replay made."""
         self.replayed = 0
         self._ops, self._captures, self._ports, self._count_uses = ops, captures, Ports(device), count_uses
         self._states: dict[int, weakref.ref] = {}  # by id
