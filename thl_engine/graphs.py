@@ -182,10 +182,11 @@ class Recorder:
         rows = table.resident_rows(ids)
         if rows is not None:
             return rows
-        if ids.data_ptr() != self._tokens.data_ptr() or ids.numel() != self._tokens.numel():
-            raise RuntimeError("a captured step reads rows of a table on disk that are not those of its tokens")
         out = torch.empty(*ids.shape, table.shape[1], device=ids.device)
-        self._anew(lambda: out.copy_(table.rows(self.ids.cpu().view(ids.shape))))
+        if ids.data_ptr() == self._tokens.data_ptr() and ids.numel() == self._tokens.numel():
+            self._anew(lambda: out.copy_(table.rows(self.ids.cpu().view(ids.shape))))
+        else:  # made of them on the device, which the host then waits for
+            self._anew(lambda: out.copy_(table.rows(ids)))
         return out
 
     def _anew(self, act: Callable[[], None]) -> None:

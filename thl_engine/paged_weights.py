@@ -27,6 +27,9 @@ class PagedMatrix:
     def resident(self) -> list[Part] | None:
         return self.pager.pinned(self.name)
 
+    def stored(self) -> Part:
+        return self.pager.stored(self.name)
+
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [n, C] of int64 ids [n], on the engine's device: for tables that are also the output head."""
         return _widened(self.pager.rows(self.name, ids), ids, self.shape[1])

@@ -227,6 +227,13 @@ class Pager:
         parts = [self._pinned.get(page.index) for page in self._store.tensors[name].pages]
         return None if any(part is None for part in parts) else parts
 
+    def stored(self, name: str) -> Part:
+        """All rows of a matrix as one part without memory, on the device "meta"."""
+        tensor = self._store.tensors[name]
+        scales = None if tensor.scales is None else self._scales[tensor.scales].to("meta")
+        return Part(0, tensor.shape[0], torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), scales,
+                    tensor.group)
+
     def count_uses(self, count: int) -> None:
         """Notes uses of pinned pages that were made without asking for them."""
         self.traffic.page_hits += count

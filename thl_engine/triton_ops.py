@@ -165,20 +165,26 @@ class TritonOps(ReferenceOps):
         if norm is not None:
             x = self.layer_norm(x, *norm)
         mu = integrator.spread(mu, group, x.shape[-1])
-        matrices = (Weights(*_whole(matrix)) for matrix in (first, second))
-        return integrator_kernel.integrate(x, context, next(matrices), first_bias, next(matrices), second_bias, mu,
-                                           steps=steps, threshold=threshold, together=together)
+        return integrator_kernel.integrate(x, context, self.whole(x, first), first_bias, self.whole(x, second),
+                                           second_bias, mu, steps=steps, threshold=threshold, together=together)
+
+    def whole(self, x: Tensor, matrix: Matrix) -> Weights:
+        """A matrix copied beside x as its parts pass by, for a kernel that reads it more than once: int8 with a scale
+        for each row, or floats."""
+        like, shape = matrix.stored(), matrix.shape
+        by_row = like.scales is not None and like.scales.dim() == 1
+        data = x.new_empty(shape, dtype=torch.float32 if like.scales is not None and not by_row else like.data.dtype)
+        scales = x.new_empty(shape[0]) if by_row else None
+
+        def use(part: Part) -> None:
+            rows = slice(part.start, part.stop)
+            data[rows].copy_(part.data if part.scales is None or by_row else widen(part.data, part.scales, part.group))
+            if scales is not None:
+                scales[rows].copy_(part.scales)
+
+        self.each_part(matrix, use)
+        return Weights(data, scales)
 
 
 def _weights(part: Part) -> Weights:
     return Weights(part.data, part.scales, part.group)
-
-
-def _whole(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
-    """The matrix in memory of its own: int8 with a scale for each row, or else float32."""
-    parts = [(part.data.clone(), part.scales.clone()) if part.scales is not None and part.scales.dim() == 1
-             else (widen(part.data, part.scales, part.group).clone(), None) for part in matrix.parts()]
-    if len(parts) == 1:
-        return parts[0]
-    scales = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
-    return torch.cat([part[0] for part in parts]), scales
