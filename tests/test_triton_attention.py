@@ -113,10 +113,11 @@ def test_sizes_depend_on_shapes_only():
                 sizes = attention.tile(rows, width, True, card)
                 assert 64 % sizes.keys == 0 and sizes.rows >= 16
     for keys in (0, 1, 100, 512, 1000, 16384, 100_000):
-        count, size = attention.pieces(1, keys)
-        assert count * size >= keys > (count - 1) * size or keys <= 1
-        assert size % 64 == 0 and count <= attention.MOST_PIECES
-    assert attention.pieces(17, 5000)[0] == 1
+        for key_heads in (1, 8, 1000):
+            size = attention.pieces(1, keys, key_heads)
+            assert size % attention.PIECE == 0 and -(-keys // size) <= attention.MOST_PIECES
+        assert attention.pieces(17, keys, 1) >= keys
+    assert attention.pieces(4, 8192, 8) == 256
 
 
 def test_bad_shapes_are_refused():

@@ -4,6 +4,7 @@ import torch
 
 from thl_engine.kernels.triton import (
     attention,
+    cache,
     elementwise,
     integrator,
     linear,
@@ -15,6 +16,7 @@ from thl_engine.kernels.triton import (
 )
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
+from thl_engine.models import kv_cache
 
 LAUNCHES = {}
 
@@ -114,6 +116,26 @@ def attention_launches(width):
             attention.attention(query, key, key, 0.1, blocked, query_tables=(table, table), causal=True, window=64)
         small, scales = key.to(torch.int8), torch.empty(2, 2, keys)
         attention.attention(query, small, small, 0.1, causal=True, key_scales=scales, value_scales=scales)
+    query, table = torch.empty(2, 8, 40, width), torch.empty(40, width)
+    attention.attention(query, query, query, 0.1, query_tables=(table, table), key_tables=(table, table))
+
+
+@launches(**{f"heads{width}": width for width in (16, 64, 128, 256)})
+def cached_attention_launches(width):
+    """Rings of float32 and int8, with positions from the host and from the device, for groups of every size."""
+    norm, at = (torch.empty(width), 1e-6), torch.empty(1, dtype=torch.int64)
+    for rows in kv_cache.FORMATS:
+        for window in (None, 512):
+            layer = kv_cache.empty([window], 1, 2, width, 8192, rows=rows).layers[0]
+            kept = layer.keys.data, layer.values.data, layer.keys.scales, layer.values.scales
+            for count, heads, past in ((1, 2, at), (1, 8, at), (1, 16, at), (1, 24, at), (1, 8, 700), (64, 8, 700)):
+                table = torch.empty(count, width)
+                new, query = torch.empty(1, count, 2, width), torch.empty(1, heads, count, width)
+                cache.append(new, new, *kept, past, key_norm=norm, value_eps=1e-6, tables=(table, table))
+                cache.append(new, new, *kept, past)
+                for options in ({}, {"query_norm": norm, "query_tables": (table, table)}):
+                    attention.attention(query, *kept[:2], 0.1, causal=True, window=window, key_scales=kept[2],
+                                        value_scales=kept[3], past=past, at_most=4096, **options)
 
 
 @launches(**{f"width{width}": width for width in (64, 768, 4096, 16384)})

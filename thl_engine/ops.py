@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from thl_engine import native
+from thl_engine.cached_attention import CachedAttention
 from thl_engine.errors import ConfigError
 from thl_engine.kernels import (
     altup,
@@ -75,14 +76,20 @@ class ReferenceOps(StateOps):
         """Kinds of device that these ops compute on."""
         return ("cpu", "cuda")
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0,
+                      widened: int = 0) -> int:
         """Memory that ops need beside their operands, for pages of up to `page_elements` weights.
 
         reused_elements: weights that one op reads again after their parts have been let go (`integrate`).
-        scores: of the largest `attention`, for all heads. inputs: activations that the widest product takes.
+        scores: of the largest `attention`, for all heads. inputs: activations that the widest product takes. widened:
+        bytes of a layer's int8 keys and values as float32.
         """
         # The page as float32, and the product of its integers on the way there. Scores before and after each step.
-        return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores
+        return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores + widened
+
+    def cached_attention(self, cache: Any, past: int, rows: int, device: torch.device) -> CachedAttention:
+        """Attention of `rows` positions behind the first `past` to a KVCache, or without one to each other."""
+        return CachedAttention(self, cache, int(self.counter(past)), rows, device)
 
     def gather(self, table: Table, ids: Tensor) -> Tensor:
         """Rows of a table: int64 [B] -> float32 [B, C]."""
@@ -202,11 +209,12 @@ class NativeOps(ReferenceOps):
         self._packings: list[Any] = []  # of `Product`: none that is in use
         self._controller = native.KeptMatrix(False), native.KeptMatrix(True)
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0,
+                      widened: int = 0) -> int:
         # Kernels read the stored weights. Copies of two matrices used again, and one of them on the way there as
         # floats; as int8 these take a quarter. Scores stay in the caches. Packed activations take four bytes each, and
         # what fills their rows up.
-        return 4 * reused_elements * 3 // 2 + 5 * inputs
+        return 4 * reused_elements * 3 // 2 + 5 * inputs + widened
 
     def linear(self, x: Tensor, matrix: Matrix | Adapted, bias: Tensor | None = None, *,
                norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:

@@ -198,6 +198,15 @@ def workspace(config: THLConfig, state: State) -> tuple[int, int]:
     return 4 * state.batch_size * (widest + slots + 4 * c.state_dim), 0
 
 
+def graph_key(config: THLConfig, state: State) -> tuple[bool, ...] | None:
+    """Which tiers the next step updates, and whether the window fills up with the time or is full."""
+    valid, width = state.local_valid, config.local_window
+    aged = valid == min(state.timestep, width)  # as in `_read_window`, which else takes `valid` as it is
+    if not aged and valid < width:
+        return None
+    return (aged, valid < width, *(state.timestep % clock == 0 for clock in config.tier_timescales))
+
+
 def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
             record: Record | None = None) -> tuple[Tensor, State]:
     """One step of every sequence in the batch.
