@@ -122,20 +122,19 @@ def attention_launches(width):
 
 @launches(**{f"heads{width}": width for width in (16, 64, 128, 256)})
 def cached_attention_launches(width):
-    """Rings of float32 and int8, with positions from the host and from the device, for groups of every size."""
+    """Rings and whole contexts of float32 and int8, positions from the device for one row, for groups of every size."""
     norm, at = (torch.empty(width), 1e-6), torch.empty(1, dtype=torch.int64)
-    for rows in kv_cache.FORMATS:
-        for window in (None, 512):
-            layer = kv_cache.empty([window], 1, 2, width, 8192, rows=rows).layers[0]
-            kept = layer.keys.data, layer.values.data, layer.keys.scales, layer.values.scales
-            for count, heads, past in ((1, 2, at), (1, 8, at), (1, 16, at), (1, 24, at), (1, 8, 700), (64, 8, 700)):
-                table = torch.empty(count, width)
-                new, query = torch.empty(1, count, 2, width), torch.empty(1, heads, count, width)
-                cache.append(new, new, *kept, past, key_norm=norm, value_eps=1e-6, tables=(table, table))
-                cache.append(new, new, *kept, past)
-                for options in ({}, {"query_norm": norm, "query_tables": (table, table)}):
-                    attention.attention(query, *kept[:2], 0.1, causal=True, window=window, key_scales=kept[2],
-                                        value_scales=kept[3], past=past, at_most=4096, **options)
+    for rows, window in (("float32", None), ("float32", 512), ("int8", None), ("int8", 512)):
+        layer = kv_cache.empty([window], 1, 2, width, 8192, rows=rows).layers[0]
+        kept = layer.keys.data, layer.values.data, layer.keys.scales, layer.values.scales
+        for count, heads, past in ((1, 2, at), (1, 8, at), (1, 16, at), (1, 24, at), (64, 8, 700)):
+            table = torch.empty(count, width)
+            new, query = torch.empty(1, count, 2, width), torch.empty(1, heads, count, width)
+            cache.append(new, new, *kept, past, key_norm=norm, value_eps=1e-6, tables=(table, table))
+            cache.append(new, new, *kept, past)
+            attention.attention(query, *kept[:2], 0.1, causal=True, window=window, key_scales=kept[2],
+                                value_scales=kept[3], past=past, at_most=4096, query_norm=norm,
+                                query_tables=(table, table))
 
 
 @launches(**{f"width{width}": width for width in (64, 768, 4096, 16384)})
