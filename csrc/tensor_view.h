@@ -18,7 +18,7 @@ namespace thl {
 namespace dlpack {
 
 struct Device {
-    int32_t type;  // 1 = CPU, 3 = pinned host memory of CUDA
+    int32_t type;  // 1 = CPU, 2 = CUDA, 3 = pinned host memory of CUDA
     int32_t id;
 };
 
@@ -39,6 +39,8 @@ struct Tensor {
 };
 
 }  // namespace dlpack
+
+enum class Memory { host, device };
 
 enum class DType { f32, bf16, f16, i8, u8, i64, other };
 
@@ -69,6 +71,7 @@ struct TensorView {
     const char* name = "";
     void* data = nullptr;
     DType dtype = DType::other;
+    int device = 0;  // of CUDA, where that is where the memory lies
     int ndim = 0;
     int64_t shape[kMaxDims] = {};
     int64_t stride[kMaxDims] = {};  // in elements
@@ -138,17 +141,20 @@ struct TensorView {
 };
 
 // Reads a capsule. The last dimension must be contiguous; outer strides are free.
-inline TensorView view(pybind11::handle object, const char* name) {
+inline TensorView view(pybind11::handle object, const char* name, Memory memory = Memory::host) {
     if (!PyCapsule_IsValid(object.ptr(), "dltensor"))
         bad_argument(name, "a DLPack capsule (torch.utils.dlpack.to_dlpack)", Py_TYPE(object.ptr())->tp_name);
     const auto* tensor = static_cast<const dlpack::Tensor*>(PyCapsule_GetPointer(object.ptr(), "dltensor"));
-    if (tensor->device.type != 1 && tensor->device.type != 3)
-        bad_argument(name, "a tensor in host memory", "DLPack device type " + std::to_string(tensor->device.type));
+    const int32_t place = tensor->device.type;
+    if (memory == Memory::host ? place != 1 && place != 3 : place != 2)
+        bad_argument(name, memory == Memory::host ? "a tensor in host memory" : "a tensor on a CUDA device",
+                     "DLPack device type " + std::to_string(place));
     if (tensor->ndim < 0 || tensor->ndim > TensorView::kMaxDims)
         bad_argument(name, "at most 4 dimensions", std::to_string(tensor->ndim));
 
     TensorView result;
     result.name = name;
+    result.device = tensor->device.id;
     result.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
     const dlpack::DataType type = tensor->dtype;
     if (type.lanes == 1) {

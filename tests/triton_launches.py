@@ -2,7 +2,7 @@
 
 import torch
 
-from thl_engine.kernels.triton import attention, elementwise, integrator, linear, norm, slot_memory
+from thl_engine.kernels.triton import attention, elementwise, integrator, linear, norm, sampling, slot_memory
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
 
@@ -102,3 +102,9 @@ def integrator_launches(units):
             for threshold in (None, 0.1):
                 integrator.integrate(x, x, stored(kind, units, 1536), torch.empty(units), stored(kind, 1536, units),
                                      torch.empty(1536), mu, steps=8, threshold=threshold, together=together)
+
+
+@launches(small=300, large=262_400)
+def sampling_launches(count):
+    for temperature, top_k, top_p in ((0.0, None, None), (0.7, None, None), (0.7, 50, 0.9)):
+        sampling.sample(torch.empty(count), 0.5, temperature, top_k, top_p)

@@ -407,8 +407,8 @@ class Engine:
 
     @_computing
     def sample(self, sampler: Sampler, logits: Tensor, history: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """`Sampler.sample`, with the processors left to the backend afterwards."""
-        return sampler.sample(logits, history)
+        """`Sampler.sample` by the backend, which gets the processors back afterwards."""
+        return sampler.sample(logits, history, self.ops.sample)
 
     def plan(self, bandwidths: Bandwidths = NOMINAL) -> Plan:
         """What is pinned and streamed within the budget, and the tokens/s that the given bandwidths allow."""

@@ -75,10 +75,9 @@ def generate(engine: Steps, rows: Sequence[Row], state: Any) -> Iterator[tuple[i
     fed = min(len(row.prompt) for row in rows)
     logits, state = engine.prefill(torch.tensor([row.prompt[:fed] for row in rows]), state)
     while True:
-        here = logits.cpu()
         for i, row in enumerate(rows):
             if not row.done and fed >= len(row.prompt):
-                yield i, row.choose(engine, here[i])
+                yield i, row.choose(engine, logits[i])
         if all(row.done for row in rows):
             return
         logits, state = engine.step(torch.tensor([row.token(fed) for row in rows]), state)

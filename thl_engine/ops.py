@@ -44,6 +44,7 @@ class ReferenceOps:
 
     name = "reference"
     has_threads = False  # besides torch's
+    sample: Callable[..., Tensor] | None = None  # the sampler's `Choose`, for logits on a device of its own
     sparse_share = 0.0  # up to which sparse products read no more of a matrix than they need
 
     gru_reset = staticmethod(tier_cell.gru_reset)

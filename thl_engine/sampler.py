@@ -1,7 +1,7 @@
 """Logits to tokens with an explicit generator, and stop strings.
 
-The work runs on the CPU in float64, whatever the model ran on: the same logits and seed give the same
-tokens on every device. One uniform number is drawn per token and looked up in the cumulative weights of the
+The work runs on the CPU in float64, or by a backend's own kernel where the logits are: the same logits and seed give
+the same tokens on every device. One uniform number is drawn per token and looked up in the cumulative weights of the
 tokens that the filters keep, so that a token costs the same number of draws under every setting.
 """
 
@@ -13,6 +13,10 @@ from typing import Any
 import torch
 
 from thl_engine.errors import ConfigError, EngineError
+
+# (logits [V], uniform number, temperature, top_k, top_p) -> float64 [2]: token or -1 if a logit is not finite, and its
+# log-probability.
+Choose = Callable[[torch.Tensor, float, float, int | None, float | None], torch.Tensor]
 
 # Top-p sorts this many of the largest logits first, and all of them only if these do not suffice. Of 262,400
 # logits, sorting all takes 26 ms and picking the 1,024 largest 1 ms (torch 2.13, two CPU cores).
@@ -78,12 +82,14 @@ class Sampler:
             else:
                 generator.manual_seed((sampling.seed + row) % (1 << 63))
 
-    def sample(self, logits: torch.Tensor, history: Sequence = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(self, logits: torch.Tensor, history: Sequence = (),
+               choose: Choose | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """One token for each row.
 
         logits:  [V] or [B, V], any float dtype and device; not changed.
         history: ids so far, prompt included, oldest first: a sequence of ints for [V], one such sequence
           for each row for [B, V]. Only the repetition penalty reads it; it may be left out.
+        choose: chooses on the logits' device, so that of each row only a token and its log-probability leave it.
         Returns ids (int64) and log-probabilities (float32), both on the CPU and shaped [] or [B]. The
         log-probability is the token's under the model itself, the softmax of the logits as given: before
         penalty, temperature and filters.
@@ -91,23 +97,44 @@ class Sampler:
         """
         if logits.dim() not in (1, 2) or logits.shape[-1] == 0 or not logits.is_floating_point():
             raise EngineError(f"logits must be float [V] or [B, V], got {logits.dtype} {[*logits.shape]}")
-        rows = logits.detach().to("cpu", torch.float32)
+        rows = logits.detach().to("cpu" if choose is None else logits.device, torch.float32)
         rows = rows[None] if logits.dim() == 1 else rows
         if len(rows) != len(self._generators):
             raise EngineError(f"a sampler for {len(self._generators)} rows was given logits of {len(rows)}")
         histories = [history] if logits.dim() == 1 else history if len(history) else [()] * len(rows)
         if len(histories) != len(rows):
             raise EngineError(f"{len(histories)} histories for {len(rows)} rows of logits; give one for each")
+        if choose is not None:
+            ids, logprobs = zip(*(self._choose_there(choose, row, seen, generator) for row, seen, generator
+                                  in zip(rows, histories, self._generators, strict=True)), strict=True)
+            return torch.tensor(ids).reshape(logits.shape[:-1]), torch.tensor(logprobs).reshape(logits.shape[:-1])
         _check_finite(rows)
         ids = torch.tensor([self._choose(row, seen, generator) for row, seen, generator
                             in zip(rows, histories, self._generators, strict=True)])
         logprobs = rows.gather(1, ids[:, None])[:, 0] - torch.logsumexp(rows, dim=1)
         return ids.reshape(logits.shape[:-1]), logprobs.reshape(logits.shape[:-1])
 
+    def _choose_there(self, choose: Choose, row: torch.Tensor, history: Sequence[int],
+                      generator: torch.Generator) -> tuple[int, float]:
+        s = self.sampling
+        penalised = self._penalised(row, history)
+        uniform = 0.0 if s.temperature == 0 else _draw(generator)
+        token, logprob = choose(penalised, uniform, s.temperature, s.top_k, s.top_p).tolist()
+        if token < 0:
+            _check_finite(row.cpu()[None])
+        if penalised is not row:
+            logprob = float(row[int(token)] - torch.logsumexp(row, dim=0))
+        return int(token), logprob
+
+    def _penalised(self, row: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
+        s = self.sampling
+        if s.repetition_penalty == 1.0 or not s.repetition_window or not len(history):
+            return row
+        return _penalise(row, history[-s.repetition_window:], s.repetition_penalty)
+
     def _choose(self, row: torch.Tensor, history: Sequence[int], generator: torch.Generator) -> int:
         s = self.sampling
-        if s.repetition_penalty != 1.0 and s.repetition_window and len(history):
-            row = _penalise(row, history[-s.repetition_window:], s.repetition_penalty)
+        row = self._penalised(row, history)
         if s.temperature == 0:
             return int(row.argmax())  # torch returns the first of equal maxima
         ids, values = None, row
@@ -119,10 +146,15 @@ class Sampler:
             ids = order if ids is None else ids[order]
         cumulative = weights.cumsum(0)
         total = float(cumulative[-1])
-        draw = float(torch.rand((), dtype=torch.float64, generator=generator)) * total
+        draw = _draw(generator) * total
         # Strictly below the total, so that rounding cannot select a token of weight 0 at the end.
         place = int(torch.searchsorted(cumulative, min(draw, math.nextafter(total, 0.0)), right=True))
         return place if ids is None else int(ids[place])
+
+
+def _draw(generator: torch.Generator) -> float:
+    """Uniform from 0 to 1, 1 excluded."""
+    return float(torch.rand((), dtype=torch.float64, generator=generator))
 
 
 def _weights(values: torch.Tensor, largest: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -162,6 +194,7 @@ def _penalise(row: torch.Tensor, history: Sequence[int], penalty: float) -> torc
     if seen[0] < 0 or seen[-1] >= len(row):
         bad = int(seen[0] if seen[0] < 0 else seen[-1])
         raise EngineError(f"token id {bad} in the history is outside the vocabulary of {len(row)} ids")
+    seen = seen.to(row.device)
     values = row[seen]
     changed = torch.where(values > 0, values / penalty, values * penalty)
     bounds = torch.finfo(row.dtype)

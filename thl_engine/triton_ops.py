@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thl_engine.kernels import integrator, window_attention
 from thl_engine.kernels.linear import widen
-from thl_engine.kernels.triton import attention, elementwise, linear, norm, slot_memory
+from thl_engine.kernels.triton import attention, elementwise, linear, norm, sampling, slot_memory
 from thl_engine.kernels.triton import integrator as integrator_kernel
 from thl_engine.kernels.triton.arithmetic import INTERPRETED
 from thl_engine.kernels.triton.linear import Weights
@@ -22,6 +22,7 @@ class TritonOps(ReferenceOps):
 
     name = "triton"
 
+    sample = staticmethod(sampling.sample)
     swiglu = staticmethod(elementwise.swiglu)
     gelu = staticmethod(elementwise.gelu)
     gru_reset = staticmethod(elementwise.gru_reset)

@@ -73,8 +73,8 @@ def answer(engine: Engine, tokens: Sequence[int], state: Any, sampler: Sampler, 
     state.reset_memory()
     logits, state = engine.forward(padded, state, mask=(torch.arange(length) < len(kept))[None])
     ids: list[int] = []
-    for row in logits[0].cpu():
-        ids.append(int(sampler.sample(row)[0]))
+    for row in logits[0]:
+        ids.append(int(engine.sample(sampler, row, ())[0]))
         if ids[-1] == eos_id:
             break
     return ids, state
