@@ -9,19 +9,10 @@ interpreter, whose times mean nothing.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--rows", type=Path, help="append each row as a line of JSON")
-parser.add_argument("--only", nargs="+", default=[], help="kernels whose names contain one of these words")
-parser.add_argument("--rehearse", action="store_true")
-
-if "--rehearse" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from gpu_report import Rows, row
@@ -96,14 +87,14 @@ def gemv(bench: Bench) -> None:
             x = bench.randn(batch, columns)
             what = f"int8 GEMV {height} × {width}, {batch} rows"
             with bench.rows.case(what):
-                exact = _exact(x, held[0])
+                exact = exact_product(x, held[0])
                 bench.compare([bench.ops.linear(x, held[0])], [exact])
                 bench.read(what, [lambda w=w, x=x: bench.ops.linear(x, w) for w in held],
                            rows * columns + 4 * rows + 4 * batch * (rows + columns),
                            target="int8 GEMV" if batch == 1 else None)
 
 
-def _exact(x: Tensor, w: Held) -> Tensor:
+def exact_product(x: Tensor, w: Held) -> Tensor:
     """The product in float64, a few rows of the weights at a time."""
     pieces = zip(w.data.split(1024), w.scales.split(1024), strict=True)
     return torch.cat([x.double() @ (data.double() * scales.double()[:, None]).T for data, scales in pieces], dim=-1)
@@ -117,7 +108,7 @@ def gemm(bench: Bench) -> None:
         what = f"int8 GEMM 11008 × 4096, 2048 rows, {str(dtype).removeprefix('torch.')} activations"
         with bench.rows.case(what):
             x = bench.randn(batch, columns, dtype=dtype)
-            bench.compare([bench.ops.linear(x, held)], [_exact(x, held)], dtype)
+            bench.compare([bench.ops.linear(x, held)], [exact_product(x, held)], dtype)
             seconds = bench.timer.seconds([lambda x=x: bench.ops.linear(x, held)])
             bench.rows.add(row(what, 2 * batch * rows * columns / seconds / 1e12, "TFLOP/s",
                                ceiling=bench.matmul / 1e12, of="TFLOP/s, bfloat16", note=bench.timer.note))
@@ -216,7 +207,7 @@ def feed_forward(bench: Bench) -> None:
         def run(pair: tuple[Held, Held]) -> Tensor:
             return linear.gated_linear(x, *(linear.Weights(w.data, w.scales) for w in pair))
 
-        gate, up = (_exact(x, w) for w in pairs[0])
+        gate, up = (exact_product(x, w) for w in pairs[0])
         bench.compare([run(pairs[0])], [torch.nn.functional.silu(gate) * up])
         bench.read(what, [lambda pair=pair: run(pair) for pair in pairs], 2 * rows * (columns + 4))
 
@@ -286,6 +277,10 @@ KERNELS: dict[str, Callable[[Bench], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, help="append each row as a line of JSON")
+    parser.add_argument("--only", nargs="+", default=[], help="kernels whose names contain one of these words")
+    parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args(argv)
     torch.manual_seed(0)
     bench = Bench(Timer("cpu" if given.rehearse else "cuda"), Rows(given.rows, given.rehearse))

@@ -1,7 +1,7 @@
 """What `make gpu-check` reports: rows, the targets they are held to, and the two files that keep them.
 
 A row is a rate beside a ceiling that was measured in the same run, or a check. Results are kept by stage, so that
-stages can be run in several calls; a stage that is run again replaces its rows.
+stages can be run in several calls; a stage that is run again replaces its rows. Needs nothing that has to be built.
 """
 
 import json
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from record import rounded
-
-from thl_engine.pack import replacing
 
 
 class Target(NamedTuple):
@@ -94,6 +92,14 @@ def failure(what: str, reason: str) -> Row:
     return Row(what, None, "failed", met=False, note=reason)
 
 
+def rehearsed(found: Row) -> Row:
+    """The row of a rehearsal, whose figures say nothing: only what fails counts."""
+    if found.note.startswith("rehearsal"):
+        return found
+    timed = found.ratio is not None or found.unit == "times as fast"
+    return replace(found, note="; ".join(filter(None, ("rehearsal", found.note))), met=None if timed else found.met)
+
+
 class Rows:
     """The rows of a stage, appended to a file as they come, so that what was measured outlives the process."""
 
@@ -102,9 +108,8 @@ class Rows:
         self.failed = False
 
     def add(self, found: Row) -> None:
-        if self._rehearsal:  # its figures say nothing
-            found = replace(found, note="; ".join(part for part in ("rehearsal", found.note) if part),
-                            met=None if found.ratio is not None or found.unit == "times as fast" else found.met)
+        if self._rehearsal:
+            found = rehearsed(found)
         print("  ".join(cell for cell in found.cells() if cell), flush=True)
         if self._path is not None:
             with open(self._path, "a") as file:
@@ -175,6 +180,6 @@ def _line(cells: list[str]) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = text.encode()
-    with replacing(path, len(data)) as descriptor:
-        os.write(descriptor, data)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
