@@ -248,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wanted and "build" not in wanted and not given.rehearse and not call.built():
             wanted.insert(0, "build")
         versions = ", ".join(f"{name} {found[name]}" for name in ("driver", "torch", "triton", "CUDA"))
-        circumstances = {"date": date.today().isoformat(), "commit": commit() or os.environ.get("THL_COMMIT", "unknown"),
+        circumstances = {"date": date.today().isoformat(),
+                         "commit": commit() or os.environ.get("THL_COMMIT", "unknown"),
                          "sources": sources, "on": f"{found['card']}, {versions}"}
         print(f"gpu-check: {circumstances['on']}; commit {circumstances['commit']}", flush=True)
         left = run_stages(call, results, wanted, circumstances)
