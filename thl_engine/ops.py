@@ -4,7 +4,9 @@ Models call an ops object; a backend is chosen once, when the engine starts. Ope
 that they are given in place; they return the tensors to use from then on.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import groupby
 from operator import itemgetter
 from statistics import NormalDist
@@ -74,6 +76,10 @@ class ReferenceOps:
     erase_then_add = staticmethod(shared_memory.erase_then_add)
     reasoning_update = staticmethod(shared_memory.reasoning_update)
 
+    def counter(self, t: int) -> int | Tensor:
+        """A time or position for ops that take it as a value: t, or on a device a tensor that holds it."""
+        return t
+
     @staticmethod
     def devices() -> tuple[str, ...]:
         """Kinds of device that these ops compute on."""
@@ -128,6 +134,20 @@ class ReferenceOps:
         """What an adapter adds to the product of its base."""
         return self.linear(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up)
 
+    def linear_joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        """`linear` of activations [B, C_i] that lie in several places, side by side."""
+        return self.linear(torch.cat(places, dim=-1), matrix, bias)
+
+    def gru_cell(self, update: tuple[Matrix, Tensor], reset: tuple[Matrix, Tensor], candidate: tuple[Matrix, Tensor],
+                 state: Tensor, below: Tensor, context: Tensor, addend: Tensor | None = None) -> Tensor:
+        """The next state [B, d] of a GRU that sees state, below and context + addend; its weights with their biases."""
+        if addend is not None:
+            context = context + addend
+        inputs = torch.cat([state, below, context], dim=-1)
+        z, r = self.linear(inputs, *update), self.linear(inputs, *reset)
+        inputs = torch.cat([self.gru_reset(r, state), below, context], dim=-1)
+        return self.gru_update(z, self.linear(inputs, *candidate), state)
+
     def linears(self, x: Tensor, matrices: Sequence[Matrix | Adapted]) -> list[Tensor]:
         """`linear` of the same activations with several matrices."""
         return [self.linear(x, matrix) for matrix in matrices]
@@ -170,7 +190,14 @@ class ReferenceOps:
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
         return self.geglu(gate, self.linear(x, up), quantile)
 
-    def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int, *, k: int,
+    def window_read(self, query: Tensor, buffer: Tensor, valid: int | Tensor, entry: Tensor,
+                    scale: float) -> tuple[Tensor, Tensor]:
+        """`window_mix` of the first `valid` entries, at most all, and the buffer after `window_append` of a new one."""
+        valid = min(valid, buffer.shape[1])
+        mixed = self.window_mix(query, buffer, valid, scale)
+        return mixed, self.window_append(buffer, valid, entry)[0]
+
+    def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int | Tensor, *, k: int,
                   capacity: int | None, scale: float, load_penalty: float,
                   decay: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """A sparse read of the slots: (mixed [B, H, d], alpha, indices [B, H, k], read_ema, last_read [B, J])."""
@@ -469,10 +496,20 @@ def _triton() -> ReferenceOps:
 BACKENDS: dict[str, Callable[[], ReferenceOps]] = {"reference": ReferenceOps, "native": _native, "triton": _triton}
 
 
+@cache
+def _cuda_backend() -> str:
+    try:
+        _triton()
+    except ConfigError as error:
+        logging.getLogger("thl_engine").warning("computing with torch's operations, more slowly: %s", error)
+        return "reference"
+    return "triton"
+
+
 def load_ops(backend: str, device: str) -> ReferenceOps:
-    """The ops of a backend. "auto" takes native on the CPU where it was built, and the reference elsewhere."""
+    """The ops of a backend. "auto" takes native on the CPU and triton elsewhere where they are, else the reference."""
     if backend == "auto":
-        backend = "native" if device == "cpu" and native.available() else "reference"
+        backend = _cuda_backend() if device != "cpu" else "native" if native.available() else "reference"
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
     if backend == "native" and device != "cpu":

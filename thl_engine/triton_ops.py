@@ -3,14 +3,26 @@
 What is not overridden here is cheap in torch. Importing this module needs triton.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from thl_engine.kernels import integrator, window_attention
+from thl_engine import cuda
+from thl_engine.kernels import integrator
 from thl_engine.kernels.linear import widen
-from thl_engine.kernels.triton import attention, elementwise, linear, norm, sampling, slot_memory
+from thl_engine.kernels.triton import (
+    attention,
+    elementwise,
+    linear,
+    norm,
+    sampling,
+    slot_memory,
+    tier_cell,
+    window_attention,
+)
 from thl_engine.kernels.triton import integrator as integrator_kernel
-from thl_engine.kernels.triton.arithmetic import INTERPRETED
+from thl_engine.kernels.triton.arithmetic import INTERPRETED, capability
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
 from thl_engine.ops import LAYER_NORM_EPS, ReferenceOps
@@ -29,14 +41,11 @@ class TritonOps(ReferenceOps):
     gru_update = staticmethod(elementwise.gru_update)
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
-    slot_scores = staticmethod(slot_memory.slot_scores)
-    slot_topk = staticmethod(slot_memory.slot_topk)
-    slot_mix = staticmethod(slot_memory.slot_mix)
     slot_norms = staticmethod(slot_memory.slot_norms)
-    read_metadata = staticmethod(slot_memory.read_metadata)
     slot_read = staticmethod(slot_memory.slot_read)
     novelty_write = staticmethod(slot_memory.novelty_write)
-    window_append = staticmethod(window_attention.window_append_in_place)
+    window_read = staticmethod(window_attention.window_read)
+    counters: dict[int, Tensor] | None = None  # while a step is captured: the tensors that stand for times
 
     @staticmethod
     def devices() -> tuple[str, ...]:
@@ -45,12 +54,50 @@ class TritonOps(ReferenceOps):
     def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
         return 4 * reused_elements
 
+    def counter(self, t: int) -> int | Tensor:
+        return t if self.counters is None else self.counters[t]
+
+    def each_part(self, matrix: Matrix, use: Callable[[Part], None]) -> None:
+        """Every use of a matrix: `use` launches what reads a part."""
+        for part in matrix.parts():
+            use(part)
+
+    def linear_joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        if len(places) > tier_cell.PLACES or not linear.streaming(len(places[0]), capability(places[0])):
+            return super().linear_joined(places, matrix, bias)
+        out = places[0].new_empty(len(places[0]), matrix.shape[0])
+        self._joined(places, matrix, bias, out)
+        return out
+
+    def gru_cell(self, update: tuple[Matrix, Tensor], reset: tuple[Matrix, Tensor], candidate: tuple[Matrix, Tensor],
+                 state: Tensor, below: Tensor, context: Tensor, addend: Tensor | None = None) -> Tensor:
+        if not linear.streaming(len(state), capability(state)):
+            return super().gru_cell(update, reset, candidate, state, below, context, addend)
+        z, kept = (torch.empty(state.shape, device=state.device) for _ in range(2))
+        self._joined((state, below, context), *update, z, addend, gate="update")
+        self._joined((state, below, context), *reset, kept, addend, gate="reset", state=state)
+        self._joined((kept, below, context), *candidate, state, addend, gate="candidate", update=z, state=state)
+        return state
+
+    def _joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None, out: Tensor,
+                addend: Tensor | None = None, gate: str | None = None, **gated: Tensor) -> None:
+        def use(part: Part) -> None:
+            rows = slice(part.start, part.stop)
+            tier_cell.joined_linear(places, _weights(part), None if bias is None else bias[rows], out[:, rows],
+                                    addend=addend, gate=gate, **{name: x[:, rows] for name, x in gated.items()})
+        self.each_part(matrix, use)
+
     def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         out = x.new_empty(flat.shape[0], matrix.shape[0])
+        shape = cuda.gemv_shape(flat, *matrix.shape)
         for part in matrix.parts():
             rows = slice(part.start, part.stop)
-            linear.linear(flat, _weights(part), None if bias is None else bias[rows], out=out[:, rows])
+            added = None if bias is None else bias[rows]
+            if shape is not None and part.data.dtype == torch.int8:
+                cuda.gemv_int8(flat, part.data, part.scales, out[:, rows], shape, bias=added, group=part.group)
+            else:
+                linear.linear(flat, _weights(part), added, out=out[:, rows])
         return out.view(*x.shape[:-1], -1)
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
