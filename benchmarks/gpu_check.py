@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py [STAGE ...] [--seconds 570] [--out FOLDER] [--rehearse]
 
-Stages: build, tests, sanitizer, kernels, tune, pager, engine-thl, engine-inl, engine-gemma, reference. Without names
+Stages: build, tests, sanitizer, tune, kernels, pager, engine-thl, engine-inl, engine-gemma, reference. Without names
 those are run that have no finished result of these sources on this card; `all` runs every one. Each has a time limit,
 and a call ends within --seconds: stages that do not fit are left for the next call. What a stage measured is merged
 into benchmarks/results/gpu-CARD.json and .md at once; a stage that fails or runs out of time is a row there, and the
@@ -32,12 +32,13 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from gpu_report import Results, Row, check, failure, read_rows, rehearsed
+from gpu_report import Results, Row, check, failure, read_rows, rehearsed, row
 from record import ROOT, commit
 
 BENCHMARKS, BUILD = ROOT / "benchmarks", ROOT / "build"
 SOURCES = ["csrc", "kernels", "thl_engine", "tests", "benchmarks", "setup.py", "pyproject.toml"]
-SUFFIXES = {".py", ".cpp", ".cu", ".h", ".inc", ".toml", ".json"}
+SUFFIXES = {".py", ".cpp", ".cu", ".h", ".inc", ".toml"}
+TABLES = ROOT / "kernels" / "tuned"
 CALL_SECONDS = 570.0
 ABOUT = """
 import json, torch
@@ -51,6 +52,12 @@ print(json.dumps(found))
 """
 PYTEST = "import sys, pytest; sys.path[:] = filter(None, sys.path); sys.exit(pytest.main(sys.argv[1:]))"
 
+REHEARSED_TUNING = """
+import sys; sys.path.append(sys.argv[1])
+from pathlib import Path; import tune_kernels
+tune_kernels.tune(Path(sys.argv[2]), "cpu", [(24, 136)], (1,))
+"""
+
 
 class Stage(NamedTuple):
     """A stage's time limit, and the least that it is begun with, in seconds."""
@@ -60,8 +67,8 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "build": Stage(300, 60), "tests": Stage(540, 200), "sanitizer": Stage(540, 120), "kernels": Stage(400, 90),
-    "tune": Stage(400, 60), "pager": Stage(200, 60), "engine-thl": Stage(400, 120), "engine-inl": Stage(400, 120),
+    "build": Stage(300, 60), "tests": Stage(540, 200), "sanitizer": Stage(540, 120), "tune": Stage(400, 60),
+    "kernels": Stage(400, 90), "pager": Stage(200, 60), "engine-thl": Stage(400, 120), "engine-inl": Stage(400, 120),
     "engine-gemma": Stage(400, 120), "reference": Stage(300, 60),
 }
 MODELS = {"engine-thl": "thl-7b", "engine-inl": "inl-5b", "engine-gemma": "gemma-e4b"}
@@ -93,11 +100,13 @@ class Check:
             found += test_rows(report)
         if stage == "build" and state == "done":
             found += self._built()
+        if stage == "tune" and state == "done":
+            found += self._tuned()
         if state != "done":
             lines = log.read_text(errors="replace").splitlines()
             found.append(failure(stage, f"{state}; {lines[-1][:200] if lines else 'it printed nothing'}"))
             print("".join(f"    {line}\n" for line in lines[-20:]), end="")
-        return state, [rehearsed(row) for row in found] if self.rehearse else found
+        return state, [rehearsed(one) for one in found] if self.rehearse else found
 
     def _process(self, command: list[str], stage: str, log, seconds: float) -> str:
         with subprocess.Popen(command, cwd=ROOT, env=self._environment(stage), stdin=subprocess.DEVNULL, stdout=log,
@@ -114,6 +123,8 @@ class Check:
     def _environment(self, stage: str) -> dict[str, str]:
         """What was built comes before what is installed."""
         out = {**os.environ, "PYTHONPATH": str(ROOT if self.rehearse else self.work / "site"), "PYTHONUNBUFFERED": "1"}
+        if self.rehearse:
+            out["TRITON_INTERPRET"] = "1"
         if stage == "tests" and not self.rehearse:
             out["PYTHONSAFEPATH"] = "1"  # else what tests start would find the sources first, which are not built
         return out
@@ -129,7 +140,11 @@ class Check:
                 "tests", "--ignore=tests/test_triton_compile.py", "--ignore=tests/test_gpu_check.py", *workers()]
             return [sys.executable, "-c", PYTEST, "-q", "-rs", "-p", "no:cacheprovider", f"--junitxml={report}",
                     *chosen]
-        script = {"sanitizer": "gpu_sanitizer", "kernels": "gpu_kernels", "tune": "gpu_tune"}.get(stage, "gpu_engine")
+        if stage == "tune" and self.rehearse:
+            return [sys.executable, "-c", REHEARSED_TUNING, str(BENCHMARKS), str(self.work)]
+        if stage == "tune":
+            return [sys.executable, str(BENCHMARKS / "tune_kernels.py"), "--out", str(TABLES)]
+        script = {"sanitizer": "gpu_sanitizer", "kernels": "gpu_kernels"}.get(stage, "gpu_engine")
         arguments = [MODELS.get(stage, stage), "--scratch", str(self.scratch)] if script == "gpu_engine" else []
         return [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments, "--rows", str(rows), *tiny]
 
@@ -145,6 +160,16 @@ class Check:
         host, device = found.stdout.splitlines()
         return [check("thl_engine._native", not host.startswith("the "), host),
                 check("thl_engine._cuda", device == "built" or self.rehearse, device)]
+
+    def _tuned(self) -> list[Row]:
+        """The table that was written, which what was built is to use from now on."""
+        tables = list((self.work if self.rehearse else TABLES).glob("*.json"))
+        newest = max(tables, key=lambda path: path.stat().st_mtime)
+        choices = json.loads(newest.read_text())["gemv_int8"]
+        if not self.rehearse:
+            shutil.copy(newest, self.work / "site" / "thl_engine" / "kernels" / "tuned")
+        return [row("int8 GEMV: sizes at which the CUDA twin is the fastest", sum(c["use"] == "cuda" for c in choices),
+                    f"of {len(choices)}", note=newest.name)]
 
     def built(self) -> bool:
         """Whether a build of these very sources is there."""
@@ -217,8 +242,8 @@ def run_stages(call: Check, results: Results, names: list[str], circumstances: d
         started = time.monotonic()
         state, rows = call.run(name, limit)
         results.put(name, state, time.monotonic() - started, rows, circumstances)
-        for row in rows:
-            print("  ".join(cell for cell in row.cells() if cell))
+        for found in rows:
+            print("  ".join(cell for cell in found.cells() if cell))
         print(f"== {name}: {state}, {time.monotonic() - started:.0f} s", flush=True)
         if name == "build" and state != "done":
             print("gpu-check: without a build nothing else can be run")

@@ -3,7 +3,8 @@
     python benchmarks/gpu_engine.py STAGE [--rows FILE] [--scratch FOLDER] [--rehearse]
 
 STAGE is pager, reference or a model of gpu_models. Checkpoints are random int8 weights that `init_checkpoint` writes to
-the scratch folder once. `--rehearse`: tiny models on the CPU under triton's interpreter, whose figures say nothing.
+the scratch folder once. `--rehearse`, with TRITON_INTERPRET=1: tiny models on the CPU under triton's interpreter, whose
+figures say nothing.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Ceilings come first: a copy within the device's memory, bytes read and written both counted, and a bfloat16 product.
 Before it is timed each kernel is compared with the torch reference on fresh random inputs. Bytes are those that must
-move: weights, memory or cache read once, results written once. `--rehearse`: tiny sizes on the CPU under triton's
-interpreter, whose times mean nothing.
+move: weights, memory or cache read once, results written once. `--rehearse`, with TRITON_INTERPRET=1: tiny sizes on the
+CPU under triton's interpreter, whose times mean nothing.
 """
 
 import argparse
@@ -85,13 +85,30 @@ def gemv(bench: Bench) -> None:
         held = [bench.stored(rows, columns) for _ in range(bench.timer.sets(rows * columns))]
         for batch in (1, 8):
             x = bench.randn(batch, columns)
-            what = f"int8 GEMV {height} × {width}, {batch} rows"
+            what = f"int8 GEMV {height} × {width}, batch {batch}"
             with bench.rows.case(what):
                 exact = exact_product(x, held[0])
                 bench.compare([bench.ops.linear(x, held[0])], [exact])
-                bench.read(what, [lambda w=w, x=x: bench.ops.linear(x, w) for w in held],
-                           rows * columns + 4 * rows + 4 * batch * (rows + columns),
+                nbytes = rows * columns + 4 * rows + 4 * batch * (rows + columns)
+                bench.read(what, [lambda w=w, x=x: bench.ops.linear(x, w) for w in held], nbytes,
                            target="int8 GEMV" if batch == 1 else None)
+                _twins(bench, what, x, held, exact, nbytes)
+
+
+def _twins(bench: Bench, what: str, x: Tensor, held: list[Held], exact: Tensor, nbytes: int) -> None:
+    """The same by triton's kernel and by the CUDA twin in the shape that is fastest."""
+    from tune_kernels import forms  # which in its turn times with what this module uses
+
+    best: dict[str, tuple[float, str, list]] = {}
+    out = exact.float()
+    for (name, launch), form in forms(len(x)).items():
+        form(x, held[0].data, held[0].scales, out.fill_(float("nan")))
+        bench.compare([out], [exact])
+        calls = [lambda w=w, form=form: form(x, w.data, w.scales, out) for w in held]
+        best[name] = min(best.get(name, (float("inf"),)), (bench.timer.seconds(calls), str(launch), calls),
+                         key=lambda found: found[0])
+    for name, (_, launch, calls) in best.items():
+        bench.read(f"{what}, {name} alone", calls, nbytes, note=f"launched as {launch}" if name == "cuda" else "")
 
 
 def exact_product(x: Tensor, w: Held) -> Tensor:
@@ -152,7 +169,7 @@ def _beside_torch(bench: Bench, what: str, op: Callable, given: Tensor, states: 
         ours = bench.read(what, [lambda s=s: op(bench.ops, given, s) for s in states], nbytes, target="slots")
         torch_seconds = bench.timer.seconds([lambda s=s: op(bench.reference, given, s) for s in states])
         bench.rows.add(row(f"{what}, beside torch", torch_seconds / ours, "times as fast", target="slots beside torch",
-                           note=f"torch {torch_seconds * 1e6:.1f} µs; {bench.timer.note or 'both from graphs'}"))
+                           note=f"torch {torch_seconds * 1e6:.1f} µs, timed alike; {bench.timer.note}".rstrip("; ")))
 
 
 def decode(bench: Bench) -> None:
@@ -240,13 +257,10 @@ def tier_cell(bench: Bench) -> None:
     with bench.rows.case(what):
         weights = [bench.stored(width, 3 * width) for _ in range(3)]
         biases = [bench.randn(width) for _ in range(3)]
-        state, inputs = bench.randn(1, width), bench.randn(1, 2 * width)
+        state, below, context = (bench.randn(1, width) for _ in range(3))
 
         def run(ops: ReferenceOps, state: Tensor) -> Tensor:
-            joined = torch.cat([state, inputs], dim=-1)
-            update, reset = (ops.linear(joined, weights[i], biases[i]) for i in (0, 1))
-            joined = torch.cat([ops.gru_reset(reset, state), inputs], dim=-1)
-            return ops.gru_update(update, ops.linear(joined, weights[2], biases[2]), state)
+            return ops.gru_cell(*zip(weights, biases, strict=True), state, below, context)
 
         bench.compare([run(bench.ops, state.clone())], [run(bench.reference, state.clone())])
         bench.read(what, [lambda: run(bench.ops, state)], 9 * width * width, target="int8 GEMV")
@@ -271,9 +285,22 @@ def small_ops(bench: Bench) -> None:
                        4 * passes * rows * width)
 
 
+def sampling(bench: Bench) -> None:
+    """One token of 262,400 logits, chosen on the device."""
+    what = "sampling, 262,400 logits, temperature 0.8, top-k 50, top-p 0.95"
+    with bench.rows.case(what):
+        count = bench.size(262400, 300)
+        rows = [bench.randn(count) for _ in range(bench.timer.sets(4 * count))]
+        likeliest = int(bench.ops.sample(rows[0], 0.5, 0.0)[0])
+        if likeliest != int(rows[0].argmax()):
+            raise AssertionError(f"token {likeliest} was taken for the likeliest, which is {int(rows[0].argmax())}")
+        bench.read(what, [lambda x=x: bench.ops.sample(x, 0.5, 0.8, 50, 0.95) for x in rows], 4 * count)
+
+
 KERNELS: dict[str, Callable[[Bench], None]] = {
     "gemv": gemv, "gemm": gemm, "slots": slots, "decode": decode, "feed_forward": feed_forward,
-    "tier_cell": tier_cell, "integrator": integrator, "small_ops": small_ops}
+    "tier_cell": tier_cell, "integrator": integrator, "small_ops": small_ops,
+    "sampling": sampling}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,16 +5,11 @@ launch them stays out of the figures. Calls rotate through inputs that together 
 """
 
 import itertools
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 
 import torch
-
-if "--rehearse" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 ROUNDS = 15
 MOST_CALLS = 400  # in a graph, beside one for each input
