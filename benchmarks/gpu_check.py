@@ -68,8 +68,8 @@ class Stage(NamedTuple):
 
 STAGES = {
     "build": Stage(300, 60), "tests": Stage(540, 200), "sanitizer": Stage(540, 120), "tune": Stage(400, 60),
-    "kernels": Stage(400, 90), "pager": Stage(200, 60), "engine-thl": Stage(400, 120), "engine-inl": Stage(400, 120),
-    "engine-gemma": Stage(400, 120), "reference": Stage(300, 60),
+    "kernels": Stage(400, 90), "pager": Stage(200, 60), "engine-thl": Stage(540, 150), "engine-inl": Stage(540, 150),
+    "engine-gemma": Stage(540, 150), "reference": Stage(300, 60),
 }
 MODELS = {"engine-thl": "thl-7b", "engine-inl": "inl-5b", "engine-gemma": "gemma-e4b"}
 

@@ -8,6 +8,7 @@ figures say nothing.
 """
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -70,6 +71,7 @@ class Run:
         if not self.real:
             yield grown
             return
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.mem_get_info()[0]

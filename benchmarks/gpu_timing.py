@@ -23,7 +23,8 @@ class Timer:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
-        self.bytes = BYTES if self.cuda else 1 << 16
+        total = torch.cuda.get_device_properties(self.device).total_memory if self.cuda else 1 << 20
+        self.bytes = min(BYTES, total // 16)
         self.note = ""  # of the last timing
 
     def sets(self, nbytes: int, most: int = 512) -> int:
