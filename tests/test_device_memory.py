@@ -214,8 +214,8 @@ def test_pages_pass_the_disk_and_then_the_link():
 
     pages = dict.fromkeys(range(8), 1000)
 
-    def landed(disk, link):
-        clock = _Clock(Bandwidths(disk, 1e9, link))
+    def landed(disk, link, kept=()):
+        clock = _Clock(Bandwidths(disk, 1e9, link), frozenset(kept))
         clock.fetch(Fetches(), pages)
         return [round(1e3 * clock.landed[page], 3) for page in (0, 1, 7)]
 
@@ -223,6 +223,8 @@ def test_pages_pass_the_disk_and_then_the_link():
     assert landed(1e6, 1e6) == [3, 4, 10]  # copied while the next is read
     assert landed(1e6, 0.5e6) == [4, 6, 18]  # the link sets the pace
     assert landed(0.5e6, 1e6) == [4, 6, 18]
+    assert landed(1e6, 1e6, range(8)) == [1, 2, 8]  # nothing is read
+    assert landed(1e6, 0.5e6, (0, 1)) == [2, 4, 16]
 
 
 def test_a_plan_for_a_device_that_is_not_here(packed, succeeds, fails, monkeypatch):

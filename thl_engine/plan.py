@@ -281,7 +281,8 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
             reserve_bytes=reserve_bytes, pinned=pinned, pinned_bytes=pinned_bytes, resident_tables=resident,
             table_bytes=sum(tables.values()) if resident else 0, slots=slots, slot_bytes=slot_bytes,
             streamed_pages=len(pages) - len(pinned), streamed_bytes=sum(pages.values()) - pinned_bytes,
-            kept=kept, kept_bytes=sum(pages[page] for page in kept), bytes_per_token=0.0, bytes_streamed_per_token=0.0, seconds_per_token=1.0, stall_per_token=0.0,
+            kept=kept, kept_bytes=sum(pages[page] for page in kept),
+            bytes_per_token=0.0, bytes_streamed_per_token=0.0, seconds_per_token=1.0, stall_per_token=0.0,
             bandwidths=nominal, least_budget=least), store, schedule)
 
     if not stream or (budget is not None and budget >= base + sum(pages.values())):

@@ -1,6 +1,6 @@
 """What an engine runs on: device, threads, and the division of its memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from inspect import signature
 from math import prod
@@ -15,7 +15,9 @@ from thl_engine.errors import ConfigError
 from thl_engine.memory import available_memory, parse_bytes
 from thl_engine.models import architecture
 from thl_engine.ops import ReferenceOps
+from thl_engine.pager import Pager
 from thl_engine.plan import NOMINAL, NOMINAL_CUDA, Bandwidths, PageSchedule, Plan, make_plan
+from thl_engine.reader import Reader
 from thl_engine.store import Store
 from thl_engine.transfer import keeps_pages
 
@@ -80,7 +82,8 @@ def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int
     activations, scores = model.workspace(config, state)
     inputs = (batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config))
               * max(tensor.shape[1] for tensor in store.tensors.values() if tensor.kind == "matrix"))
-    scratch = ops.scratch_bytes(largest, reused, scores, inputs)
+    widened = state.cache.widened_bytes if hasattr(state, "cache") else 0
+    scratch = ops.scratch_bytes(largest, reused, scores, inputs, widened)
     passing = 4 * rows * config.vocab_size + activations
     reserve = _reserve(store, ops, state, passing, scratch) if device.type == "cuda" else 0
     return Needs(state.nbytes, passing + scratch, reserve)
@@ -163,14 +166,23 @@ def host_room(device: torch.device, host_memory: str | int | None) -> int:
     """
     if device.type == "cpu":
         if host_memory is not None:
-            raise ConfigError("host_memory is for pages on their way to a CUDA device; on the CPU, memory_budget bounds "
-                              "what is kept")
+            raise ConfigError("host_memory is for pages on their way to a CUDA device; on the CPU, memory_budget "
+                              "bounds what is kept")
         return 0
     if torch.cuda.is_available() and not keeps_pages(device):
         return 0
     if host_memory is None:
         return int(available_memory(torch.device("cpu")) * HOST_SHARE)
     return 0 if host_memory in (0, "0") else parse_bytes(host_memory)
+
+
+def open_pager(store: Store, plan: Plan, vectors: Mapping[str, torch.Tensor], device: torch.device) -> Pager:
+    """What serves the pages as the plan says; pinned ones are read now."""
+    tables = [page.index for name in plan.resident_tables for page in store.tensors[name].pages]
+    streams = plan.streamed_pages > 0
+    reader = Reader(store.files, direct=store.descriptor is None or streams)
+    return Pager(store, reader, vectors, (*plan.pinned, *tables), plan.slots, plan.slot_bytes, plan.horizon, device,
+                 plan.kept, direct_storage=device.type == "cuda" and plan.kept_bytes < plan.streamed_bytes)
 
 
 def nominal(device: torch.device) -> Bandwidths:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,7 +106,8 @@ def open_transfer(reader: Reader, places: Sequence[int], nbytes: int, slot_bytes
     """The best transfer to a device that this installation has; where there is a choice the log names it.
 
     places: offsets of all places in the memory of `nbytes`. slot_bytes: the longest page, alignment included.
-    kept_bytes: page-locked host memory for pages with a home, where `keeps_pages`. direct_storage: pages whose checksum is verified are read past the host's memory where GPUDirect Storage can.
+    kept_bytes: page-locked host memory for pages with a home, where `keeps_pages`.
+    direct_storage: pages whose checksum is verified are read past the host's memory where GPUDirect Storage can.
     """
     if device.type == "cpu":
         return HostTransfer(reader, nbytes)
@@ -129,17 +131,21 @@ class NativeTransfer:
                  direct_storage: bool = False, cufile: str = CUFILE, kept_bytes: int = 0) -> None:
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._compute = compute or (lambda: torch.cuda.current_stream(device).cuda_stream)
-        copies = copies or cuda.copy_device(self.memory.device.index)
-        make = [reader.native, copies, self.memory, list(places), slot_bytes, STAGING_SLOTS, self._compute()]
-        self._engine = None
-        if direct_storage:
-            try:
-                self._engine = _native.CopyEngine(*make, cufile, list(reader.paths), kept_bytes)
-                _log.info("verified pages reach %s by GPUDirect Storage", device)
-            except OSError as error:
-                _log.warning("GPUDirect Storage is not used: %s", error)
-        if self._engine is None:
-            self._engine = _native.CopyEngine(*make, kept_bytes=kept_bytes)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            copies = copies or cuda.copy_device(self.memory.device.index)
+            make = [reader.native, copies, self.memory, list(places), slot_bytes, STAGING_SLOTS, self._compute()]
+            self._engine = self._with_direct_storage(make, cufile, reader, kept_bytes) if direct_storage else None
+            self._engine = self._engine or _native.CopyEngine(*make, kept_bytes=kept_bytes)
+
+    def _with_direct_storage(self, make: list[Any], cufile: str, reader: Reader,
+                             kept_bytes: int) -> "_native.CopyEngine | None":
+        try:
+            engine = _native.CopyEngine(*make, cufile, list(reader.paths), kept_bytes)
+        except OSError as error:
+            _log.info("GPUDirect Storage is not used: %s", error)
+            return None
+        _log.info("verified pages reach %s by GPUDirect Storage", self.memory.device)
+        return engine
 
     @property
     def bytes_copied(self) -> int:

@@ -147,4 +147,4 @@ def integrate(x: Tensor, context: Tensor, first: Weights, first_bias: Tensor, se
     launch(False)
     if together and threshold is not None and blocks > 1:
         launch(True)
-    return Integration(values[0], values[1], iterations, steps if threshold is None else int(made.max()))
+    return Integration(values[0], values[1], iterations, steps if threshold is None else made.max())
