@@ -46,7 +46,7 @@ class FakeModel:
     def __init__(self, model_type, fields, int8=True, device=DEVICE):
         self.mode = FakeTensorMode()
         self.model, self.config, self.device = architecture(model_type), parse_config(fields, model_type), device
-        self.weights, self.pages = {}, 1
+        self.weights = {}
         with self.mode:
             for block in self.model.blocks(self.config):
                 if block.kind == "vector":
@@ -57,6 +57,21 @@ class FakeModel:
                                        dtype=torch.int8 if int8 else torch.float32, device=device)
                     scales = torch.empty(data.shape[0], device=device) if int8 else None
                     self.weights[block.name] = FakeMatrix(data, scales, by_columns)
+
+    @property
+    def _matrices(self):
+        names = [block.name for block in self.model.blocks(self.config) if block.kind == "matrix"]
+        return [self.weights[name] for name in names]
+
+    @property
+    def page_elements(self):
+        """Weights of the largest page."""
+        return max(part.data.numel() for matrix in self._matrices for part in matrix.parts())
+
+    @property
+    def columns(self):
+        """Of the widest matrix."""
+        return max(matrix.shape[1] for matrix in self._matrices)
 
     def tokens(self, batch, length):
         return torch.zeros(batch, length, dtype=torch.int64, device=self.device)

@@ -69,31 +69,40 @@ def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int
     """What a state of `batch_size` sequences takes on a device."""
     config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
     state = model.init_state(config, batch_size, "meta", **options)
-    largest = max(page.nbytes // tensor.dtype.itemsize for tensor in store.tensors.values()
-                  if tensor.kind == "matrix" for page in tensor.pages)
-    reused = model.reused(config) if hasattr(model, "reused") else 0
-    rows = max(WORKSPACE_LOGITS * batch_size, 0 if hasattr(model, "forward") else FORWARD_CHUNK)
-    activations, scores = model.workspace(config, state)
-    inputs = (batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config))
-              * max(tensor.shape[1] for tensor in store.tensors.values() if tensor.kind == "matrix"))
-    scratch = ops.scratch_bytes(largest, reused, scores, inputs)
-    passing = 4 * rows * config.vocab_size + activations
-    reserve = _reserve(store, ops, state, passing, scratch) if device.type == "cuda" else 0
+    matrices = [tensor for tensor in store.tensors.values() if tensor.kind == "matrix"]
+    largest = max(page.nbytes // tensor.dtype.itemsize for tensor in matrices for page in tensor.pages)
+    passing, scratch = workspace(model, config, ops, state, largest, max(tensor.shape[1] for tensor in matrices))
+    reserve = 0
+    if device.type == "cuda":
+        kept = [4 * prod(tensor.shape) for tensor in store.tensors.values() if tensor.kind == "vector"]
+        kept += [tensor.nbytes for tensor in tensors(state)]
+        reserve = reserved(kept) - sum(kept) + fragments(passing, scratch)
+        reserve += LARGE_ROUNDING + (GRAPHS_BYTES if hasattr(ops, "recorder") else 0)  # of the pager's one block
     return Needs(state.nbytes, passing + scratch, reserve)
 
 
-def _reserve(store: Store, ops: ReferenceOps, state: Any, passing: int, scratch: int) -> int:
-    """What torch's allocator may take beyond its tensors: segments that vectors and state do not fill, the last bytes
-    of the pager's, one begun segment of each kind, and the pieces that activations and scratch leave between them.
+def workspace(model: Any, config: Any, ops: ReferenceOps, state: Any, page_elements: int,
+              columns: int) -> tuple[int, int]:
+    """Bytes of activations and logits, and of what the ops take beside them.
 
-    The shares of the last were found by running recorded steps of all architectures through a model of the allocator
-    (tests/test_workspace.py): activations of all sizes leave up to half of theirs, page-sized scratch as much as it is.
+    page_elements: weights of the largest page. columns: of the widest matrix.
     """
-    kept = [4 * prod(tensor.shape) for tensor in store.tensors.values() if tensor.kind == "vector"]
-    kept += [tensor.nbytes for tensor in tensors(state)]
-    graphs = GRAPHS_BYTES if hasattr(ops, "recorder") else 0
-    return (reserved(kept) - sum(kept) + LARGE_ROUNDING + SMALL_SEGMENT + LARGE_SEGMENT + passing // 2 + scratch
-            + graphs)
+    reused = model.reused(config) if hasattr(model, "reused") else 0
+    rows = max(WORKSPACE_LOGITS * state.batch_size, 0 if hasattr(model, "forward") else FORWARD_CHUNK)
+    activations, scores = model.workspace(config, state)
+    inputs = (state.batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config))
+              * columns)
+    if not ops.in_place:  # all but a cache is written anew
+        activations += state.nbytes - (state.cache.nbytes if hasattr(state, "cache") else 0)
+    return 4 * rows * config.vocab_size + activations, ops.scratch_bytes(page_elements, reused, scores, inputs)
+
+
+def fragments(passing: int, scratch: int) -> int:
+    """What torch's allocator may take beyond activations and scratch: a begun segment of each kind, and what lies in
+    pieces between them. Found by running recorded steps of all architectures through a model of the allocator
+    (tests/test_workspace.py): of tensors of all sizes half of theirs, of page-sized scratch as much as it is.
+    """
+    return SMALL_SEGMENT + LARGE_SEGMENT + passing // 2 + scratch
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -33,6 +33,7 @@ class TritonOps(ReferenceOps):
     """Kernels read the stored weights; state tensors are updated in place. For inference."""
 
     name = "triton"
+    in_place = True
 
     sample = staticmethod(sampling.sample)
     swiglu = staticmethod(elementwise.swiglu)
