@@ -94,7 +94,9 @@ def workspace(model: Any, config: Any, ops: ReferenceOps, state: Any, page_eleme
               * columns)
     if not ops.in_place:  # all but a cache is written anew
         activations += state.nbytes - (state.cache.nbytes if hasattr(state, "cache") else 0)
-    return 4 * rows * config.vocab_size + activations, ops.scratch_bytes(page_elements, reused, scores, inputs)
+    widened = state.cache.widened_bytes if hasattr(state, "cache") else 0
+    return (4 * rows * config.vocab_size + activations,
+            ops.scratch_bytes(page_elements, reused, scores, inputs, widened))
 
 
 def fragments(passing: int, scratch: int) -> int:
