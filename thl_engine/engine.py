@@ -33,6 +33,7 @@ from thl_engine.resources import (
     check_batch_size,
     choose_device,
     divide_memory,
+    for_graphs,
     needs,
     nominal,
     set_threads,
@@ -88,7 +89,7 @@ class Engine:
         self._streams = self._plan.streamed_pages > 0
 
         self._bandwidths = replace(nominal(self.device), link=link_bandwidth(self.device))
-        memory = DeviceMemory(self.device, self._plan.budget)
+        memory = DeviceMemory(self.device, self._plan.budget, for_graphs(self.ops, self.config, batch_size))
         tables = [page.index for name in self._plan.resident_tables for page in store.tensors[name].pages]
         reader = Reader(store.files, direct=store.descriptor is None or self._streams)
         with memory.computing():

@@ -20,7 +20,9 @@ from thl_engine.store import Store
 
 FORWARD_CHUNK = 64  # rows of `forward` whose logits share one pass over the head
 WORKSPACE_LOGITS = 4  # rows of logits alive at once for each sequence: as computed, and float64 while one is chosen
-GRAPHS_BYTES = 32 * MIB  # for the pool of captured steps, which shares no memory with what is launched anew
+# Of captured steps, which share no memory with what is launched anew: what one step leaves in pieces, and rows of logits
+# that captures keep for each sequence. Further captures are refused, and their steps launched.
+GRAPHS_BYTES, GRAPHS_LOGITS = 32 * MIB, 8
 
 
 def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream: bool | str = "auto",
@@ -77,7 +79,7 @@ def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int
         kept = [4 * prod(tensor.shape) for tensor in store.tensors.values() if tensor.kind == "vector"]
         kept += [tensor.nbytes for tensor in tensors(state)]
         reserve = reserved(kept) - sum(kept) + fragments(passing, scratch)
-        reserve += LARGE_ROUNDING + (GRAPHS_BYTES if hasattr(ops, "recorder") else 0)  # of the pager's one block
+        reserve += LARGE_ROUNDING + for_graphs(ops, config, batch_size)  # of the pager's one block
     return Needs(state.nbytes, passing + scratch, reserve)
 
 
@@ -97,6 +99,11 @@ def workspace(model: Any, config: Any, ops: ReferenceOps, state: Any, page_eleme
     widened = state.cache.widened_bytes if hasattr(state, "cache") else 0
     return (4 * rows * config.vocab_size + activations,
             ops.scratch_bytes(page_elements, reused, scores, inputs, widened))
+
+
+def for_graphs(ops: ReferenceOps, config: Any, batch_size: int) -> int:
+    """Bytes that are kept for captured steps, where ops are captured."""
+    return GRAPHS_BYTES + 4 * GRAPHS_LOGITS * batch_size * config.vocab_size if hasattr(ops, "recorder") else 0
 
 
 def fragments(passing: int, scratch: int) -> int:
