@@ -20,8 +20,8 @@ from thl_engine.store import Store
 
 FORWARD_CHUNK = 64  # rows of `forward` whose logits share one pass over the head
 WORKSPACE_LOGITS = 4  # rows of logits alive at once for each sequence: as computed, and float64 while one is chosen
-# Of captured steps, which share no memory with what is launched anew: what one step leaves in pieces, and rows of logits
-# that captures keep for each sequence. Further captures are refused, and their steps launched.
+# Of captured steps, which share no memory with what is launched anew: what one step leaves in pieces, and rows of
+# logits that captures keep for each sequence. Further captures are refused, and their steps launched.
 GRAPHS_BYTES, GRAPHS_LOGITS = 32 * MIB, 8
 
 
