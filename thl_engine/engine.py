@@ -31,6 +31,7 @@ from thl_engine.resources import (
     check_batch_size,
     choose_device,
     divide_memory,
+    for_graphs,
     needs,
     nominal,
     open_pager,
@@ -88,7 +89,7 @@ class Engine:
         self._streams = self._plan.streamed_pages > 0
 
         self._bandwidths = replace(nominal(self.device), link=link_bandwidth(self.device))
-        memory = DeviceMemory(self.device, self._plan.budget)
+        memory = DeviceMemory(self.device, self._plan.budget, for_graphs(self.ops, self.config, batch_size))
         with memory.computing():
             vectors = load_vectors(store, self.device)
             self._pager = open_pager(store, self._plan, vectors, self.device)

@@ -24,7 +24,9 @@ from thl_engine.transfer import keeps_pages
 FORWARD_CHUNK = 64  # rows of `forward` whose logits share one pass over the head
 WORKSPACE_LOGITS = 4  # rows of logits alive at once for each sequence: as computed, and float64 while one is chosen
 HOST_SHARE = 0.5  # of free host memory: page-locked, it is lost to everything else
-GRAPHS_BYTES = 32 * MIB  # for the pool of captured steps, which shares no memory with what is launched anew
+# Of captured steps, which share no memory with what is launched anew: what one step leaves in pieces, and rows of
+# logits that captures keep for each sequence. Further captures are refused, and their steps launched.
+GRAPHS_BYTES, GRAPHS_LOGITS = 32 * MIB, 8
 
 
 def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream: bool | str = "auto",
@@ -75,32 +77,47 @@ def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int
     """What a state of `batch_size` sequences takes on a device."""
     config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
     state = model.init_state(config, batch_size, "meta", **options)
-    largest = max(page.nbytes // tensor.dtype.itemsize for tensor in store.tensors.values()
-                  if tensor.kind == "matrix" for page in tensor.pages)
-    reused = model.reused(config) if hasattr(model, "reused") else 0
-    rows = max(WORKSPACE_LOGITS * batch_size, 0 if hasattr(model, "forward") else FORWARD_CHUNK)
-    activations, scores = model.workspace(config, state)
-    inputs = (batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config))
-              * max(tensor.shape[1] for tensor in store.tensors.values() if tensor.kind == "matrix"))
-    widened = state.cache.widened_bytes if hasattr(state, "cache") else 0
-    scratch = ops.scratch_bytes(largest, reused, scores, inputs, widened)
-    passing = 4 * rows * config.vocab_size + activations
-    reserve = _reserve(store, ops, state, passing, scratch) if device.type == "cuda" else 0
+    matrices = [tensor for tensor in store.tensors.values() if tensor.kind == "matrix"]
+    largest = max(page.nbytes // tensor.dtype.itemsize for tensor in matrices for page in tensor.pages)
+    passing, scratch = workspace(model, config, ops, state, largest, max(tensor.shape[1] for tensor in matrices))
+    reserve = 0
+    if device.type == "cuda":
+        kept = [4 * prod(tensor.shape) for tensor in store.tensors.values() if tensor.kind == "vector"]
+        kept += [tensor.nbytes for tensor in tensors(state)]
+        reserve = reserved(kept) - sum(kept) + fragments(passing, scratch)
+        reserve += LARGE_ROUNDING + for_graphs(ops, config, batch_size)  # of the pager's one block
     return Needs(state.nbytes, passing + scratch, reserve)
 
 
-def _reserve(store: Store, ops: ReferenceOps, state: Any, passing: int, scratch: int) -> int:
-    """What torch's allocator may take beyond its tensors: segments that vectors and state do not fill, the last bytes
-    of the pager's, one begun segment of each kind, and the pieces that activations and scratch leave between them.
+def workspace(model: Any, config: Any, ops: ReferenceOps, state: Any, page_elements: int,
+              columns: int) -> tuple[int, int]:
+    """Bytes of activations and logits, and of what the ops take beside them.
 
-    The shares of the last were found by running recorded steps of all architectures through a model of the allocator
-    (tests/test_workspace.py): activations of all sizes leave up to half of theirs, page-sized scratch as much as it is.
+    page_elements: weights of the largest page. columns: of the widest matrix.
     """
-    kept = [4 * prod(tensor.shape) for tensor in store.tensors.values() if tensor.kind == "vector"]
-    kept += [tensor.nbytes for tensor in tensors(state)]
-    graphs = GRAPHS_BYTES if hasattr(ops, "recorder") else 0
-    return (reserved(kept) - sum(kept) + LARGE_ROUNDING + SMALL_SEGMENT + LARGE_SEGMENT + passing // 2 + scratch
-            + graphs)
+    reused = model.reused(config) if hasattr(model, "reused") else 0
+    rows = max(WORKSPACE_LOGITS * state.batch_size, 0 if hasattr(model, "forward") else FORWARD_CHUNK)
+    activations, scores = model.workspace(config, state)
+    inputs = (state.batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config))
+              * columns)
+    if not ops.in_place:  # all but a cache is written anew
+        activations += state.nbytes - (state.cache.nbytes if hasattr(state, "cache") else 0)
+    widened = state.cache.widened_bytes if hasattr(state, "cache") else 0
+    return (4 * rows * config.vocab_size + activations,
+            ops.scratch_bytes(page_elements, reused, scores, inputs, widened))
+
+
+def for_graphs(ops: ReferenceOps, config: Any, batch_size: int) -> int:
+    """Bytes that are kept for captured steps, where ops are captured."""
+    return GRAPHS_BYTES + 4 * GRAPHS_LOGITS * batch_size * config.vocab_size if hasattr(ops, "recorder") else 0
+
+
+def fragments(passing: int, scratch: int) -> int:
+    """What torch's allocator may take beyond activations and scratch: a begun segment of each kind, and what lies in
+    pieces between them. Found by running recorded steps of all architectures through a model of the allocator
+    (tests/test_workspace.py): of tensors of all sizes half of theirs, of page-sized scratch as much as it is.
+    """
+    return SMALL_SEGMENT + LARGE_SEGMENT + passing // 2 + scratch
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
