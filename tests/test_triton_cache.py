@@ -129,12 +129,12 @@ def test_a_mask_given_for_what_is_seen(window):
 
 
 @pytest.mark.parametrize("window, capacity", [(None, 700), (300, 364)])
-@pytest.mark.parametrize("heads, key_heads", [(2, 2), (18, 1)])
+@pytest.mark.parametrize("heads, key_heads", [(2, 2), (12, 1)])
 def test_a_position_on_the_device(window, capacity, heads, key_heads):
     """The same bits, whatever the bucket, and nothing launched that depends on the position."""
     key, value = (device_randn(1, key_heads, capacity, 16) for _ in range(2))
     query = device_randn(1, heads, 1, 16)
-    for past in (0, 63, 64, 299, 600):
+    for past in (0, 64, 299, 600):
         if past >= capacity and window is None:
             continue
         known = attention.attention(query, key, value, 0.3, causal=True, window=window, past=past)

@@ -149,11 +149,13 @@ class Pager:
     """Serves the pages of a store from memory that is allocated once: pinned pages, then the ring's slots.
 
     pinned: pages that are read at the start and stay. slots, slot_bytes, horizon: the ring for all others.
-    scales: the scales of int8 tensors, by the name of the tensor of scales, on the device.
+    scales: the scales of int8 tensors, by the name of the tensor of scales, on the device. direct_storage: as in
+    `open_transfer`.
     """
 
     def __init__(self, store: Store, reader: Reader, scales: Mapping[str, Tensor], pinned: Iterable[int], slots: int,
-                 slot_bytes: int, horizon: int, device: torch.device | str = "cpu") -> None:
+                 slot_bytes: int, horizon: int, device: torch.device | str = "cpu",
+                 direct_storage: bool = False) -> None:
         self._store, self._reader, self._scales = store, reader, scales
         places, size = {}, 0
         for index in pinned:
@@ -163,7 +165,7 @@ class Pager:
         nbytes = max(size + slots * slot_bytes, ALIGNMENT)
         longest = max([slot_bytes, ALIGNMENT, *(extent(store.pages[index])[1] for index in places)])
         every = [*places.values(), *(size + i * slot_bytes for i in range(slots))]
-        self._transfer = open_transfer(reader, every, nbytes, longest, torch.device(device))
+        self._transfer = open_transfer(reader, every, nbytes, longest, torch.device(device), direct_storage)
         self._ring = Ring(slots, horizon)
         self._coming: dict[int, int] = {}  # page on its way -> place
         self._fresh: set[int] = set()  # fetched and not used yet

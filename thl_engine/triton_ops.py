@@ -3,7 +3,7 @@
 What is not overridden here is cheap in torch. Importing this module needs triton.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,26 +13,18 @@ from thl_engine import cuda
 from thl_engine.cached_attention import CachedAttention
 from thl_engine.kernels import integrator
 from thl_engine.kernels.linear import widen
-from thl_engine.kernels.triton import (
-    attention,
-    elementwise,
-    linear,
-    norm,
-    sampling,
-    slot_memory,
-    tier_cell,
-    window_attention,
-)
+from thl_engine.kernels.triton import attention, elementwise, linear, norm, sampling
 from thl_engine.kernels.triton import integrator as integrator_kernel
-from thl_engine.kernels.triton.arithmetic import INTERPRETED, capability
+from thl_engine.kernels.triton.arithmetic import INTERPRETED
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
-from thl_engine.ops import LAYER_NORM_EPS, ReferenceOps
+from thl_engine.ops import LAYER_NORM_EPS
 from thl_engine.triton_attention import RingAttention
+from thl_engine.triton_state import TritonState
 from thl_engine.weights import Matrix, Part, Table
 
 
-class TritonOps(ReferenceOps):
+class TritonOps(TritonState):
     """Kernels read the stored weights; state tensors are updated in place. For inference."""
 
     name = "triton"
@@ -41,14 +33,8 @@ class TritonOps(ReferenceOps):
     sample = staticmethod(sampling.sample)
     swiglu = staticmethod(elementwise.swiglu)
     gelu = staticmethod(elementwise.gelu)
-    gru_reset = staticmethod(elementwise.gru_reset)
-    gru_update = staticmethod(elementwise.gru_update)
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
-    slot_norms = staticmethod(slot_memory.slot_norms)
-    slot_read = staticmethod(slot_memory.slot_read)
-    novelty_write = staticmethod(slot_memory.novelty_write)
-    window_read = staticmethod(window_attention.window_read)
 
     @staticmethod
     def devices() -> tuple[str, ...]:
@@ -75,31 +61,6 @@ class TritonOps(ReferenceOps):
             return
         for part in matrix.parts():
             use(part)
-
-    def linear_joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        if len(places) > tier_cell.PLACES or not linear.streaming(len(places[0]), capability(places[0])):
-            return super().linear_joined(places, matrix, bias)
-        out = places[0].new_empty(len(places[0]), matrix.shape[0])
-        self._joined(places, matrix, bias, out)
-        return out
-
-    def gru_cell(self, update: tuple[Matrix, Tensor], reset: tuple[Matrix, Tensor], candidate: tuple[Matrix, Tensor],
-                 state: Tensor, below: Tensor, context: Tensor, addend: Tensor | None = None) -> Tensor:
-        if not linear.streaming(len(state), capability(state)):
-            return super().gru_cell(update, reset, candidate, state, below, context, addend)
-        z, kept = (torch.empty(state.shape, device=state.device) for _ in range(2))
-        self._joined((state, below, context), *update, z, addend, gate="update")
-        self._joined((state, below, context), *reset, kept, addend, gate="reset", state=state)
-        self._joined((kept, below, context), *candidate, state, addend, gate="candidate", update=z, state=state)
-        return state
-
-    def _joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None, out: Tensor,
-                addend: Tensor | None = None, gate: str | None = None, **gated: Tensor) -> None:
-        def use(part: Part) -> None:
-            rows = slice(part.start, part.stop)
-            tier_cell.joined_linear(places, _weights(part), None if bias is None else bias[rows], out[:, rows],
-                                    addend=addend, gate=gate, **{name: x[:, rows] for name, x in gated.items()})
-        self.each_part(matrix, use)
 
     def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
