@@ -1,6 +1,6 @@
 """Sinusoidal position encoding (Vaswani et al. 2017, arXiv 1706.03762)."""
 
-from functools import lru_cache
+from functools import cache
 from math import log
 
 import torch
@@ -27,7 +27,7 @@ def _rates(width: int, device: torch.device | str) -> Tensor:
     return _kept_rates(width) if torch.device(device) == torch.device("cpu") else _new_rates(width, device)
 
 
-@lru_cache(maxsize=8)
+@cache  # for good: captured steps read it where it lies
 def _kept_rates(width: int) -> Tensor:
     return _new_rates(width, "cpu")
 

@@ -40,7 +40,8 @@ class HostCaptures:
 
         def launch(function, *args, grid, warmup, **kwargs):
             if self._entries is not None:
-                self.keep(args)
+                with modes.paused():
+                    self.keep(args)
                 self._entries.append((lambda: run(function, *args, grid=grid, warmup=warmup, **kwargs), 1))
             with modes.paused():
                 run(function, *args, grid=grid, warmup=warmup, **kwargs)

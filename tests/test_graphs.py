@@ -13,16 +13,16 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton_device import DEVICE, poison  # noqa: F401
 
 if DEVICE == "cuda":
-    pytest.skip("captures on the host are for triton's interpreter", allow_module_level=True)
+    pytest.skip("captures on the host are for the CPU; test_graphs_models.py has CUDA's", allow_module_level=True)
 
-from conftest import FIXTURES, load_case, random_weights
+from conftest import random_weights
 from host_graphs import CaptureError, HostCaptures
 
 from thl_engine import Engine, graphs
 from thl_engine.config import parse_config
 from thl_engine.graphs import CudaCaptures, Ports, Recorder, StepGraphs, leaves, settle, step_graphs
 from thl_engine.kernels.linear import widen
-from thl_engine.models import ARCHITECTURES, thl
+from thl_engine.models import thl
 from thl_engine.ops import ReferenceOps
 from thl_engine.triton_ops import TritonOps
 from thl_engine.weights import Held
@@ -132,23 +132,6 @@ def test_replays_are_eager_steps(which, batch):
     assert (captured.stats()["bytes_streamed"] > 0) == streams
     captures = captured._graphs._captures
     assert captures.graphs > captured.stats()["replayed_steps"] if streams else captures.graphs == 3 * PERIOD - 4
-
-
-@pytest.mark.filterwarnings("ignore:All-NaN")  # what is captured holds anything until it is replayed
-def test_replays_of_kernels_are_eager_steps(stream=True, batch=2):
-    """Each step reads what the one before wrote; the last two with each set of tiers are replays."""
-    config = replace(CONFIG, num_tiers=2, tier_dims=(8, 9), tier_timescales=(1, 2))
-    engines = [Engine.from_state_dict("thl", config.to_dict(), random_weights(config), device="cpu", backend="triton",
-                                      stream=stream, quantize="int8", batch_size=batch) for _ in range(2)]
-    capture(engines[1])
-    states = [engine.new_state(batch) for engine in engines]
-    for state in states:
-        state.timestep, state.local_valid = 4, config.local_window
-    for column in tokens(6, batch):
-        expected, found = (engine.step(column, state)[0] for engine, state in zip(engines, states, strict=True))
-        assert torch.equal(found, expected)
-        same(*states)
-    assert engines[1].stats()["replayed_steps"] == 4
 
 
 def test_the_pager_sees_the_walk(monkeypatch):
@@ -483,6 +466,8 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "side")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: zeros(*shape, **{**options, "device": "cpu"}))
     return FakeGraph
 
 
@@ -515,31 +500,3 @@ def test_graphs_are_for_cuda_and_triton(fake_cuda):
     assert step_graphs(object(), engine.ops, torch.device("cuda"), print) is None
     monkey = step_graphs(thl, engine.ops, torch.device("cuda"), print)
     assert isinstance(monkey._captures, CudaCaptures)
-
-
-def fresh_weights(model, config) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {block.name: model.initial(config, block, slice(None), generator) for block in model.blocks(config)}
-
-
-@pytest.mark.filterwarnings("ignore")  # the interpreter's arithmetic on what is captured
-@pytest.mark.parametrize("name, stream", [("inl", False), ("gemma3n", True)])
-def test_models_with_a_cache_are_captured(name, stream, batch=1):
-    """The second and third token of small models, which have the tables that the plan leaves on disk there."""
-    case = load_case(FIXTURES / name / {"inl": "greedy", "gemma3n": "greedy16"}[name])
-    change = {"num_layers": 1} if name == "inl" else {
-        "num_hidden_layers": 2, "num_kv_shared_layers": 0, **{field: case.config[field][1:3] for field in (
-            "layer_types", "intermediate_size", "activation_sparsity_pattern")}}
-    config = parse_config({**case.config, **change}, name)
-    memory = {"stream": stream, "quantize": "int8", "batch_size": batch}
-    engines = [Engine.from_state_dict(name, config.to_dict(), fresh_weights(ARCHITECTURES[name], config),
-                                      device="cpu", backend="triton", **memory) for _ in range(2)]
-    capture(engines[1])
-    states = [engine.new_state(batch) for engine in engines]
-    for column in tokens(3, batch):
-        expected, found = (engine.step(column, state)[0] for engine, state in zip(engines, states, strict=True))
-        assert torch.equal(found, expected)
-        same(*states)
-    assert engines[1].stats()["replayed_steps"] == 2
-    for counted in ("page_hits", "page_misses"):
-        assert engines[0].stats()[counted] == engines[1].stats()[counted]

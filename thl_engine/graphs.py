@@ -60,6 +60,9 @@ class CudaCaptures:
         with torch.cuda.device(device):
             self._pool = torch.cuda.MemPool() if pool is None else pool
             self._stream = torch.cuda.Stream()
+            with torch.cuda.stream(self._stream):
+                small = torch.zeros(16, 16, device=device)
+                torch.mm(small, small)  # cuBLAS's workspace for this stream must not lie in the pool
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @contextmanager
