@@ -33,6 +33,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from gpu_report import Results, Row, check, failure, read_rows, rehearsed, row
+from gpu_sanitizer import PYTEST
 from record import ROOT, commit
 
 BENCHMARKS, BUILD = ROOT / "benchmarks", ROOT / "build"
@@ -50,7 +51,6 @@ if find_spec("triton"):
     found["triton"] = triton.__version__
 print(json.dumps(found))
 """
-PYTEST = "import sys, pytest; sys.path[:] = filter(None, sys.path); sys.exit(pytest.main(sys.argv[1:]))"
 
 REHEARSED_TUNING = """
 import sys; sys.path.append(sys.argv[1])

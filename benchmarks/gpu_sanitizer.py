@@ -18,6 +18,7 @@ TOOL = "compute-sanitizer"
 TESTS = "tests/test_cuda_kernels.py"
 FOUND = 9  # exit code for what the tool has found
 SECONDS = 250.0  # for each of the two
+# What pytest is run with: the folder that it starts in holds the sources, which are not what was built.
 PYTEST = "import sys, pytest; sys.path[:] = filter(None, sys.path); sys.exit(pytest.main(sys.argv[1:]))"
 
 

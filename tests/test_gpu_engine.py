@@ -1,7 +1,7 @@
 """The engine on a GPU: the recorded runs of all models, the CPU's numbers, and the same bits whatever the budget.
 
-Elsewhere triton's interpreter stands in for it in test_triton_ops, at fewer steps. What the memory budget holds on a GPU
-is tested in test_device_memory.
+Elsewhere triton's interpreter stands in for it in test_triton_ops, at fewer steps. What the memory budget holds on a
+GPU is tested in test_device_memory.
 """
 
 import sys
