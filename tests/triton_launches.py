@@ -68,17 +68,17 @@ def linear_transposed_launches(batch):
                               torch.empty(batch, 8, 1024), accumulate)
 
 
-@launches(small=(100, 96, 4), default=(1024, 768, 4), wide=(1024, 12288, 8), most=(16384, 256, 8),
+@launches(tiny=(1, 1, 1), small=(100, 96, 4), default=(1024, 768, 4), wide=(1024, 12288, 8), most=(16384, 256, 8),
           more=(40000, 80, 32))
 def slot_launches(shape):
     slots, width, heads = shape
     memory, ema = torch.empty(2, slots, width), torch.empty(2, slots)
     last, counter = torch.empty(2, slots, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
     for t, capacity in ((7, None), (counter, 2)):
-        slot_memory.slot_read(torch.empty(2, heads, width), memory, ema, last, t, k=8, capacity=capacity, scale=0.1,
-                              load_penalty=0.1, decay=0.9)
-        slot_memory.novelty_write(torch.empty(2, width), memory, ema, ema, ema, last, t, slots=4, clip_max=1.0,
-                                  theta=0.1, beta=1.0, decay=0.9, ema_decay=0.9, stale_weight=0.1,
+        slot_memory.slot_read(torch.empty(2, heads, width), memory, ema, last, t, k=min(8, slots), capacity=capacity,
+                              scale=0.1, load_penalty=0.1, decay=0.9)
+        slot_memory.novelty_write(torch.empty(2, width), memory, ema, ema, ema, last, t, slots=min(4, slots),
+                                  clip_max=1.0, theta=0.1, beta=1.0, decay=0.9, ema_decay=0.9, stale_weight=0.1,
                                   underuse_weight=0.1)
     slot_memory.slot_norms(memory)
 
@@ -94,6 +94,7 @@ def tier_cell_launches(batch):
             tier_cell.joined_linear((x, x, x), stored(kind, 512, 3 * width), bias, gate, gate="reset", state=state)
             tier_cell.joined_linear((gate, x, x), stored(kind, 512, 512 + 2 * width), bias, state, addend=x,
                                     gate="candidate", update=gate, state=state)
+        tier_cell.joined_layer_norm((x, x, x), torch.empty(3 * width), torch.empty(3 * width), 1e-5)
     tier_cell.joined_linear((x, x), stored("row", 512, 2 * 12288), None, gate)
 
 

@@ -20,20 +20,21 @@ from thl_engine.config import parse_config
 from thl_engine.device_memory import DeviceMemory, link_bandwidth
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
 from thl_engine.generation import Piece, Row, generate
+from thl_engine.graphs import Compute, step_graphs
 from thl_engine.memory import peak_bytes
 from thl_engine.models import architecture
 from thl_engine.ops import load_ops
 from thl_engine.paged_weights import load_vectors, paged_weights
-from thl_engine.pager import Pager
 from thl_engine.plan import Bandwidths, PageSchedule, Plan, size
-from thl_engine.reader import Reader
 from thl_engine.resources import (
     FORWARD_CHUNK,
     check_batch_size,
     choose_device,
     divide_memory,
+    for_graphs,
     needs,
     nominal,
+    open_pager,
     set_threads,
     state_options,
 )
@@ -41,21 +42,9 @@ from thl_engine.sampler import Sampler, Sampling, StopStrings
 from thl_engine.spool import spool_store, spool_tensors
 from thl_engine.store import Store, open_store
 from thl_engine.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from thl_engine.trace import Trace
 
 _log = logging.getLogger("thl_engine")
-
-
-class Trace:
-    """Named intermediates of the steps made while it was open: `steps[i][name]` is a copy. `names`: None for all."""
-
-    def __init__(self, names: frozenset[str] | None = None) -> None:
-        self.steps: list[dict[str, Tensor]] = []
-        self._names = names
-
-    def record(self, name: str, value: Tensor) -> None:
-        """Notes a value of the current step."""
-        if self._names is None or name in self._names:
-            self.steps[-1][name] = value.detach().cpu().clone()
 
 
 def _computing(method: Callable) -> Callable:
@@ -82,32 +71,33 @@ class Engine:
 
     def __init__(self, store: Store, *, device: str = "auto", backend: str = "auto", stream: bool | str = "auto",
                  memory_budget: str | int | None = None, threads: int | None = None, batch_size: int = 1,
-                 context: int | None = None, kv_cache: str = "float32", sliding_window: int | None = None) -> None:
+                 context: int | None = None, kv_cache: str = "float32", sliding_window: int | None = None,
+                 host_memory: str | int | None = None) -> None:
         """Takes over `store`. Options as in `from_pretrained`."""
         set_threads(threads)
         self.device = choose_device(device)
         self.ops = load_ops(backend, self.device.type)
         self.config = parse_config(store.config, store.model_type)
-        self.tokenizer = _tokenizer(store, self.config.vocab_size)
+        self.tokenizer = None if store.tokenizer_json is None else load_tokenizer(
+            store.tokenizer_json, self.config.vocab_size, str(store.path))
         self._model = architecture(store.model_type)
         self._store = store
         self._options = state_options(store.model_type, context, kv_cache, sliding_window)
         schedule, self._plan = divide_memory(store, self.ops, self.device, stream, memory_budget,
-                                             batch_size=batch_size, **self._options)
+                                             batch_size=batch_size, host_memory=host_memory, **self._options)
         self._schedules: dict[tuple, PageSchedule] = {(): schedule}  # by the options that a state was made with
         self._streams = self._plan.streamed_pages > 0
 
         self._bandwidths = replace(nominal(self.device), link=link_bandwidth(self.device))
-        memory = DeviceMemory(self.device, self._plan.budget)
-        tables = [page.index for name in self._plan.resident_tables for page in store.tensors[name].pages]
-        reader = Reader(store.files, direct=store.descriptor is None or self._streams)
+        memory = DeviceMemory(self.device, self._plan.budget, for_graphs(self.ops, self.config, batch_size))
         with memory.computing():
             vectors = load_vectors(store, self.device)
-            self._pager = Pager(store, reader, vectors, (*self._plan.pinned, *tables), self._plan.slots,
-                                self._plan.slot_bytes, self._plan.horizon, self.device)
+            self._pager = open_pager(store, self._plan, vectors, self.device)
         self._weights = paged_weights(store, self._pager, vectors)
         if not self._streams and self._plan.resident_tables:
             self.close()  # all is in memory: nothing needs the file any more
+        self._graphs = step_graphs(self._model, self.ops, self.device, self._pager.count_uses,
+                                   pool=memory.pool_for_graphs, apart=memory.capturing)
         self._trace: Trace | None = None
         self._tokens = 0
         self._seconds = 0.0
@@ -117,15 +107,16 @@ class Engine:
     def from_pretrained(cls, path: str | os.PathLike, *, device: str = "auto", backend: str = "auto",
                         quantize: str = "auto", stream: bool | str = "auto",
                         memory_budget: str | int | None = None, threads: int | None = None, batch_size: int = 1,
-                        context: int | None = None, kv_cache: str = "float32",
-                        sliding_window: int | None = None) -> "Engine":
+                        context: int | None = None, kv_cache: str = "float32", sliding_window: int | None = None,
+                        host_memory: str | int | None = None) -> "Engine":
         """Opens a checkpoint: a .safetensors file, or a folder with config.json and *.safetensors.
 
         device: "auto", "cpu", "cuda", "cuda:N". backend: "auto", "reference" (torch), "native" (C++)
             or "triton" (CUDA).
         quantize: "auto" as stored, "int8", or "none" for float weights. stream: True pages weights by schedule, False
         keeps all resident, "auto" streams if they do not fit. memory_budget: "4GiB", bytes or None; bounds what the
-        engine keeps in memory, a state of `batch_size` sequences included.
+        engine keeps in memory, a state of `batch_size` sequences included. host_memory: with a CUDA device, how much of
+        what is streamed to it stays page-locked in the host's memory; None for half of what is free, 0 for none.
 
         Of models with a KV cache, context: positions that a sequence may grow to, None for the most the model has.
         kv_cache: "float32" or "int8", with a scale for each row. sliding_window: positions that attention sees; that
@@ -142,14 +133,16 @@ class Engine:
         if quantize == "int8" and not quantized:
             store = spool_store(store, "int8", in_memory=stream is not True and memory_budget is None)
         return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads,
-                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window)
+                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window,
+                   host_memory=host_memory)
 
     @classmethod
     def from_state_dict(cls, model_type: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *,
                         device: str = "auto", backend: str = "auto", quantize: str = "auto",
                         stream: bool | str = "auto", memory_budget: str | int | None = None,
                         threads: int | None = None, batch_size: int = 1, context: int | None = None,
-                        kv_cache: str = "float32", sliding_window: int | None = None) -> "Engine":
+                        kv_cache: str = "float32", sliding_window: int | None = None,
+                        host_memory: str | int | None = None) -> "Engine":
         """An engine over tensors in memory, by their published names; options as in `from_pretrained`.
 
         The tensors are copied, to a temporary file where they are to be streamed.
@@ -159,7 +152,8 @@ class Engine:
         store = spool_tensors(model_type, config, tensors, "int8" if quantize == "int8" else "none",
                                    in_memory=stream is not True and memory_budget is None)
         return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads,
-                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window)
+                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window,
+                   host_memory=host_memory)
 
     @property
     def model_type(self) -> str:
@@ -205,8 +199,8 @@ class Engine:
             tokens = tokens[:, 0]
         tokens = self._check_tokens(tokens, 1, state.batch_size)
         self._check_room(state, 1)
-        hidden = self._run(tokens[:, None], state)[-1]
-        logits = self._logits(hidden[:, -1])
+        self._begin(state, 1)
+        logits = self._pass(self._advance_to_logits, tokens[:, None], state)
         self._end(state)
         self._count(tokens.shape[0], started)
         return logits, state
@@ -255,8 +249,8 @@ class Engine:
             raise ConfigError(f"forward: {self.model_type} models have no input {', '.join(inputs)}") from None
         names = walk.reads(0)
         self._pager.begin(None, lambda: self._schedules[()].once(names), walk.may_stop)
-        logits, following = self._model.forward(self.config, self._weights, self.ops, tokens, state, self._recorder(),
-                                                **inputs)
+        logits, following = self._model.forward(self.config, self._weights, self.ops, tokens.to(self.device), state,
+                                                self._recorder(), **inputs)
         state.become(following)
         self._pager.end(None)
         return logits
@@ -274,20 +268,35 @@ class Engine:
 
     def _run(self, tokens: Tensor, state: Any) -> list[Tensor]:
         """Feeds [B, n] in as many passes as the model needs; the hidden states of each. Logits are to follow."""
-        size = self._model.chunk(self.config)
-        passes = -(-tokens.shape[1] // size)
-        schedule, t = self._schedule(state), self._starts_at(state, tokens.shape[1])
+        self._begin(state, tokens.shape[1])
+        return [self._pass(self._advance, part, state)
+                for part in tokens.split(self._model.chunk(self.config), dim=1)]
+
+    def _pass(self, compute: Compute, tokens: Tensor, state: Any) -> Tensor:
+        """What `compute` makes of tokens [B, n] that the model takes at once; the state follows."""
+        out = None
+        if self._graphs is not None and self._trace is None and tokens.shape[1] == 1:
+            out = self._graphs.step(self._model.graph_key(self.config, state), tokens, state, compute)
+        if out is None:
+            out, following = compute(tokens.to(self.device), state)
+            state.become(following)  # ops update tensors in place: the caller's object must not lag behind them
+        return out
+
+    def _advance(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self._model.advance(self.config, self._weights, self.ops, tokens, state, self._recorder())
+
+    def _advance_to_logits(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        hidden, following = self._advance(tokens, state)
+        return self._logits(hidden[:, -1]), following
+
+    def _begin(self, state: Any, count: int) -> None:
+        """Tells the pager which passes over the weights `count` tokens take."""
+        passes = -(-count // self._model.chunk(self.config))
+        schedule, t = self._schedule(state), self._starts_at(state, count)
         if passes == 1:
             self._pager.begin(self._key(state, t), lambda: schedule.decode(t), schedule.may_stop)
         else:
             self._pager.begin(("prompt", t, passes), lambda: schedule.prompt(t, passes), schedule.may_stop)
-        hidden = []
-        for first in range(0, tokens.shape[1], size):
-            one, following = self._model.advance(self.config, self._weights, self.ops, tokens[:, first : first + size],
-                                                 state, self._recorder())
-            state.become(following)  # ops update tensors in place: the caller's object must not lag behind them
-            hidden.append(one)
-        return hidden
 
     def _end(self, state: Any) -> None:
         """Announces the next step."""
@@ -334,7 +343,7 @@ class Engine:
         if low < 0 or high >= self.config.vocab_size:
             raise TokenizerError(f"tokens: id {low if low < 0 else high} is outside the vocabulary of "
                                  f"{self.config.vocab_size}")
-        return tokens.to(self.device)
+        return tokens
 
     def _check_room(self, state: Any, count: int) -> None:
         """Refuses more tokens than the state has room for, before anything is computed."""
@@ -434,6 +443,7 @@ class Engine:
         return {
             "tokens": self._tokens, "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else 0.0,
+            "replayed_steps": 0 if self._graphs is None else self._graphs.replayed,
             **asdict(self._pager.traffic), **self._memory.stats(self._plan.peak_memory_bytes),
             "peak_rss_bytes": peak_bytes(),
             "memory_budget": self._plan.budget, "backend": self.ops.name, "device": str(self.device),
@@ -487,9 +497,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _tokenizer(store: Store, vocab_size: int) -> Tokenizer | None:
-    if store.tokenizer_json is not None:
-        return load_tokenizer(store.tokenizer_json, vocab_size, str(store.path))
-    return None

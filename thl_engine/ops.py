@@ -29,12 +29,12 @@ from thl_engine.kernels import (
     shared_memory,
     slot_memory,
     swiglu,
-    tier_cell,
     window_attention,
 )
 from thl_engine.kernels import attention as attention_kernels
 from thl_engine.kernels import linear as linear_kernels
 from thl_engine.product import LAYER_NORM_EPS, Product, even_rows
+from thl_engine.state_ops import StateOps
 from thl_engine.weights import Adapted, Matrix, Part, Table
 
 # Share of a gate up to which only the products that it lets through are made. With 5 % they took 0.14 of the time of
@@ -42,24 +42,15 @@ from thl_engine.weights import Adapted, Matrix, Part, Table
 SPARSE_SHARE = 1 / 8
 
 
-class ReferenceOps:
+class ReferenceOps(StateOps):
     """Plain torch on float32 values of the weights."""
 
     name = "reference"
     has_threads = False  # besides torch's
     sample: Callable[..., Tensor] | None = None  # the sampler's `Choose`, for logits on a device of its own
     sparse_share = 0.0  # up to which sparse products read no more of a matrix than they need
+    in_place = False  # whether state tensors are updated where they lie
 
-    gru_reset = staticmethod(tier_cell.gru_reset)
-    gru_update = staticmethod(tier_cell.gru_update)
-    window_mix = staticmethod(window_attention.window_mix)
-    window_append = staticmethod(window_attention.window_append)
-    slot_scores = staticmethod(slot_memory.slot_scores)
-    slot_topk = staticmethod(slot_memory.slot_topk)
-    slot_mix = staticmethod(slot_memory.slot_mix)
-    slot_norms = staticmethod(slot_memory.slot_norms)
-    read_metadata = staticmethod(slot_memory.read_metadata)
-    novelty_write = staticmethod(slot_memory.novelty_write)
     attention = staticmethod(attention_kernels.attention)
     rotary_attention = staticmethod(attention_kernels.rotary_attention)
     rms_norm = staticmethod(norm.rms_norm)
@@ -141,20 +132,6 @@ class ReferenceOps:
         """What an adapter adds to the product of its base."""
         return self.linear(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up)
 
-    def linear_joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        """`linear` of activations [B, C_i] that lie in several places, side by side."""
-        return self.linear(torch.cat(places, dim=-1), matrix, bias)
-
-    def gru_cell(self, update: tuple[Matrix, Tensor], reset: tuple[Matrix, Tensor], candidate: tuple[Matrix, Tensor],
-                 state: Tensor, below: Tensor, context: Tensor, addend: Tensor | None = None) -> Tensor:
-        """The next state [B, d] of a GRU that sees state, below and context + addend; its weights with their biases."""
-        if addend is not None:
-            context = context + addend
-        inputs = torch.cat([state, below, context], dim=-1)
-        z, r = self.linear(inputs, *update), self.linear(inputs, *reset)
-        inputs = torch.cat([self.gru_reset(r, state), below, context], dim=-1)
-        return self.gru_update(z, self.linear(inputs, *candidate), state)
-
     def linears(self, x: Tensor, matrices: Sequence[Matrix | Adapted]) -> list[Tensor]:
         """`linear` of the same activations with several matrices."""
         return [self.linear(x, matrix) for matrix in matrices]
@@ -197,21 +174,6 @@ class ReferenceOps:
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
         return self.geglu(gate, self.linear(x, up), quantile)
 
-    def window_read(self, query: Tensor, buffer: Tensor, valid: int | Tensor, entry: Tensor,
-                    scale: float) -> tuple[Tensor, Tensor]:
-        """`window_mix` of the first `valid` entries, at most all, and the buffer after `window_append` of a new one."""
-        valid = min(valid, buffer.shape[1])
-        mixed = self.window_mix(query, buffer, valid, scale)
-        return mixed, self.window_append(buffer, valid, entry)[0]
-
-    def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int | Tensor, *, k: int,
-                  capacity: int | None, scale: float, load_penalty: float,
-                  decay: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """A sparse read of the slots: (mixed [B, H, d], alpha, indices [B, H, k], read_ema, last_read [B, J])."""
-        alpha, indices = self.slot_topk(self.slot_scores(query, memory, read_ema, scale, load_penalty), k, capacity)
-        mixed = self.slot_mix(alpha, indices, memory)
-        return mixed, alpha, indices, *self.read_metadata(alpha, indices, read_ema, last_read, t, decay)
-
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
                   together: bool = False, trajectory: bool = False, group: int = 1,
@@ -238,7 +200,7 @@ class NativeOps(ReferenceOps):
     """Compiled C++ on CPU tensors, for inference; what is not overridden here is cheap in torch."""
 
     name = "native"
-    has_threads = True
+    has_threads = in_place = True
 
     window_append = staticmethod(window_attention.window_append_in_place)
     sparse_share = SPARSE_SHARE
