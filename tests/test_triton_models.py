@@ -18,8 +18,8 @@ from thl_engine.weights import trainable
 
 def opened(model: str, name: str, backend: str = "triton", **options):
     case = load_case(FIXTURES / model / name)
-    return case, Engine.from_state_dict(model, case.config, case.weights, device=DEVICE if backend == "triton" else "cpu",
-                                        backend=backend, **options)
+    device = DEVICE if backend == "triton" else "cpu"
+    return case, Engine.from_state_dict(model, case.config, case.weights, device=device, backend=backend, **options)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -115,10 +115,10 @@ def test_a_step_launches_the_same_at_every_position(model, name, options, monkey
             tokens = torch.tensor([[token]], device=DEVICE)
             expected, _ = arch.advance(config, weights, ops, tokens, state.clone())
             seen.append((arch.graph_key(config, state), Launches(monkeypatch)))
-            ops.counters = {state.timestep: torch.tensor([state.timestep], device=DEVICE)}
-            with seen[-1][1]:
+            with seen[-1][1], monkeypatch.context() as captured:
+                at = {state.timestep: torch.tensor([state.timestep], device=DEVICE)}
+                captured.setattr(ops, "counter", at.__getitem__)
                 found, state = arch.advance(config, weights, ops, tokens, state)
-            ops.counters = None
             assert torch.equal(found, expected)
     (key, first), (other, second) = seen
     assert key == other and first.made == second.made and len(first.made) > 10
