@@ -2,8 +2,18 @@
 
 import torch
 
-from thl_engine.kernels.triton import attention, elementwise, integrator, linear, norm, sampling, slot_memory
-from thl_engine.kernels.triton.linear import Weights
+from thl_engine.kernels.triton import (
+    attention,
+    elementwise,
+    integrator,
+    linear,
+    norm,
+    sampling,
+    shared_memory,
+    slot_memory,
+    sparse,
+)
+from thl_engine.kernels.triton.linear import LowRank, Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
 
 LAUNCHES = {}
@@ -33,13 +43,41 @@ def linear_launches(batch):
     for x in (torch.float32, torch.bfloat16, torch.float16):
         for kind in ("row", "group", "float32", "bfloat16"):
             linear.linear(torch.empty(batch, 1024, dtype=x), stored(kind, 512, 1024), torch.empty(512))
+    for rows in (2048, 8192):  # more of them for a program that streams
+        linear.linear(torch.empty(batch, 1024), stored("row", rows, 1024))
+
+
+@launches(**BATCHES)
+def around_launches(batch):
+    x, out, low = torch.empty(batch, 1024), torch.empty(batch, 4096), torch.empty(batch, 64)
+    for kind in ("row", "group", "bfloat16"):
+        w = stored(kind, 4096, 1024)
+        linear.linear(x, w, out[0], gelu=True, residual=out)
+        linear.linear(x, w, up=x)
+        linear.linear(x, w, up=x, fast=out, blend=out[0], residual=out)
+        linear.linear(x, w, low_rank=LowRank(low, torch.empty(4096, 64), 0.5))
 
 
 @launches(**BATCHES)
 def gated_launches(batch):
     for x in (torch.float32, torch.bfloat16, torch.float16):
         for kind in ("row", "group"):
-            linear.gated_linear(torch.empty(batch, 1024, dtype=x), stored(kind, 512, 1024), stored(kind, 512, 1024))
+            for activation in ("silu", "gelu_tanh"):
+                linear.gated_linear(torch.empty(batch, 1024, dtype=x), stored(kind, 4096, 1024),
+                                    stored(kind, 4096, 1024), activation)
+
+
+@launches(batch1=1, batch8=8)
+def sparse_launches(batch):
+    gate, x = torch.empty(batch, 16384), torch.empty(batch, 2048)
+    sparse.geglu(gate, gate, 1.6)
+    inner, alive = sparse.survivors(gate, 1.6)
+    low_rank = LowRank(torch.empty(batch, 16), torch.empty(16384, 16), 0.5)
+    for kind in ("row", "group", "bfloat16"):
+        for added in (None, low_rank):
+            sparse.multiply(inner, alive, x, stored(kind, 16384, 2048), 0, added)
+        linear_transposed(inner[:, None], stored(kind, 16384, 2048), 1, 16384, 0, torch.empty(batch, 1, 2048), False,
+                          alive)
 
 
 @launches(batch1=1, batch8=8)
@@ -92,6 +130,10 @@ def elementwise_launches(width):
         elementwise.gru_update(x, x, x)
         elementwise.swiglu(x, x)
         elementwise.gelu(x)
+        elementwise.geglu(x, x)
+        elementwise.add_scaled(x, x, 0.1)
+        elementwise.add_blend(x, x, x, weight)
+    shared_memory.erase_then_add(torch.empty(1, 64, width), torch.empty(4, width), torch.empty(4, width))
 
 
 @launches(units20=20, units64=64)

@@ -132,9 +132,15 @@ class ReferenceOps:
         """`linear` of the same activations with several matrices."""
         return [self.linear(x, matrix) for matrix in matrices]
 
-    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix) -> Tensor:
-        """`linear` of silu(gate) * up, both [..., C]: [..., R]."""
-        return self.linear(swiglu.swiglu(gate, up), matrix)
+    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix,
+                      blend: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        """`linear` of silu(gate) * up, both [..., C]: [..., R]. blend: x, fast and gate of an `add_blend` with it."""
+        out = self.linear(swiglu.swiglu(gate, up), matrix)
+        return out if blend is None else self.add_blend(blend[0], blend[1], out, blend[2])
+
+    def geglu_linears(self, x: Tensor, gate: Matrix | Adapted, up: Matrix | Adapted) -> Tensor:
+        """`geglu` of x through both matrices."""
+        return self.geglu(*self.linears(x, [gate, up]))
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         """Each head's features through its own rows: x [B, H, C], matrix [R, C] -> [B, R], R/H rows a head."""
@@ -169,6 +175,11 @@ class ReferenceOps:
     def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix | Adapted, quantile: float) -> Tensor:
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
         return self.geglu(gate, self.linear(x, up), quantile)
+
+    def geglu_sparse(self, gate: Tensor, x: Tensor, up: Matrix | Adapted, down: Matrix | Adapted,
+                     quantile: float) -> Tensor:
+        """`linear_sparse` of `geglu_linear`: a whole feed-forward layer but for its gate."""
+        return self.linear_sparse(self.geglu_linear(gate, x, up, quantile), down)
 
     def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int, *, k: int,
                   capacity: int | None, scale: float, load_penalty: float,
@@ -231,8 +242,10 @@ class NativeOps(ReferenceOps):
             return super().linears(x, matrices)
         return Product(self._packings, x).with_each(matrices)
 
-    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix) -> Tensor:
-        return Product(self._packings, gate, up=up).with_each((matrix,))[0]
+    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix,
+                      blend: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        out = Product(self._packings, gate, up=up).with_each((matrix,))[0]
+        return out if blend is None else self.add_blend(blend[0], blend[1], out, blend[2])
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         heads = x.shape[1]
@@ -319,7 +332,6 @@ class NativeOps(ReferenceOps):
         factors = alive.clone()
         Product(self._packings, x).multiply(factors, up.base)
         return out.mul_(factors.add_(self.low_rank(x, up).mul_(alive)))
-        return out
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
                   blocked: Tensor | None = None) -> Tensor:

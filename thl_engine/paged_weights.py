@@ -24,6 +24,9 @@ class PagedMatrix:
     def parts(self) -> Iterator[Part]:
         return self.pager.parts(self.name)
 
+    def resident(self) -> list[Part] | None:
+        return self.pager.pinned(self.name)
+
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [n, C] of int64 ids [n], on the device of the ids: for tables that are also the output head."""
         return _gather(self.pager, self.name, self.shape[1], ids)

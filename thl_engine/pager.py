@@ -219,6 +219,11 @@ class Pager:
                 self._ring.release(page.index)
                 self._prefetch()
 
+    def pinned(self, name: str) -> list[Part] | None:
+        """The parts of a matrix in row order, if all are pinned. No use is counted."""
+        parts = [self._pinned.get(page.index) for page in self._store.tensors[name].pages]
+        return None if any(part is None for part in parts) else parts
+
     def rows(self, name: str, ids: Tensor) -> Part:
         """Rows of a table or matrix in the order of int64 ids [n], in memory of their own, outside of the schedule.
 

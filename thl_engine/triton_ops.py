@@ -3,21 +3,18 @@
 What is not overridden here is cheap in torch. Importing this module needs triton.
 """
 
-import torch
 from torch import Tensor
 
 from thl_engine.kernels import integrator, window_attention
-from thl_engine.kernels.linear import widen
-from thl_engine.kernels.triton import attention, elementwise, linear, norm, sampling, slot_memory
+from thl_engine.kernels.triton import attention, elementwise, norm, sampling, shared_memory, slot_memory
 from thl_engine.kernels.triton import integrator as integrator_kernel
 from thl_engine.kernels.triton.arithmetic import INTERPRETED
-from thl_engine.kernels.triton.linear import Weights
-from thl_engine.kernels.triton.linear_transposed import linear_transposed
-from thl_engine.ops import LAYER_NORM_EPS, ReferenceOps
-from thl_engine.weights import Matrix, Part
+from thl_engine.ops import LAYER_NORM_EPS
+from thl_engine.triton_products import TritonProducts
+from thl_engine.weights import Matrix
 
 
-class TritonOps(ReferenceOps):
+class TritonOps(TritonProducts):
     """Kernels read the stored weights; state tensors are updated in place. For inference."""
 
     name = "triton"
@@ -25,6 +22,9 @@ class TritonOps(ReferenceOps):
     sample = staticmethod(sampling.sample)
     swiglu = staticmethod(elementwise.swiglu)
     gelu = staticmethod(elementwise.gelu)
+    add_blend = staticmethod(elementwise.add_blend)
+    add_scaled = staticmethod(elementwise.add_scaled)
+    erase_then_add = staticmethod(shared_memory.erase_then_add)
     gru_reset = staticmethod(elementwise.gru_reset)
     gru_update = staticmethod(elementwise.gru_update)
     rms_norm = staticmethod(norm.rms_norm)
@@ -45,32 +45,16 @@ class TritonOps(ReferenceOps):
     def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
         return 4 * reused_elements
 
-    def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        out = x.new_empty(flat.shape[0], matrix.shape[0])
-        for part in matrix.parts():
-            rows = slice(part.start, part.stop)
-            linear.linear(flat, _weights(part), None if bias is None else bias[rows], out=out[:, rows])
-        return out.view(*x.shape[:-1], -1)
+    def add_layer_norm(self, x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        out, total = norm.add_layer_norm(x, addend, weight, bias, LAYER_NORM_EPS)
+        return total, out
 
-    def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
-        out = x.new_empty(x.shape[0], matrix.shape[0])
-        for part in matrix.parts():
-            linear.linear_heads(x, _weights(part), matrix.shape[0], part.start, out=out[:, part.start : part.stop])
-        return out
-
-    def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
-        return self.linear_transposed_heads(x[:, None], matrix)[:, 0]
-
-    def linear_transposed_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
-        batch, heads, _ = x.shape
-        out = x.new_empty(batch, heads, matrix.shape[1])
-        for part in matrix.parts():
-            linear_transposed(x, _weights(part), heads, matrix.shape[0], part.start, out, accumulate=part.start > 0)
-        return out
-
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return norm.layer_norm(x, weight, bias, LAYER_NORM_EPS)
+    def prefix_read(self, query: Tensor, rows: Tensor, scale: float) -> Tensor:
+        width = query.shape[-1]
+        if width > attention.WIDEST:
+            return super().prefix_read(query, rows, scale)
+        entries = rows[:, None, :, :width].expand(query.shape[0], -1, -1, -1)  # one head, whose keys are its values
+        return attention.attention(query[:, None], entries, entries, scale)[:, 0]
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
                   blocked: Tensor | None = None) -> Tensor:
@@ -89,20 +73,6 @@ class TritonOps(ReferenceOps):
         if norm is not None:
             x = self.layer_norm(x, *norm)
         mu = integrator.spread(mu, group, x.shape[-1])
-        matrices = (Weights(*_whole(matrix)) for matrix in (first, second))
-        return integrator_kernel.integrate(x, context, next(matrices), first_bias, next(matrices), second_bias, mu,
-                                           steps=steps, threshold=threshold, together=together)
-
-
-def _weights(part: Part) -> Weights:
-    return Weights(part.data, part.scales, part.group)
-
-
-def _whole(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
-    """The matrix in memory of its own: int8 with a scale for each row, or else float32."""
-    parts = [(part.data.clone(), part.scales.clone()) if part.scales is not None and part.scales.dim() == 1
-             else (widen(part.data, part.scales, part.group).clone(), None) for part in matrix.parts()]
-    if len(parts) == 1:
-        return parts[0]
-    scales = None if parts[0][1] is None else torch.cat([part[1] for part in parts])
-    return torch.cat([part[0] for part in parts]), scales
+        w1, w2 = self.whole(first), self.whole(second)
+        return integrator_kernel.integrate(x, context, w1, first_bias, w2, second_bias, mu, steps=steps,
+                                           threshold=threshold, together=together)

@@ -35,6 +35,10 @@ class Matrix(Protocol):
 
     def parts(self) -> Iterator[Part]: ...
 
+    def resident(self) -> list[Part] | None:
+        """The parts, if all of them stay where they are; to look at them is no use of the matrix."""
+        ...
+
 
 class Table(Protocol):
     """A table [V, C] of which single rows are read."""
@@ -61,6 +65,9 @@ class Held:
 
     def parts(self) -> Iterator[Part]:
         yield Part(0, self.data.shape[0], self.data, self.scales, self.group)
+
+    def resident(self) -> list[Part]:
+        return list(self.parts())
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,9 @@ class Trainable:
 
     def parts(self) -> Iterator[Part]:
         yield Part(0, self.tensor.shape[0], self.tensor)
+
+    def resident(self) -> list[Part]:
+        return list(self.parts())
 
     def rows(self, ids: Tensor) -> Tensor:
         return torch.nn.functional.embedding(ids, self.tensor)

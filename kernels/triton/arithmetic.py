@@ -83,6 +83,11 @@ def tanh(x):
 
 
 @triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
 def gelu_tanh(x):
     # 0.5 (1 + tanh(u)) is sigmoid(2u), and does not cancel for negative x.
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

@@ -53,8 +53,7 @@ def add_rms_norm(x: Tensor, addend: Tensor, weight: Tensor | None, eps: float) -
 def _launch(x: Tensor, addend: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool,
             keep: bool = False) -> tuple[Tensor, Tensor | None]:
     width, rows = x.shape[-1], prod(x.shape[:-1])
-    if width > WIDEST:
-        raise ValueError(f"norm: expected at most {WIDEST} features, found {width}")
+    check_width(width)
     out, total = x.new_empty(x.shape), x.new_empty(x.shape) if keep else None
     if not out.numel():
         return out, total
@@ -64,6 +63,12 @@ def _launch(x: Tensor, addend: Tensor | None, weight: Tensor | None, bias: Tenso
                    0 if added is None else added.stride(0), CENTRE=centre, WIDTH=size,
                    num_warps=min(max(size // 512, 1), 32))
     return out, total
+
+
+def check_width(width: int) -> None:
+    """Raises ValueError for rows that one program cannot hold."""
+    if width > WIDEST:
+        raise ValueError(f"norm: expected at most {WIDEST} features, found {width}")
 
 
 def _rows(x: Tensor, rows: int) -> Tensor:

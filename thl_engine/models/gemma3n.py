@@ -428,12 +428,12 @@ def layer(c: Gemma3nConfig, weights: Any, ops: Any, i: int, streams: Tensor, own
     x = (attended + laurel) * 2.0**-0.5
     wide = norm("pre_feedforward_layernorm", x)
     share = c.activation_sparsity_pattern[i]
-    gate, up = weights[f"{prefix}mlp.gate_proj.weight"], weights[f"{prefix}mlp.up_proj.weight"]
+    gate, up, down = (weights[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
     if share > 0.0:
-        inner, down = ops.geglu_linear(ops.linear(wide, gate), wide, up, NormalDist().inv_cdf(share)), ops.linear_sparse
+        fed = ops.geglu_sparse(ops.linear(wide, gate), wide, up, down, NormalDist().inv_cdf(share))
     else:
-        inner, down = ops.geglu(*ops.linears(wide, [gate, up])), ops.linear
-    x = x + norm("post_feedforward_layernorm", down(inner, weights[f"{prefix}mlp.down_proj.weight"]))
+        fed = ops.linear(ops.geglu_linears(wide, gate, up), down)
+    x = x + norm("post_feedforward_layernorm", fed)
     streams = ops.altup_correct(predicted, x, a, coefficients("correction_coefs", x) + 1.0)
     x = streams[a]
     if c.altup_correct_scale:

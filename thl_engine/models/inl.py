@@ -383,7 +383,7 @@ def _settle(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, context: Te
         record(f"layer{i}.x_final", out.x)
         record(f"layer{i}.v_final", out.v)
         record(f"layer{i}.iterations_used", out.iterations)
-        record(f"layer{i}.steps_taken", torch.tensor(out.steps))
+        record(f"layer{i}.steps_taken", torch.as_tensor(out.steps))
         if out.x_trajectory is not None:
             record(f"layer{i}.x_trajectory", out.x_trajectory)
             record(f"layer{i}.v_trajectory", out.v_trajectory)
