@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := examples/shakespeare.safetensors
 
-.PHONY: dev run test lint bench gpu-compile clean
+.PHONY: dev run test lint bench sanitize gpu-compile clean
 
 dev: .venv/installed
 
@@ -25,6 +25,16 @@ lint: dev
 
 bench: dev
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only
+
+SANITIZED := $(patsubst %,csrc/%.cpp,arena crc32c reader gds host_copy_device copy_engine)
+
+sanitize:  # the reader and the copy engine under the sanitizers for threads and for memory
+	@mkdir -p build
+	set -e; for kind in thread address,undefined; do \
+		$(CXX) -std=c++20 -O1 -g -fsanitize=$$kind -fno-sanitize-recover=all -pthread -Icsrc tests/copy_engine_stress.cpp \
+			$(SANITIZED) -ldl -o build/copy_engine_stress; \
+		for seed in 1 2 3 4; do build/copy_engine_stress $(MODEL) $$seed; done; \
+	done
 
 gpu-compile: dev  # every triton kernel for each supported card, without a GPU; minutes the first time
 	$(BIN)/python tests/compile_triton.py 75,80,86,89,90

@@ -1,11 +1,14 @@
 """The path to a device, with the device played by host memory: copies in order, staging bounded, events respected."""
 
+import pytest
 import torch
 from conftest import SMALL, random_weights
 
-from thl_engine import Engine, pager
+from thl_engine import Engine, native, pager, transfer
 from thl_engine.reader import Reader
-from thl_engine.transfer import STAGING_SLOTS, DeviceTransfer, Request
+from thl_engine.transfer import STAGING_SLOTS, NativeTransfer, Request, TorchTransfer, _native
+
+needs_native = pytest.mark.skipif(not native.available(), reason="the C++ extension is not built")
 
 
 class LateStreams:
@@ -18,6 +21,9 @@ class LateStreams:
 
     def lock(self, memory):
         self.locked = memory.nbytes
+
+    def unlock(self, memory):
+        self.locked -= memory.nbytes
 
     def copy(self, target, source, after):
         assert after is None or after <= self.marks
@@ -47,28 +53,54 @@ def test_pages_arrive_unharmed_through_a_short_staging_ring(tmp_path):
     spans = [(i * 7919 % 150_000, 1 + i * 911 % 8000) for i in range(40)]
     with Reader([file], direct=False) as reader:
         streams = LateStreams()
-        transfer = DeviceTransfer(reader, 40 * 16384, 16384, torch.device("cpu"), streams)
+        staged = TorchTransfer(reader, 40 * 16384, 16384, torch.device("cpu"), streams)
         for i, (offset, nbytes) in enumerate(spans):
-            transfer.start(Request(0, offset, nbytes, None, f"span {i}"), i * 16384)
+            staged.start(Request(0, offset, nbytes, None, f"span {i}"), i * 16384)
         for i, (offset, nbytes) in enumerate(spans):
-            transfer.finish(i * 16384)
+            staged.finish(i * 16384)
             begin = i * 16384 + offset % 4096
-            assert torch.equal(transfer.memory[begin : begin + nbytes], content[offset : offset + nbytes])
-            transfer.released(i * 16384)
+            assert torch.equal(staged.memory[begin : begin + nbytes], content[offset : offset + nbytes])
+            staged.released(i * 16384)
         assert streams.locked == STAGING_SLOTS * 16384
+        with pytest.raises(ValueError, match="do not fit a staging slot"):
+            staged.start(Request(0, 0, 16385, None, "too long"), 0)
+        staged.close()
+        staged.close()
+        assert streams.locked == 0
 
 
-def test_an_engine_over_a_device_transfer_gives_the_same_bits(monkeypatch):
+class Settled(NativeTransfer):
+    """The copy engine over the host device, for compute that runs at once: it waits where a stream would."""
+
+    def __init__(self, reader, places, nbytes, slot_bytes, device):
+        self.host = _native.HostCopyDevice(seed=nbytes, delay=100)
+        super().__init__(reader, places, nbytes, slot_bytes, device, self.host, lambda: self.host.compute)
+
+    def finish(self, place):
+        super().finish(place)
+        self.host.sums()
+
+    def released(self, place):
+        self.host.use(self.memory[place : place + 1])
+        super().released(place)
+
+    def close(self):
+        super().close()
+        assert self.host.violations() == [] and self.host.locked == 0
+
+
+def late(reader, places, nbytes, slot_bytes, device):
+    return TorchTransfer(reader, nbytes, slot_bytes, device, LateStreams())
+
+
+@pytest.mark.parametrize("make", [late, pytest.param(Settled, marks=needs_native)])
+def test_an_engine_over_a_device_transfer_gives_the_same_bits(monkeypatch, make):
     """The whole engine with every page going through staging and copies, at budgets with and without pinned pages."""
     weights, tokens = random_weights(SMALL), torch.tensor([[3, 9, 27, 81, 50, 2, 61]])
     expected, _ = Engine.from_state_dict("thl", SMALL.to_dict(), weights, quantize="int8").forward(tokens)
     least = Engine.from_state_dict("thl", SMALL.to_dict(), weights, quantize="int8", stream=True).plan().least_budget
 
-    class Staged(DeviceTransfer):
-        def __init__(self, reader, nbytes):
-            super().__init__(reader, nbytes, 65536, torch.device("cpu"), LateStreams())
-
-    monkeypatch.setattr(pager, "HostTransfer", Staged)
+    monkeypatch.setattr(pager, "open_transfer", make)
     for budget in (least, least + 8000, least + 30_000):
         with Engine.from_state_dict("thl", SMALL.to_dict(), weights, quantize="int8", stream=True,
                                     memory_budget=budget) as engine:
@@ -77,3 +109,16 @@ def test_an_engine_over_a_device_transfer_gives_the_same_bits(monkeypatch):
             for i in range(7):
                 logits, state = engine.step(tokens[:, i], state)
             assert torch.equal(logits, expected[:, -1])
+            assert engine.stats()["bytes_copied"] > 0
+
+
+def test_the_log_says_which_transfer_is_used(tmp_path, monkeypatch, caplog):
+    """Here nothing is there to be chosen but the slower one, and the reason is given."""
+    (tmp_path / "data").write_bytes(bytes(8192))
+    monkeypatch.setattr(transfer, "CudaStreams", lambda device: LateStreams())
+    monkeypatch.setattr(transfer.cuda, "reason", lambda: "there is no CUDA device")
+    with Reader([tmp_path / "data"], direct=False) as reader:
+        assert isinstance(transfer.open_transfer(reader, [0], 4096, 4096, torch.device("cpu")), transfer.HostTransfer)
+        assert not caplog.records
+        transfer.open_transfer(reader, [0], 4096, 4096, torch.device("meta"))
+    assert "through torch, slower" in caplog.text and "there is no CUDA device" in caplog.text

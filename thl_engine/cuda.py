@@ -7,12 +7,28 @@ CUDA runtime raise RuntimeError.
 """
 
 from functools import cache
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+try:
+    from thl_engine import _native
+except ImportError:  # installed without a compiler for it
+    _native = None
 try:
     from thl_engine import _cuda
 except ImportError as error:
     _cuda = None
     _missing = f"the CUDA extension is not built ({error}); reinstall where nvcc and a C++20 compiler are found"
+
+
+class GemvShape(NamedTuple):
+    """How the int8 product shares out its work; results depend on `split` alone."""
+
+    rows: int  # of the matrix that a warp reads at a time: 2 or 4
+    split: int  # warps that share the columns of a row: 1, 2, 4 or 8
 
 
 def available() -> bool:
@@ -29,3 +45,26 @@ def reason() -> str | None:
         return None if _cuda.device_count() else "there is no CUDA device"
     except RuntimeError as error:
         return str(error)
+
+
+def copy_device(index: int) -> "_native.CopyDevice":
+    """Device number `index` for the native copy engine, with a stream for copies. Raises DeviceError."""
+    return _native.CopyDevice(_cuda.copy_device(index))
+
+
+def gemv_int8(x: Tensor, w: Tensor, scales: Tensor, out: Tensor, shape: GemvShape, *, bias: Tensor | None = None,
+              residual: Tensor | None = None, up: Tensor | None = None, up_scales: Tensor | None = None,
+              activation: str | None = None, group: int | None = None) -> None:
+    """out [B, R] takes x [B, C] times the transpose of w int8 [R, C], plus bias [R], plus residual [B, R]; B at most 8.
+
+    scales: of each row [R] or, with `group` columns sharing one, [R, ceil(C / group)]; float32, as bias is. x, residual
+    and out are float32, float16 or bfloat16 each, rows at any distance. With `up`, another w, and `activation` "silu" or
+    "gelu_tanh": activation(x wᵀ + bias) * (x upᵀ) + residual.
+    """
+    _cuda.gemv_int8(to_dlpack(x), to_dlpack(w), to_dlpack(scales), to_dlpack(out), _capsule(bias), _capsule(residual),
+                    _capsule(up), _capsule(up_scales), activation or "", group or 0, *shape,
+                    torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def _capsule(x: Tensor | None) -> object | None:
+    return None if x is None else to_dlpack(x)

@@ -19,3 +19,7 @@ class BudgetError(EngineError):
 
 class TokenizerError(EngineError):
     """A tokenizer is missing or damaged, or text or token ids do not fit its vocabulary."""
+
+
+class DeviceError(EngineError):
+    """The compute device, its driver, or what it needs of the host's memory has failed."""

@@ -16,7 +16,7 @@ from thl_engine.checksum import crc32c
 from thl_engine.errors import CheckpointError
 from thl_engine.reader import Reader
 from thl_engine.store import Page, Store, StoredTensor
-from thl_engine.transfer import ALIGNMENT, DeviceTransfer, HostTransfer, Request, Transfer
+from thl_engine.transfer import ALIGNMENT, Request, open_transfer
 from thl_engine.weights import Part
 
 NEVER = 1 << 62  # next use of a page that is not due within the horizon
@@ -127,10 +127,12 @@ class Ring:
 @dataclass
 class Traffic:
     """Counters of a pager. Bytes are those read from files while serving, alignment included: by the ring, and for rows
-    of tables. A hit is a use of a page that was in memory already, pinned or kept from an earlier use."""
+    of tables. A hit is a use of a page that was in memory already, pinned or kept from an earlier use. Bytes copied are
+    those that went over the link to a device, those of pinned pages included."""
 
     bytes_streamed: int = 0
     bytes_gathered: int = 0
+    bytes_copied: int = 0
     page_hits: int = 0
     page_misses: int = 0
     stall_seconds: float = 0.0
@@ -159,11 +161,9 @@ class Pager:
             size += extent(store.pages[index])[1]
         self._ring_base, self._slot_bytes = size, slot_bytes
         nbytes = max(size + slots * slot_bytes, ALIGNMENT)
-        if torch.device(device).type == "cpu":
-            self._transfer: Transfer = HostTransfer(reader, nbytes)
-        else:
-            largest = max((extent(store.pages[index])[1] for index in places), default=0)
-            self._transfer = DeviceTransfer(reader, nbytes, max(slot_bytes, largest), torch.device(device))
+        longest = max([slot_bytes, ALIGNMENT, *(extent(store.pages[index])[1] for index in places)])
+        every = [*places.values(), *(size + i * slot_bytes for i in range(slots))]
+        self._transfer = open_transfer(reader, every, nbytes, longest, torch.device(device))
         self._ring = Ring(slots, horizon)
         self._coming: dict[int, int] = {}  # page on its way -> place
         self._fresh: set[int] = set()  # fetched and not used yet
@@ -197,6 +197,7 @@ class Pager:
     def end(self, key: Hashable) -> None:
         """Announces which run comes next if nothing unforeseen happens: the one already being prefetched."""
         self._key = key
+        self.traffic.bytes_copied = self._transfer.bytes_copied
 
     def parts(self, name: str) -> Iterator[Part]:
         """The parts of a matrix in row order; each is valid until the next is asked for."""
@@ -265,7 +266,8 @@ class Pager:
         return self._shaped(page, raw)
 
     def close(self) -> None:
-        """Waits for reads in flight and ends the reader. Pinned pages stay valid."""
+        """Waits for what is in flight and ends the reader. Pinned pages stay valid."""
+        self._transfer.close()
         self._reader.close()
 
     def _start(self, index: int, place: int) -> None:

@@ -141,6 +141,11 @@ class Reader:
         return "python" if isinstance(self._reader, _PythonReader) else "native"
 
     @property
+    def native(self) -> "_native.Reader | None":
+        """The native reader, for the copy engine; None where the Python one works."""
+        return None if isinstance(self._reader, _PythonReader) else self._reader
+
+    @property
     def direct(self) -> list[bool]:
         """For each file, whether it is read with O_DIRECT."""
         return self._reader.direct

@@ -4,14 +4,17 @@
 #include "check.h"
 
 namespace py = pybind11;
+using thl::cuda::check;
 
 namespace {
 
 // Devices that can be used. Throws where the driver is missing or older than the runtime.
 int device_count() {
-    int count = 0;
+    int count = 0, driver = 0;
     py::gil_scoped_release release;
-    thl::cuda::check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+    if (driver == 0) throw std::runtime_error("CUDA: there is no driver");
+    check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
     return count;
 }
 

@@ -16,7 +16,8 @@ ELEMENTS = 1024  # of a program, at most
 
 
 @triton.jit
-def _elementwise(a, b, c, vector, out, scale, width, a_row, b_row, c_row, out_row, KIND: tl.constexpr, WIDTH: tl.constexpr):
+def _elementwise(a, b, c, vector, out, scale, width, a_row, b_row, c_row, out_row, KIND: tl.constexpr,
+                 WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = d < width

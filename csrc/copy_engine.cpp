@@ -1,0 +1,288 @@
+#include "copy_engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <utility>
+
+namespace thl {
+namespace {
+
+constexpr std::int64_t kAlign = kIoAlignment;
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+std::int64_t extent(const CopyRequest& request) {
+    return (request.offset % kAlign + request.nbytes + kAlign - 1) / kAlign * kAlign;
+}
+
+std::size_t ring_bytes(std::int64_t slot_bytes, int slots) {
+    std::int64_t total = 0;
+    if (slots < 2) refuse("a staging ring needs at least 2 slots, got " + std::to_string(slots));
+    if (slot_bytes < kAlign || slot_bytes % kAlign || __builtin_mul_overflow(slot_bytes, slots, &total)) {
+        refuse("slot_bytes must be a positive multiple of 4096, got " + std::to_string(slot_bytes));
+    }
+    return static_cast<std::size_t>(total);
+}
+
+}  // namespace
+
+CopyEngine::Staging::Staging(CopyDevice& device, std::size_t nbytes)
+    : device_(device), arena_(std::make_shared<Arena>(nbytes)) {
+    try {
+        device.lock(arena_->data(), arena_->nbytes());
+    } catch (const DeviceError& error) {
+        throw DeviceError(std::string(error.what()) + "; copies to the device go through " +
+                          std::to_string(arena_->nbytes()) +
+                          " bytes of page-locked host memory: raise the limit on it (ulimit -l unlimited; containers: "
+                          "--ulimit memlock=-1) or leave more memory free");
+    }
+}
+
+CopyEngine::CopyEngine(Reader& reader, std::shared_ptr<CopyDevice> device, std::uint8_t* memory, std::int64_t nbytes,
+                       const std::vector<std::int64_t>& places, std::int64_t slot_bytes, int slots,
+                       CopyDevice::Stream compute, std::unique_ptr<DirectStorage> direct)
+    : reader_(reader), device_(std::move(device)), memory_(memory), slot_bytes_(slot_bytes),
+      direct_(std::move(direct)) {
+    const std::size_t total = ring_bytes(slot_bytes, slots);
+    std::vector<std::int64_t> sorted(places);
+    std::sort(sorted.begin(), sorted.end());
+    for (std::size_t i = 0; i < sorted.size(); ++i) {
+        const std::int64_t next = i + 1 < sorted.size() ? sorted[i + 1] : nbytes;
+        if (sorted[i] < 0 || sorted[i] % kAlign || next <= sorted[i]) {
+            refuse("place " + std::to_string(sorted[i]) + " is no multiple of 4096 with room before " +
+                   std::to_string(next));
+        }
+        places_.try_emplace(sorted[i], *device_, next - sorted[i]);
+    }
+    slots_.reserve(static_cast<std::size_t>(slots));
+    for (int i = 0; i < slots; ++i) slots_.push_back(Slot{OwnedEvent(*device_)});
+    staging_ = std::make_unique<Staging>(*device_, total);
+    // The memory may come from a pool, and what used it before may still run.
+    device_->record_compute(slots_[0].copied, compute);
+    device_->copies_wait(slots_[0].copied);
+    thread_ = std::thread(&CopyEngine::run, this);
+}
+
+CopyEngine::~CopyEngine() { close(); }
+
+void CopyEngine::close() {
+    std::lock_guard<std::mutex> closing(close_mutex_);
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+        waiting_.clear();
+    }
+    work_.notify_all();
+    arrived_.notify_all();
+    if (!thread_.joinable()) return;
+    thread_.join();
+    for (const Job& job : reading_) {
+        try {
+            reader_.wait(job.ticket);
+        } catch (const std::exception&) {
+            // nobody asks for this page any more
+        }
+    }
+    reading_.clear();
+    try {
+        for (Slot& one : slots_) {
+            if (one.has_copy) device_->host_waits(one.copied);
+        }
+    } catch (const DeviceError&) {
+        // a device that has failed copies nothing any more
+    }
+    staging_.reset();
+    direct_.reset();
+}
+
+CopyEngine::Place& CopyEngine::find(std::int64_t place) {
+    const auto found = places_.find(place);
+    if (found == places_.end()) refuse("there is no place at " + std::to_string(place));
+    return found->second;
+}
+
+void CopyEngine::start(CopyRequest request, std::int64_t place) {
+    Place& target = find(place);
+    if (request.offset < 0 || request.nbytes < 0 || request.nbytes > slot_bytes_ || extent(request) > slot_bytes_) {
+        refuse(request.label + ": " + std::to_string(request.nbytes) + " bytes at offset " +
+               std::to_string(request.offset) + " do not fit a staging slot of " + std::to_string(slot_bytes_));
+    }
+    if (extent(request) > target.room) {
+        refuse(request.label + ": " + std::to_string(extent(request)) + " bytes do not fit place " +
+               std::to_string(place) + " of " + std::to_string(target.room));
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (failure_) std::rethrow_exception(failure_);
+    if (stop_) refuse("the copy engine is closed");
+    if (target.state == Place::kComing) refuse("place " + std::to_string(place) + " is being filled already");
+    target.state = Place::kComing;
+    target.failure = nullptr;
+    waiting_.push_back(Job{std::move(request), place, &target});
+    submit_reads();  // here too: the thread may be waiting for an earlier read
+    work_.notify_one();
+}
+
+void CopyEngine::finish(std::int64_t place, CopyDevice::Stream compute) {
+    Place& target = find(place);
+    {
+        std::unique_lock<std::mutex> lock(mutex_);
+        arrived_.wait(lock, [&] { return target.state != Place::kComing || failure_ || stop_; });
+        if (failure_) std::rethrow_exception(failure_);
+        if (target.state == Place::kComing) refuse("the copy engine is closed");
+        if (target.state == Place::kEmpty) refuse("nothing was started at place " + std::to_string(place));
+        if (target.state == Place::kFailed) std::rethrow_exception(target.failure);
+    }
+    if (target.has_copy) device_->compute_waits(target.copied, compute);
+}
+
+void CopyEngine::released(std::int64_t place, CopyDevice::Stream compute) {
+    Place& target = find(place);
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (failure_) std::rethrow_exception(failure_);
+        if (target.state != Place::kHere) refuse("place " + std::to_string(place) + " holds nothing to release");
+        target.has_use = true;
+    }
+    device_->record_compute(target.used, compute);
+}
+
+void CopyEngine::run() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    try {
+        device_->begin_thread();
+        while (!stop_) {
+            reclaim();
+            submit_reads();
+            if (!reading_.empty()) {
+                copy_next(lock);
+            } else if (waiting_.empty()) {
+                work_.wait(lock);
+            } else if (goes_direct(waiting_.front())) {
+                read_directly(lock);
+            } else {
+                await_slot(lock);
+            }
+        }
+    } catch (...) {
+        if (!lock.owns_lock()) lock.lock();
+        failure_ = std::current_exception();
+        arrived_.notify_all();
+    }
+}
+
+// Notes which slots are free again. Called on the thread with mutex_ held, while no read is between the queues.
+void CopyEngine::reclaim() {
+    while (freed_ < submitted_ - reading_.size()) {
+        Slot& oldest = slot(freed_);
+        if (oldest.has_copy && !device_->passed(oldest.copied)) return;
+        oldest.has_copy = false;
+        ++freed_;
+    }
+}
+
+// Starts reads, in order, as far as slots are known to be free. Called with mutex_ held.
+void CopyEngine::submit_reads() {
+    while (!waiting_.empty() && !goes_direct(waiting_.front()) && submitted_ < freed_ + slots_.size()) {
+        Job job = std::move(waiting_.front());
+        waiting_.pop_front();
+        const CopyRequest& request = job.request;
+        try {
+            const auto at = static_cast<std::int64_t>(submitted_ % slots_.size()) * slot_bytes_;
+            job.ticket = reader_.submit(request.file, request.offset, request.nbytes, staging_->arena(), at,
+                                        request.crc, request.label);
+        } catch (const std::exception&) {
+            end(*job.place, std::current_exception());
+            continue;
+        }
+        job.number = submitted_++;
+        reading_.push_back(std::move(job));
+    }
+}
+
+// Waits for the oldest read and issues its copy.
+void CopyEngine::copy_next(std::unique_lock<std::mutex>& lock) {
+    const Job job = std::move(reading_.front());
+    reading_.pop_front();
+    Place& place = *job.place;
+    Slot& from = slot(job.number);
+    lock.unlock();
+
+    std::exception_ptr failure;
+    try {
+        reader_.wait(job.ticket);
+    } catch (const std::exception&) {
+        failure = std::current_exception();
+    }
+    if (!failure) {
+        const std::int64_t head = job.request.offset % kAlign;
+        const std::uint8_t* source = staging_->arena()->data() + (&from - slots_.data()) * slot_bytes_ + head;
+        if (place.has_use) device_->copies_wait(place.used);
+        device_->copy(memory_ + job.offset + head, source, static_cast<std::size_t>(job.request.nbytes));
+        device_->record_copies(place.copied);
+        device_->record_copies(from.copied);
+        bytes_copied_ += job.request.nbytes;
+    }
+
+    lock.lock();
+    if (!failure) {
+        place.has_copy = from.has_copy = true;
+        place.has_use = false;
+    }
+    end(place, failure);
+}
+
+// Waits for the oldest copy, when every slot holds one.
+void CopyEngine::await_slot(std::unique_lock<std::mutex>& lock) {
+    const CopyDevice::Event copied = slot(freed_).copied;
+    lock.unlock();
+    device_->host_waits(copied);
+    lock.lock();
+}
+
+// Such reads are no part of any stream: the host waits for what touched the place before.
+void CopyEngine::read_directly(std::unique_lock<std::mutex>& lock) {
+    const Job job = std::move(waiting_.front());
+    waiting_.pop_front();
+    Place& place = *job.place;
+    lock.unlock();
+
+    if (place.has_copy) device_->host_waits(place.copied);
+    if (place.has_use) device_->host_waits(place.used);
+    std::exception_ptr failure;
+    try {
+        direct_->read(job.request.file, job.request.offset, job.request.nbytes, job.offset, job.request.label);
+        bytes_direct_ += job.request.nbytes;
+    } catch (const std::exception&) {
+        failure = std::current_exception();
+    }
+
+    lock.lock();
+    place.has_copy = place.has_use = false;
+    end(place, failure);
+}
+
+// Called with mutex_ held.
+void CopyEngine::end(Place& place, std::exception_ptr failure) {
+    place.state = failure ? Place::kFailed : Place::kHere;
+    place.failure = std::move(failure);
+    arrived_.notify_all();
+}
+
+double CopyEngine::copy_seconds(CopyDevice& device, std::uint8_t* target, std::int64_t nbytes, int slots, int copies) {
+    const Staging staging(device, ring_bytes(nbytes, slots));
+    const OwnedEvent copied(device);
+    const auto run = [&](int count) {
+        for (int i = 0; i < count; ++i) {
+            device.copy(target, staging.arena()->data() + i % slots * nbytes, static_cast<std::size_t>(nbytes));
+        }
+        device.record_copies(copied);
+        device.host_waits(copied);
+    };
+    run(slots);
+    const auto started = std::chrono::steady_clock::now();
+    run(copies);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+}
+
+}  // namespace thl

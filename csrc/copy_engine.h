@@ -1,0 +1,148 @@
+// Brings pages from files through a page-locked staging ring to a device's memory, on a thread of its own.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "arena.h"
+#include "copy_device.h"
+#include "gds.h"
+#include "reader.h"
+
+namespace thl {
+
+// File bytes [offset, offset + nbytes), with the checksum to verify, if any, and a name for errors.
+struct CopyRequest {
+    std::int64_t file = 0, offset = 0, nbytes = 0;
+    std::optional<std::uint32_t> crc;
+    std::string label;
+};
+
+// Places are divisions of the device's memory, named by their offset in it, that hold a page each. `start` begins to
+// fill one, `finish` lets compute issued from then on read it, `released` says that the compute that reads it has been
+// issued; a later `start` may fill it again. All three belong to one thread and never wait for the device: waits
+// between the streams are events. Copies are issued in the order of `start`, each as soon as its read is complete.
+class CopyEngine {
+public:
+    // memory: nbytes on the device, whose earlier use is on `compute`. places: multiples of 4096, each up to the next
+    // one. The ring has `slots` of slot_bytes. direct, if any, serves requests without a checksum.
+    // Throws std::invalid_argument, DeviceError where memory cannot be page-locked, ArenaError where there is none.
+    CopyEngine(Reader& reader, std::shared_ptr<CopyDevice> device, std::uint8_t* memory, std::int64_t nbytes,
+               const std::vector<std::int64_t>& places, std::int64_t slot_bytes, int slots,
+               CopyDevice::Stream compute, std::unique_ptr<DirectStorage> direct);
+    ~CopyEngine();
+    CopyEngine(const CopyEngine&) = delete;
+    CopyEngine& operator=(const CopyEngine&) = delete;
+
+    // Throws std::invalid_argument for a place that is unknown or being filled, and for a page that does not fit.
+    void start(CopyRequest request, std::int64_t place);
+    // Blocks until the copy has been issued. Throws ReadError where the read failed, std::invalid_argument where
+    // nothing was started or the engine is closed.
+    void finish(std::int64_t place, CopyDevice::Stream compute);
+    void released(std::int64_t place, CopyDevice::Stream compute);
+
+    // Drops what waits, ends what is being read and copied, gives the staging ring back. What is in its place stays.
+    void close();
+
+    // Seconds that `copies` copies of nbytes take from a page-locked ring of `slots` to `target`, which holds nbytes on
+    // the device, issued as an engine issues them: the ceiling for what it does.
+    static double copy_seconds(CopyDevice& device, std::uint8_t* target, std::int64_t nbytes, int slots, int copies);
+
+    std::int64_t bytes_copied() const { return bytes_copied_.load(); }  // through the ring
+    std::int64_t bytes_direct() const { return bytes_direct_.load(); }  // past the host's memory
+
+private:
+    class OwnedEvent {
+    public:
+        explicit OwnedEvent(CopyDevice& device) : device_(&device), event_(device.make_event()) {}
+        OwnedEvent(OwnedEvent&& other) noexcept : device_(other.device_), event_(other.event_) {
+            other.event_ = nullptr;
+        }
+        OwnedEvent& operator=(OwnedEvent&&) = delete;
+        ~OwnedEvent() {
+            if (event_) device_->free_event(event_);
+        }
+        operator CopyDevice::Event() const { return event_; }
+
+    private:
+        CopyDevice* device_;
+        CopyDevice::Event event_;
+    };
+
+    // Page-locked memory. Reads that are still in flight keep the arena itself alive.
+    class Staging {
+    public:
+        Staging(CopyDevice& device, std::size_t nbytes);
+        ~Staging() { device_.unlock(arena_->data()); }
+        const std::shared_ptr<Arena>& arena() const { return arena_; }
+
+    private:
+        CopyDevice& device_;
+        std::shared_ptr<Arena> arena_;
+    };
+
+    struct Place {
+        Place(CopyDevice& device, std::int64_t size) : room(size), copied(device), used(device) {}
+        const std::int64_t room;
+        enum State { kEmpty, kComing, kHere, kFailed } state = kEmpty;
+        const OwnedEvent copied, used;  // after the last copy, after the compute's last use
+        bool has_copy = false, has_use = false;
+        std::exception_ptr failure;
+    };
+
+    struct Slot {
+        OwnedEvent copied;
+        bool has_copy = false;  // that may not have ended
+    };
+
+    struct Job {
+        CopyRequest request;
+        std::int64_t offset = 0;  // of the place
+        Place* place = nullptr;
+        std::uint64_t ticket = 0, number = 0;
+    };
+
+    void run();
+    void reclaim();
+    void submit_reads();
+    void copy_next(std::unique_lock<std::mutex>& lock);
+    void await_slot(std::unique_lock<std::mutex>& lock);
+    void read_directly(std::unique_lock<std::mutex>& lock);
+    void end(Place& place, std::exception_ptr failure);
+    bool goes_direct(const Job& job) const { return direct_ && !job.request.crc; }
+    Slot& slot(std::uint64_t number) { return slots_[number % slots_.size()]; }
+    Place& find(std::int64_t place);
+
+    Reader& reader_;
+    const std::shared_ptr<CopyDevice> device_;
+    std::uint8_t* const memory_;
+    const std::int64_t slot_bytes_;
+    std::unique_ptr<DirectStorage> direct_;
+    std::unique_ptr<Staging> staging_;
+    std::map<std::int64_t, Place> places_;
+    std::vector<Slot> slots_;
+    std::atomic<std::int64_t> bytes_copied_{0}, bytes_direct_{0};
+
+    std::mutex mutex_;  // guards everything below, and the state of places and slots
+    std::condition_variable work_, arrived_;
+    std::deque<Job> waiting_, reading_;
+    // Reads are numbered; number n goes through slot n % slots, and they leave the ring in order.
+    std::uint64_t submitted_ = 0, freed_ = 0;
+    std::exception_ptr failure_;  // of the device: nothing works any more
+    bool stop_ = false;
+
+    std::mutex close_mutex_;
+    std::thread thread_;
+};
+
+}  // namespace thl
