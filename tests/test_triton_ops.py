@@ -82,7 +82,8 @@ def test_products_in_parts(group):
     close(ops.linear_transposed_heads(back, cut), reference.linear_transposed_heads(back, whole).cpu(), 1e-6)
 
 
-@pytest.mark.parametrize("model, name", [("inl", "greedy"), ("him", "reconstruction"), ("hrm", "forward_n1t1")])
+@pytest.mark.parametrize("model, name", [("inl", "greedy"), ("him", "reconstruction"), ("hrm", "forward_n1t1"),
+                                         ("gemma3n", "forward48")])
 def test_other_models_run(model, name):
     """They reach operations that THL does not."""
     case = load_case(FIXTURES / model / name)

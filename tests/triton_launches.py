@@ -3,6 +3,7 @@
 import torch
 
 from thl_engine.kernels.triton import (
+    altup,
     attention,
     elementwise,
     integrator,
@@ -50,8 +51,9 @@ def linear_launches(batch):
 @launches(**BATCHES)
 def around_launches(batch):
     x, out, low = torch.empty(batch, 1024), torch.empty(batch, 4096), torch.empty(batch, 64)
-    for kind in ("row", "group", "bfloat16"):
+    for kind in ("row", "group"):
         w = stored(kind, 4096, 1024)
+        linear.linear(x, w, rounded=True)
         linear.linear(x, w, out[0], gelu=True, residual=out)
         linear.linear(x, w, up=x)
         linear.linear(x, w, up=x, fast=out, blend=out[0], residual=out)
@@ -60,11 +62,10 @@ def around_launches(batch):
 
 @launches(**BATCHES)
 def gated_launches(batch):
-    for x in (torch.float32, torch.bfloat16, torch.float16):
+    for x in (torch.float32, torch.bfloat16):
         for kind in ("row", "group"):
-            for activation in ("silu", "gelu_tanh"):
-                linear.gated_linear(torch.empty(batch, 1024, dtype=x), stored(kind, 4096, 1024),
-                                    stored(kind, 4096, 1024), activation)
+            linear.gated_linear(torch.empty(batch, 1024, dtype=x), stored(kind, 4096, 1024), stored(kind, 4096, 1024),
+                                "gelu_tanh")
 
 
 @launches(batch1=1, batch8=8)
@@ -124,6 +125,7 @@ def elementwise_launches(width):
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.empty(4, width, dtype=dtype), torch.empty(width)
         norm.add_rms_norm(x, x, weight, 1e-5)
+        norm.rms_norm_add(x, weight, 1e-5, x, x, 0.5)
         norm.add_layer_norm(x, x, weight, weight, 1e-5)
         norm.layer_norm(x, weight, weight, 1e-5)
         elementwise.gru_reset(x, x)
@@ -134,6 +136,16 @@ def elementwise_launches(width):
         elementwise.add_scaled(x, x, 0.1)
         elementwise.add_blend(x, x, x, weight)
     shared_memory.erase_then_add(torch.empty(1, 64, width), torch.empty(4, width), torch.empty(4, width))
+
+
+@launches(width256=256, width2048=2048)
+def altup_launches(width):
+    for count in (3, 4):
+        streams, x, weight = torch.empty(count, 2, width), torch.empty(2, width), torch.empty(width)
+        altup.predict(streams, torch.empty(2, count, count))
+        altup.correct(streams, x, 1, torch.empty(2, count))
+        altup.coefficients(x, weight, 1e-5, torch.empty(count, width), torch.empty(count * count, count), 1.0)
+        altup.spread(streams, x, weight, 1e-5)
 
 
 @launches(units20=20, units64=64)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from thl_engine import native
+from thl_engine.compositions import Compositions
 from thl_engine.errors import ConfigError
 from thl_engine.kernels import (
     altup,
@@ -39,7 +40,7 @@ from thl_engine.weights import Adapted, Matrix, Part, Table
 SPARSE_SHARE = 1 / 8
 
 
-class ReferenceOps:
+class ReferenceOps(Compositions):
     """Plain torch on float32 values of the weights."""
 
     name = "reference"
@@ -138,10 +139,6 @@ class ReferenceOps:
         out = self.linear(swiglu.swiglu(gate, up), matrix)
         return out if blend is None else self.add_blend(blend[0], blend[1], out, blend[2])
 
-    def geglu_linears(self, x: Tensor, gate: Matrix | Adapted, up: Matrix | Adapted) -> Tensor:
-        """`geglu` of x through both matrices."""
-        return self.geglu(*self.linears(x, [gate, up]))
-
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         """Each head's features through its own rows: x [B, H, C], matrix [R, C] -> [B, R], R/H rows a head."""
         batch, heads, _ = x.shape
@@ -175,11 +172,6 @@ class ReferenceOps:
     def geglu_linear(self, gate: Tensor, x: Tensor, up: Matrix | Adapted, quantile: float) -> Tensor:
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
         return self.geglu(gate, self.linear(x, up), quantile)
-
-    def geglu_sparse(self, gate: Tensor, x: Tensor, up: Matrix | Adapted, down: Matrix | Adapted,
-                     quantile: float) -> Tensor:
-        """`linear_sparse` of `geglu_linear`: a whole feed-forward layer but for its gate."""
-        return self.linear_sparse(self.geglu_linear(gate, x, up, quantile), down)
 
     def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int, *, k: int,
                   capacity: int | None, scale: float, load_penalty: float,

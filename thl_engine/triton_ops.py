@@ -6,7 +6,7 @@ What is not overridden here is cheap in torch. Importing this module needs trito
 from torch import Tensor
 
 from thl_engine.kernels import integrator, window_attention
-from thl_engine.kernels.triton import attention, elementwise, norm, sampling, shared_memory, slot_memory
+from thl_engine.kernels.triton import altup, attention, elementwise, norm, sampling, shared_memory, slot_memory
 from thl_engine.kernels.triton import integrator as integrator_kernel
 from thl_engine.kernels.triton.arithmetic import INTERPRETED
 from thl_engine.ops import LAYER_NORM_EPS
@@ -29,6 +29,11 @@ class TritonOps(TritonProducts):
     gru_update = staticmethod(elementwise.gru_update)
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
+    rms_norm_add = staticmethod(norm.rms_norm_add)
+    altup_predict = staticmethod(altup.predict)
+    altup_correct = staticmethod(altup.correct)
+    altup_coefficients = staticmethod(altup.coefficients)
+    altup_spread = staticmethod(altup.spread)
     slot_scores = staticmethod(slot_memory.slot_scores)
     slot_topk = staticmethod(slot_memory.slot_topk)
     slot_mix = staticmethod(slot_memory.slot_mix)

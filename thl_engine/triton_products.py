@@ -23,6 +23,7 @@ class TritonProducts(ReferenceOps):
 
     sparse_share = SPARSE_SHARE
     recorder: Any = None  # of graphs.py, while a step is captured
+    rounded = False  # whether products of many rows may round activations to int8: faster, and less exact
 
     def each_part(self, matrix: Matrix, use: Callable[[Part], None]) -> None:
         """Calls `use` for each part of a matrix in row order: now, and again whenever a captured step is replayed.
@@ -61,7 +62,8 @@ class TritonProducts(ReferenceOps):
             rows = slice(part.start, part.stop)
             added = None if low_rank is None else low_rank._replace(lift=low_rank.lift[rows])
             linear.linear(flat, weights(part), _of(bias, rows), up=up, low_rank=added, gelu=gelu, fast=_of(fast, rows),
-                          blend=_of(blend, rows), residual=_of(residual, rows), out=made[:, rows])
+                          blend=_of(blend, rows), residual=_of(residual, rows), out=made[:, rows],
+                          rounded=self.rounded)
 
         self.each_part(matrix, use)
         return made.view(*x.shape[:-1], -1)

@@ -53,8 +53,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def product(w, x, acc, PRECISION: tl.constexpr):
-    """acc + w x for tiles of weights and activations, as `precision` says."""
-    if PRECISION == "direct":
+    """acc + w x for tiles of weights and activations, as `precision` says; "int8" of both, exactly."""
+    if PRECISION == "int8":
+        return tl.dot(w, x, acc, out_dtype=tl.int32)
+    elif PRECISION == "direct":
         return dot(widened(w, x.dtype), x, acc, "ieee")
     elif PRECISION == "split":
         w = widened(w, tl.bfloat16)

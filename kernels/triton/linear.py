@@ -8,12 +8,14 @@ ordinary cores for few rows of activations, where reading them is all that takes
 from math import prod
 from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
 from thl_engine.kernels.triton.arithmetic import ALL_REGISTERS, INTERPRETED, capability, precision
+from thl_engine.kernels.triton.elementwise import swiglu
 from thl_engine.kernels.triton.linear_streaming import gemv
-from thl_engine.kernels.triton.linear_tiled import gemm
+from thl_engine.kernels.triton.linear_tiled import gemm, quantize_activations
 
 FEW_ROWS = 8  # of activations, at most, for the streaming kernel
 PROGRAMS = 512  # of the streaming kernel, to be more than the multiprocessors of any card can hold in one go
@@ -83,16 +85,18 @@ class LowRank(NamedTuple):
 
 def linear(x: Tensor, w: Weights, bias: Tensor | None = None, *, up: Tensor | None = None,
            low_rank: LowRank | None = None, gelu: bool = False, fast: Tensor | None = None,
-           blend: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+           blend: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None,
+           rounded: bool = False) -> Tensor:
     """x [..., C] times the transpose of w [R, C], plus bias [R]: [..., R] of x's type.
 
     up [..., C]: the product is of silu(x) * up. low_rank: of rank WIDEST_RANK at most, added. gelu: by the normal
     distribution function, after that. fast [..., R] with blend [R]: then p becomes fast + sigmoid(blend) (p - fast),
     HIM's mix of two speeds. residual [..., R] is added last. out: where to write, [n, R] with any row stride, n being
-    all rows of x; it may be the residual.
+    all rows of x; it may be the residual. rounded: more than FEW_ROWS rows of x may be rounded to int8 where w is int8
+    and the card can multiply these; not the default, since the result is then no longer that of other backends.
     """
     return _launch(x, w, bias=bias, x_up=up, low_rank=low_rank, activation="gelu" if gelu else None, fast=fast,
-                   blend=blend, residual=residual, out=out)
+                   blend=blend, residual=residual, out=out, rounded=rounded)
 
 
 def gated_linear(x: Tensor, gate: Weights, up: Weights, activation: str = "silu", out: Tensor | None = None) -> Tensor:
@@ -126,6 +130,7 @@ class _Around(NamedTuple):
     fast: Tensor | None = None
     blend: Tensor | None = None
     residual: Tensor | None = None
+    rounded: bool = False
 
 
 def _launch(x: Tensor, w: Weights, *, out: Tensor | None, low_rank: LowRank | None = None, x_up: Tensor | None = None,
@@ -166,11 +171,15 @@ def _stream(x: Tensor, data: Tensor, w: Weights, a: _Around, out: Tensor, per_he
 
 def _tile(x: Tensor, data: Tensor, w: Weights, a: _Around, out: Tensor) -> None:
     (batch, columns), rows, card = x.shape, data.shape[0], capability(x)
-    how, group = precision(x.dtype, data.dtype, card), _group(w)
+    how, group, x_scales = precision(x.dtype, data.dtype, card), _group(w), None
+    if a.rounded and data.dtype == torch.int8 and card >= 80 and (group or 32) >= 32:
+        if a.x_up is not None:
+            x, a = swiglu(x, a.x_up), a._replace(x_up=None)
+        how, (x, x_scales) = "int8", quantize_activations(x)
     tile = gemm_tile(batch, how, card, a.w_up is not None, group)
     tensors, strides, rank = _operands(data, w, a, out)
     gemm[triton.cdiv(batch, tile.batch), triton.cdiv(rows, tile.rows)](
-        x, *tensors, batch, rows, columns, rank, x.stride(0), *strides, ACTIVATION=a.activation,
+        x, x_scales, *tensors, batch, rows, columns, rank, x.stride(0), *strides, ACTIVATION=a.activation,
         GATED=a.w_up is not None, PRECISION=how, BATCH=tile.batch, ROWS=tile.rows, COLUMNS=tile.columns, GROUP=group,
         num_warps=tile.warps, num_stages=tile.stages, ptx_options=ALL_REGISTERS if how == "ieee" else None)
 

@@ -13,29 +13,37 @@ from thl_engine.kernels.triton.arithmetic import gelu_tanh
 from thl_engine.kernels.triton.linear import LowRank, Weights
 
 WIDEST = 16384  # features of the gate, which one program holds
+COMPACTED = 4096  # features at a time
 ROWS, COLUMNS = 8, 512  # of one program, for one row of activations
 PROGRAMS = 1024  # more than the multiprocessors of any card hold of these in one go
 
 
 @triton.jit
-def _survivors(gate, up, out, indices, count, batch, width, quantile, gate_row, up_row, WIDTH: tl.constexpr):
+def _gate(gate, up, out, width, quantile, gate_row, up_row, WIDTH: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
     f = tl.arange(0, WIDTH)
     inside = f < width
-    alive = tl.zeros([WIDTH], tl.int32)
-    for b in range(tl.program_id(0), batch, tl.num_programs(0)):
-        values = tl.load(gate + b * gate_row + f, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(values, axis=0) / width
-        apart = tl.where(inside, values - mean, 0.0)
-        bound = mean + quantile * tl.sqrt_rn(tl.sum(apart * apart, axis=0) / width)
-        values = gelu_tanh(tl.maximum(values - bound, 0.0))
-        if up is not None:
-            values *= tl.load(up + b * up_row + f, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + b * width + f, values, mask=inside)
-        alive |= ((values != 0.0) & inside).to(tl.int32)
-    if indices is not None:
-        behind = tl.cumsum(alive, axis=0)
-        tl.store(indices + behind - 1, f, mask=alive > 0)
-        tl.store(count, tl.sum(alive, axis=0))
+    values = tl.load(gate + b * gate_row + f, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(values, axis=0) / width
+    apart = tl.where(inside, values - mean, 0.0)
+    bound = mean + quantile * tl.sqrt_rn(tl.sum(apart * apart, axis=0) / width)
+    values = gelu_tanh(tl.maximum(values - bound, 0.0))
+    if up is not None:
+        values *= tl.load(up + b * up_row + f, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + b * width + f, values, mask=inside)
+
+
+@triton.jit
+def _survivors(x, indices, count, batch, width, WIDTH: tl.constexpr):
+    total = tl.zeros([1], tl.int32)
+    for start in range(0, width, WIDTH):
+        f = start + tl.arange(0, WIDTH)
+        alive = tl.zeros([WIDTH], tl.int32)
+        for b in range(0, batch):
+            alive |= (tl.load(x + b * width + f, mask=f < width, other=0.0) != 0.0).to(tl.int32)
+        tl.store(indices + total + tl.cumsum(alive, axis=0) - 1, f, mask=alive > 0)
+        total += tl.sum(alive, axis=0)
+    tl.store(count + tl.arange(0, 1), total)
 
 
 @triton.jit
@@ -76,9 +84,19 @@ def _multiply(x, w, scales, low, lift, indices, count, out, factor, batch, rows,
         tl.store(at, total * tl.load(at, mask=mask, other=0.0), mask=mask)
 
 
-def geglu(gate: Tensor, up: Tensor, quantile: float) -> Tensor:
-    """As the reference with a quantile: gate and up [..., F], F up to WIDEST."""
-    return _launch(gate, up, quantile)
+def geglu(gate: Tensor, up: Tensor | None, quantile: float) -> Tensor:
+    """As the reference with a quantile: gate and up [..., F], F up to WIDEST. up: None for ones."""
+    width = gate.shape[-1]
+    if width > WIDEST:
+        raise ValueError(f"geglu: expected at most {WIDEST} features with a quantile, found {width}")
+    out = gate.new_empty(gate.shape)
+    if not out.numel():
+        return out
+    flat, added = _rows(gate), None if up is None else _rows(up.expand(gate.shape))
+    size = triton.next_power_of_2(width)
+    _gate[(flat.shape[0],)](flat, added, out, width, quantile, flat.stride(0), 0 if added is None else added.stride(0),
+                            WIDTH=size, num_warps=min(max(size // 512, 1), 32))
+    return out
 
 
 def survivors(gate: Tensor, quantile: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -86,8 +104,12 @@ def survivors(gate: Tensor, quantile: float) -> tuple[Tensor, tuple[Tensor, Tens
 
     These are ascending indices, int32 [F], and how many they are, int32 [1]; the rest of the indices is undefined.
     """
-    indices, count = (gate.new_empty(n, dtype=torch.int32) for n in (gate.shape[-1], 1))
-    return _launch(gate, None, quantile, indices, count), (indices, count)
+    out = geglu(gate, None, quantile)
+    batch, width = out.shape
+    indices, count = out.new_empty(width, dtype=torch.int32), out.new_empty(1, dtype=torch.int32)
+    size = min(triton.next_power_of_2(width), COMPACTED)
+    _survivors[(1,)](out, indices, count, batch, width, WIDTH=size, num_warps=min(max(size // 256, 1), 16))
+    return out, (indices, count)
 
 
 def multiply(out: Tensor, alive: tuple[Tensor, Tensor], x: Tensor, w: Weights, first: int = 0,
@@ -109,22 +131,6 @@ def multiply(out: Tensor, alive: tuple[Tensor, Tensor], x: Tensor, w: Weights, f
         0 if w.scales is None else w.scales.stride(0), 0 if low is None else low.stride(0),
         0 if lift is None else lift.stride(0), out.stride(0), GROUPED=w.group is not None, BATCH=padded, ROWS=held,
         COLUMNS=width, RANK=1 if lift is None else triton.next_power_of_2(lift.shape[1]), num_warps=4)
-
-
-def _launch(gate: Tensor, up: Tensor | None, quantile: float, indices: Tensor | None = None,
-            count: Tensor | None = None) -> Tensor:
-    width = gate.shape[-1]
-    if width > WIDEST:
-        raise ValueError(f"geglu: expected at most {WIDEST} features with a quantile, found {width}")
-    out = gate.new_empty(gate.shape)
-    if not out.numel():
-        return out
-    flat, added = _rows(gate), None if up is None else _rows(up.expand(gate.shape))
-    size = triton.next_power_of_2(width)
-    _survivors[(flat.shape[0] if indices is None else 1,)](
-        flat, added, out, indices, count, flat.shape[0], width, quantile, flat.stride(0),
-        0 if added is None else added.stride(0), WIDTH=size, num_warps=min(max(size // 512, 1), 32))
-    return out
 
 
 def _rows(x: Tensor) -> Tensor:
