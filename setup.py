@@ -74,8 +74,10 @@ ext_modules, cmdclass = extensions()
 
 setup(
     packages=["thl_engine", "thl_engine.cli", "thl_engine.models", "thl_engine.train", "thl_engine.kernels",
-              "thl_engine.kernels.triton"],
-    package_dir={"thl_engine.kernels": "kernels", "thl_engine.kernels.triton": "kernels/triton"},
+              "thl_engine.kernels.triton", "thl_engine.kernels.tuned"],
+    package_dir={"thl_engine.kernels": "kernels", "thl_engine.kernels.triton": "kernels/triton",
+                 "thl_engine.kernels.tuned": "kernels/tuned"},
+    package_data={"thl_engine.kernels.tuned": ["*.json"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
 )

@@ -1,6 +1,7 @@
 // Module table of thl_engine._native.
 #include <pybind11/pybind11.h>
 
+void bind_budget(pybind11::module_& module);
 void bind_copy(pybind11::module_& module);
 void bind_encoder(pybind11::module_& module);
 void bind_io(pybind11::module_& module);
@@ -10,6 +11,7 @@ void bind_transformer(pybind11::module_& module);
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "Native CPU kernels and file reader of thl_engine.";
+    bind_budget(module);
     bind_copy(module);
     bind_encoder(module);
     bind_io(module);

@@ -91,6 +91,8 @@ void bind_copy(py::module_& m) {
     py::class_<thl::HostCopyDevice, CopyDevice, std::shared_ptr<thl::HostCopyDevice>>(m, "HostCopyDevice")
         .def(py::init<std::uint64_t, int>(), py::arg("seed"), py::arg("delay"))
         .def_readonly_static("compute", &thl::HostCopyDevice::kCompute)
+        .def_property_readonly("address",  // for a stand-in of another device's runtime
+                               [](CopyDevice& device) { return reinterpret_cast<std::uintptr_t>(&device); })
         .def(
             "use",
             [](thl::HostCopyDevice& device, const py::object& memory) {

@@ -16,13 +16,13 @@ std::int64_t extent(const CopyRequest& request) {
     return (request.offset % kAlign + request.nbytes + kAlign - 1) / kAlign * kAlign;
 }
 
-std::size_t ring_bytes(std::int64_t slot_bytes, int slots) {
+std::int64_t ring_size(std::int64_t slot_bytes, int slots) {
     std::int64_t total = 0;
     if (slots < 2) refuse("a staging ring needs at least 2 slots, got " + std::to_string(slots));
     if (slot_bytes < kAlign || slot_bytes % kAlign || __builtin_mul_overflow(slot_bytes, slots, &total)) {
         refuse("slot_bytes must be a positive multiple of 4096, got " + std::to_string(slot_bytes));
     }
-    return static_cast<std::size_t>(total);
+    return total;
 }
 
 }  // namespace
@@ -43,8 +43,7 @@ CopyEngine::CopyEngine(Reader& reader, std::shared_ptr<CopyDevice> device, std::
                        const std::vector<std::int64_t>& places, std::int64_t slot_bytes, int slots,
                        CopyDevice::Stream compute, std::unique_ptr<DirectStorage> direct)
     : reader_(reader), device_(std::move(device)), memory_(memory), slot_bytes_(slot_bytes),
-      direct_(std::move(direct)) {
-    const std::size_t total = ring_bytes(slot_bytes, slots);
+      ring_bytes_(ring_size(slot_bytes, slots)), direct_(std::move(direct)) {
     std::vector<std::int64_t> sorted(places);
     std::sort(sorted.begin(), sorted.end());
     for (std::size_t i = 0; i < sorted.size(); ++i) {
@@ -55,12 +54,12 @@ CopyEngine::CopyEngine(Reader& reader, std::shared_ptr<CopyDevice> device, std::
         }
         places_.try_emplace(sorted[i], *device_, next - sorted[i]);
     }
-    slots_.reserve(static_cast<std::size_t>(slots));
-    for (int i = 0; i < slots; ++i) slots_.push_back(Slot{OwnedEvent(*device_)});
-    staging_ = std::make_unique<Staging>(*device_, total);
+    flights_.reserve(kFlights);
+    for (std::uint64_t i = 0; i < kFlights; ++i) flights_.push_back(Flight{OwnedEvent(*device_)});
+    staging_ = std::make_unique<Staging>(*device_, static_cast<std::size_t>(ring_bytes_));
     // The memory may come from a pool, and what used it before may still run.
-    device_->record_compute(slots_[0].copied, compute);
-    device_->copies_wait(slots_[0].copied);
+    device_->record_compute(flights_[0].copied, compute);
+    device_->copies_wait(flights_[0].copied);
     thread_ = std::thread(&CopyEngine::run, this);
 }
 
@@ -77,21 +76,6 @@ void CopyEngine::close() {
     arrived_.notify_all();
     if (!thread_.joinable()) return;
     thread_.join();
-    for (const Job& job : reading_) {
-        try {
-            reader_.wait(job.ticket);
-        } catch (const std::exception&) {
-            // nobody asks for this page any more
-        }
-    }
-    reading_.clear();
-    try {
-        for (Slot& one : slots_) {
-            if (one.has_copy) device_->host_waits(one.copied);
-        }
-    } catch (const DeviceError&) {
-        // a device that has failed copies nothing any more
-    }
     staging_.reset();
     direct_.reset();
 }
@@ -161,7 +145,7 @@ void CopyEngine::run() {
             } else if (goes_direct(waiting_.front())) {
                 read_directly(lock);
             } else {
-                await_slot(lock);
+                await_room(lock);
             }
         }
     } catch (...) {
@@ -169,33 +153,64 @@ void CopyEngine::run() {
         failure_ = std::current_exception();
         arrived_.notify_all();
     }
+    lock.unlock();
+    drain();
 }
 
-// Notes which slots are free again. Called on the thread with mutex_ held, while no read is between the queues.
+// Ends what uses the ring's memory, when nothing is started any more.
+void CopyEngine::drain() {
+    for (const Job& job : reading_) {
+        try {
+            reader_.wait(job.ticket);
+        } catch (const std::exception&) {
+            // nobody asks for this page any more
+        }
+    }
+    try {
+        for (const Flight& one : flights_) {
+            if (one.has_copy) device_->host_waits(one.copied);
+        }
+    } catch (const DeviceError&) {
+        // a device that has failed copies nothing any more
+    }
+}
+
+// Notes which flights have ended. Called on the thread with mutex_ held, while no read is between the queues.
 void CopyEngine::reclaim() {
     while (freed_ < submitted_ - reading_.size()) {
-        Slot& oldest = slot(freed_);
+        Flight& oldest = flight(freed_);
         if (oldest.has_copy && !device_->passed(oldest.copied)) return;
         oldest.has_copy = false;
         ++freed_;
     }
 }
 
-// Starts reads, in order, as far as slots are known to be free. Called with mutex_ held.
+// Position of the next flight in the ring, whole, or -1 where there is no room before others end.
+std::int64_t CopyEngine::room(std::int64_t nbytes) {
+    if (submitted_ == freed_) return head_ = 0;
+    if (submitted_ - freed_ == kFlights) return -1;
+    const std::int64_t within = head_ % ring_bytes_;
+    const std::int64_t begin = within + nbytes > ring_bytes_ ? head_ + ring_bytes_ - within : head_;
+    return begin + nbytes - flight(freed_).begin > ring_bytes_ ? -1 : begin;
+}
+
+// Starts reads, in order, as far as the ring is known to be free. Called with mutex_ held.
 void CopyEngine::submit_reads() {
-    while (!waiting_.empty() && !goes_direct(waiting_.front()) && submitted_ < freed_ + slots_.size()) {
+    while (!waiting_.empty() && !goes_direct(waiting_.front())) {
+        const std::int64_t begin = room(extent(waiting_.front().request));
+        if (begin < 0) return;
         Job job = std::move(waiting_.front());
         waiting_.pop_front();
-        const CopyRequest& request = job.request;
         try {
-            const auto at = static_cast<std::int64_t>(submitted_ % slots_.size()) * slot_bytes_;
-            job.ticket = reader_.submit(request.file, request.offset, request.nbytes, staging_->arena(), at,
-                                        request.crc, request.label);
+            job.ticket = reader_.submit(job.request.file, job.request.offset, job.request.nbytes, staging_->arena(),
+                                        begin % ring_bytes_, job.request.crc, job.request.label);
         } catch (const std::exception&) {
             end(*job.place, std::current_exception());
             continue;
         }
+        head_ = begin + extent(job.request);
         job.number = submitted_++;
+        flight(job.number).begin = begin;
         reading_.push_back(std::move(job));
     }
 }
@@ -205,7 +220,7 @@ void CopyEngine::copy_next(std::unique_lock<std::mutex>& lock) {
     const Job job = std::move(reading_.front());
     reading_.pop_front();
     Place& place = *job.place;
-    Slot& from = slot(job.number);
+    Flight& from = flight(job.number);
     lock.unlock();
 
     std::exception_ptr failure;
@@ -216,7 +231,7 @@ void CopyEngine::copy_next(std::unique_lock<std::mutex>& lock) {
     }
     if (!failure) {
         const std::int64_t head = job.request.offset % kAlign;
-        const std::uint8_t* source = staging_->arena()->data() + (&from - slots_.data()) * slot_bytes_ + head;
+        const std::uint8_t* source = staging_->arena()->data() + from.begin % ring_bytes_ + head;
         if (place.has_use) device_->copies_wait(place.used);
         device_->copy(memory_ + job.offset + head, source, static_cast<std::size_t>(job.request.nbytes));
         device_->record_copies(place.copied);
@@ -232,9 +247,9 @@ void CopyEngine::copy_next(std::unique_lock<std::mutex>& lock) {
     end(place, failure);
 }
 
-// Waits for the oldest copy, when every slot holds one.
-void CopyEngine::await_slot(std::unique_lock<std::mutex>& lock) {
-    const CopyDevice::Event copied = slot(freed_).copied;
+// Waits for the oldest copy, when the ring holds nothing else.
+void CopyEngine::await_room(std::unique_lock<std::mutex>& lock) {
+    const CopyDevice::Event copied = flight(freed_).copied;
     lock.unlock();
     device_->host_waits(copied);
     lock.lock();
@@ -270,7 +285,7 @@ void CopyEngine::end(Place& place, std::exception_ptr failure) {
 }
 
 double CopyEngine::copy_seconds(CopyDevice& device, std::uint8_t* target, std::int64_t nbytes, int slots, int copies) {
-    const Staging staging(device, ring_bytes(nbytes, slots));
+    const Staging staging(device, static_cast<std::size_t>(ring_size(nbytes, slots)));
     const OwnedEvent copied(device);
     const auto run = [&](int count) {
         for (int i = 0; i < count; ++i) {

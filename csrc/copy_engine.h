@@ -35,7 +35,8 @@ struct CopyRequest {
 class CopyEngine {
 public:
     // memory: nbytes on the device, whose earlier use is on `compute`. places: multiples of 4096, each up to the next
-    // one. The ring has `slots` of slot_bytes. direct, if any, serves requests without a checksum.
+    // one. The ring holds `slots` pages of slot_bytes, the longest, or up to kFlights shorter ones. direct, if any,
+    // serves requests without a checksum.
     // Throws std::invalid_argument, DeviceError where memory cannot be page-locked, ArenaError where there is none.
     CopyEngine(Reader& reader, std::shared_ptr<CopyDevice> device, std::uint8_t* memory, std::int64_t nbytes,
                const std::vector<std::int64_t>& places, std::int64_t slot_bytes, int slots,
@@ -43,6 +44,8 @@ public:
     ~CopyEngine();
     CopyEngine(const CopyEngine&) = delete;
     CopyEngine& operator=(const CopyEngine&) = delete;
+
+    static constexpr std::uint64_t kFlights = 32;  // pages between disk and device at a time
 
     // Throws std::invalid_argument for a place that is unknown or being filled, and for a page that does not fit.
     void start(CopyRequest request, std::int64_t place);
@@ -100,9 +103,11 @@ private:
         std::exception_ptr failure;
     };
 
-    struct Slot {
+    // A part of the ring from its read to the end of its copy. Positions grow; the ring holds them modulo its size.
+    struct Flight {
         OwnedEvent copied;
         bool has_copy = false;  // that may not have ended
+        std::int64_t begin = 0;
     };
 
     struct Job {
@@ -113,31 +118,33 @@ private:
     };
 
     void run();
+    void drain();
     void reclaim();
     void submit_reads();
     void copy_next(std::unique_lock<std::mutex>& lock);
-    void await_slot(std::unique_lock<std::mutex>& lock);
+    void await_room(std::unique_lock<std::mutex>& lock);
     void read_directly(std::unique_lock<std::mutex>& lock);
     void end(Place& place, std::exception_ptr failure);
     bool goes_direct(const Job& job) const { return direct_ && !job.request.crc; }
-    Slot& slot(std::uint64_t number) { return slots_[number % slots_.size()]; }
+    std::int64_t room(std::int64_t nbytes);
+    Flight& flight(std::uint64_t number) { return flights_[number % kFlights]; }
     Place& find(std::int64_t place);
 
     Reader& reader_;
     const std::shared_ptr<CopyDevice> device_;
     std::uint8_t* const memory_;
-    const std::int64_t slot_bytes_;
+    const std::int64_t slot_bytes_, ring_bytes_;
     std::unique_ptr<DirectStorage> direct_;
     std::unique_ptr<Staging> staging_;
     std::map<std::int64_t, Place> places_;
-    std::vector<Slot> slots_;
+    std::vector<Flight> flights_;
     std::atomic<std::int64_t> bytes_copied_{0}, bytes_direct_{0};
 
-    std::mutex mutex_;  // guards everything below, and the state of places and slots
+    std::mutex mutex_;  // guards everything below, and the state of places and flights
     std::condition_variable work_, arrived_;
     std::deque<Job> waiting_, reading_;
-    // Reads are numbered; number n goes through slot n % slots, and they leave the ring in order.
-    std::uint64_t submitted_ = 0, freed_ = 0;
+    std::uint64_t submitted_ = 0, freed_ = 0;  // flights so far; they begin and end in order
+    std::int64_t head_ = 0;                    // of the ring, behind the last flight
     std::exception_ptr failure_;  // of the device: nothing works any more
     bool stop_ = false;
 

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton_device import DEVICE
 
+from thl_engine import cuda
+from thl_engine.kernels import tuned
 from thl_engine.quant import quantize_rows
 
 ROOT = Path(__file__).parents[1]
@@ -153,3 +156,39 @@ def test_bits_depend_on_the_split_alone(library):
                                     shape=(4, split)), whole[:, part])
         unaligned = at_the_end(w, 3)
         assert torch.equal(gemv(library, x, unaligned, scales, poisoned(7, 11), group=group, shape=(2, split)), whole)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the kernels are run on the device instead")
+def test_the_triton_backend_uses_the_twin_where_the_table_has_it(library, monkeypatch):
+    """Parts that are not int8 go to triton's kernel."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from thl_engine.triton_ops import TritonOps
+    from thl_engine.weights import Part
+
+    class InParts:
+        shape, transposed = (20, 300), False
+
+        def parts(self):
+            yield Part(0, 8, *quantize_rows(values[:8]))
+            yield Part(8, 20, values[8:])
+
+    torch.manual_seed(0)
+    calls = []
+
+    def on_host(x, w, scales, out, shape, **given):
+        calls.append(shape)
+        gemv(library, x, w, scales, out, shape=shape, **given)
+
+    values, x, bias = torch.randn(20, 300), torch.randn(3, 2, 300), torch.randn(20)
+    monkeypatch.setattr(cuda, "gemv_int8", on_host)
+    expected = TritonOps().product(x, InParts(), bias)
+    assert not calls
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    choices = [tuned.Choice(8, 20, 300, "cuda", (4, 2)), tuned.Choice(8, 20, 300, "triton", ()), None]
+    monkeypatch.setattr(tuned, "find", lambda *size: choices.pop(0) if size[:4] == ("gemv_int8", 6, 20, 300) else None)
+    found = TritonOps().product(x, InParts(), bias)
+    assert calls == [(4, 2)]
+    torch.testing.assert_close(found, expected)
+    for _ in range(2):
+        assert torch.equal(TritonOps().product(x, InParts(), bias), expected)
+    assert len(calls) == 1 and not choices

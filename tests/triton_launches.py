@@ -13,6 +13,8 @@ from thl_engine.kernels.triton import (
     shared_memory,
     slot_memory,
     sparse,
+    tier_cell,
+    window_attention,
 )
 from thl_engine.kernels.triton.linear import LowRank, Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
@@ -95,17 +97,41 @@ def linear_transposed_launches(batch):
                               torch.empty(batch, 8, 1024), accumulate)
 
 
-@launches(small=(100, 96), default=(1024, 512), most=(16384, 256))
+@launches(small=(100, 96, 4), default=(1024, 768, 4), wide=(1024, 12288, 8), most=(16384, 256, 8),
+          more=(40000, 80, 32))
 def slot_launches(shape):
-    slots, width = shape
+    slots, width, heads = shape
     memory, ema = torch.empty(2, slots, width), torch.empty(2, slots)
-    last = torch.empty(2, slots, dtype=torch.int64)
-    for capacity in (None, 2):
-        slot_memory.slot_read(torch.empty(2, 8, width), memory, ema, last, 7, k=8, capacity=capacity, scale=0.1,
+    last, counter = torch.empty(2, slots, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    for t, capacity in ((7, None), (counter, 2)):
+        slot_memory.slot_read(torch.empty(2, heads, width), memory, ema, last, t, k=8, capacity=capacity, scale=0.1,
                               load_penalty=0.1, decay=0.9)
+        slot_memory.novelty_write(torch.empty(2, width), memory, ema, ema, ema, last, t, slots=4, clip_max=1.0,
+                                  theta=0.1, beta=1.0, decay=0.9, ema_decay=0.9, stale_weight=0.1,
+                                  underuse_weight=0.1)
     slot_memory.slot_norms(memory)
-    slot_memory.novelty_write(torch.empty(2, width), memory, ema, ema, ema, last, 7, slots=4, clip_max=1.0, theta=0.1,
-                              beta=1.0, decay=0.9, ema_decay=0.9, stale_weight=0.1, underuse_weight=0.1)
+
+
+@launches(batch1=1, batch4=4, batch8=8)
+def tier_cell_launches(batch):
+    for width in (100, 768, 12288):
+        for kind, dtype in (("row", torch.float32), ("group", torch.float32), ("row", torch.bfloat16),
+                            ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+            x, gate = torch.empty(batch, width, dtype=dtype), torch.empty(batch, 512)
+            bias, state = torch.empty(512), torch.empty(batch, 512, dtype=dtype)
+            tier_cell.joined_linear((x, x, x), stored(kind, 512, 3 * width), bias, gate, addend=x, gate="update")
+            tier_cell.joined_linear((x, x, x), stored(kind, 512, 3 * width), bias, gate, gate="reset", state=state)
+            tier_cell.joined_linear((gate, x, x), stored(kind, 512, 512 + 2 * width), bias, state, addend=x,
+                                    gate="candidate", update=gate, state=state)
+    tier_cell.joined_linear((x, x), stored("row", 512, 2 * 12288), None, gate)
+
+
+@launches(entries16=16, entries64=64, entries1000=1000)
+def window_launches(entries):
+    for width in (96, 768):
+        for valid in (7, torch.empty(1, dtype=torch.int64)):
+            window_attention.window_read(torch.empty(2, width), torch.empty(2, entries, width), valid,
+                                         torch.empty(2, width), 0.1)
 
 
 @launches(**{f"heads{width}": width for width in (16, 32, 64, 80, 128, 256)})

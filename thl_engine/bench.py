@@ -14,6 +14,7 @@ import torch
 
 from thl_engine import native
 from thl_engine.config import parse_config
+from thl_engine.device_memory import link_bandwidth
 from thl_engine.engine import Engine
 from thl_engine.errors import ConfigError
 from thl_engine.memory import peak_bytes, reset_peak, resident_bytes
@@ -97,20 +98,6 @@ def disk_bandwidth(store: Store) -> float:
         return done / (time.perf_counter() - started)
 
 
-def link_bandwidth(device: torch.device) -> float | None:
-    """Bytes per second from page-locked host memory to a CUDA device; None on the CPU."""
-    if device.type == "cpu":
-        return None
-    source = torch.ones(BUFFER_BYTES, dtype=torch.uint8).pin_memory()
-    target = torch.empty(BUFFER_BYTES, dtype=torch.uint8, device=device)
-
-    def copy() -> None:
-        target.copy_(source, non_blocking=True)
-
-    copy()
-    return BUFFER_BYTES / statistics.median(_seconds(copy, device) for _ in range(5))
-
-
 def largest_matrix(store: Store) -> StoredTensor:
     """The matrix whose storage stands for the others'."""
     return max((t for t in store.tensors.values() if t.kind == "matrix"), key=lambda t: t.nbytes)
@@ -164,7 +151,8 @@ def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: in
         "prediction_ratio": found["tokens_per_second"] / plan.tokens_per_second,
         "product_bandwidth": bandwidths.memory, "disk_bandwidth": bandwidths.disk if plan.streamed_pages else None,
         "link_bandwidth": bandwidths.link, "planned_peak_bytes": plan.peak_memory_bytes,
-        "peak_device_bytes": stats["peak_device_bytes"], "memory_budget": plan.budget,
+        "peak_device_bytes": stats["peak_device_bytes"], "device_bytes_besides": stats["device_bytes_besides"],
+        "budget_enforced": stats["budget_enforced"], "memory_budget": plan.budget,
         "pinned_bytes": plan.pinned_bytes, "ring_slots": plan.slots, "backend": ops.name,
         "isa": native.isa() if ops.name == "native" else None, "device": str(chosen),
         "threads": native.threads() if ops.name == "native" else torch.get_num_threads(),

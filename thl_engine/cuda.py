@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from thl_engine.kernels import tuned
+
 try:
     from thl_engine import _native
 except ImportError:  # installed without a compiler for it
@@ -47,9 +49,50 @@ def reason() -> str | None:
         return str(error)
 
 
+def library() -> str:
+    """Path of the extension, whose `thl_arena_alloc` and `thl_arena_free` are what torch takes for an allocator."""
+    return _cuda.__file__
+
+
+def open_arena(device: int, nbytes: int) -> int:
+    """A new block of a device's memory, to be divided among allocations: its number. RuntimeError if there is none."""
+    return _cuda.open_arena(device, nbytes)
+
+
+def close_arena(number: int) -> None:
+    """Lets nothing more be allocated; the block goes back to the device with its last allocation."""
+    _cuda.close_arena(number)
+
+
+def enter_arena(number: int) -> None:
+    """What this thread lets `thl_arena_alloc` allocate comes from this block, until `leave_arena`. Nests."""
+    _cuda.enter_arena(number)
+
+
+def leave_arena() -> None:
+    """Ends the last `enter_arena` of this thread."""
+    _cuda.leave_arena()
+
+
+def arena_counts(number: int) -> dict[str, int]:
+    """Bytes: size, in_use, peak, largest_gap, last_refused; numbers: allocations alive, refusals."""
+    return _cuda.arena_counts(number)
+
+
 def copy_device(index: int) -> "_native.CopyDevice":
     """Device number `index` for the native copy engine, with a stream for copies. Raises DeviceError."""
     return _native.CopyDevice(_cuda.copy_device(index))
+
+
+def gemv_shape(x: Tensor, rows: int, columns: int) -> GemvShape | None:
+    """How `gemv_int8` is to multiply x [.., C] with parts of a matrix [rows, columns]; None where it is not to.
+
+    It is to where the card's table has it as the fastest, and x lies as it must.
+    """
+    choice = tuned.find("gemv_int8", x.numel() // max(columns, 1), rows, columns, x.device)
+    if choice is None or choice.use != "cuda" or x.stride(-1) != 1 or not available():
+        return None
+    return GemvShape(*choice.launch)
 
 
 def gemv_int8(x: Tensor, w: Tensor, scales: Tensor, out: Tensor, shape: GemvShape, *, bias: Tensor | None = None,

@@ -5,8 +5,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from thl_engine.config import parse_config
+from thl_engine.device_memory import DeviceMemory, link_bandwidth
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
 from thl_engine.generation import Piece, Row, generate
 from thl_engine.memory import peak_bytes
@@ -24,7 +25,7 @@ from thl_engine.models import architecture
 from thl_engine.ops import load_ops
 from thl_engine.paged_weights import load_vectors, paged_weights
 from thl_engine.pager import Pager
-from thl_engine.plan import NOMINAL, Bandwidths, PageSchedule, Plan, size
+from thl_engine.plan import Bandwidths, PageSchedule, Plan, size
 from thl_engine.reader import Reader
 from thl_engine.resources import (
     FORWARD_CHUNK,
@@ -32,6 +33,7 @@ from thl_engine.resources import (
     choose_device,
     divide_memory,
     needs,
+    nominal,
     set_threads,
     state_options,
 )
@@ -57,9 +59,9 @@ class Trace:
 
 
 def _computing(method: Callable) -> Callable:
-    """Runs a method without gradients and on the engine's device, which triton takes from torch's current one; leaves
-    the processors to the backend: after an operation that torch shares among threads, those spin for milliseconds on
-    the cores that native kernels need next."""
+    """Runs a method without gradients and on the engine's device, its memory included; leaves the processors to the
+    backend: after an operation that torch shares among threads, those spin for milliseconds on the cores that native
+    kernels need next."""
 
     @wraps(method)
     def run(self: "Engine", *args: Any, **inputs: Any) -> Any:
@@ -67,7 +69,7 @@ def _computing(method: Callable) -> Callable:
         if self.ops.has_threads:
             torch.set_num_threads(1)
         try:
-            with torch.no_grad(), torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            with torch.no_grad(), self._memory.computing():
                 return method(self, *args, **inputs)
         finally:
             torch.set_num_threads(threads)
@@ -95,17 +97,21 @@ class Engine:
         self._schedules: dict[tuple, PageSchedule] = {(): schedule}  # by the options that a state was made with
         self._streams = self._plan.streamed_pages > 0
 
-        vectors = load_vectors(store, self.device)
+        self._bandwidths = replace(nominal(self.device), link=link_bandwidth(self.device))
+        memory = DeviceMemory(self.device, self._plan.budget)
         tables = [page.index for name in self._plan.resident_tables for page in store.tensors[name].pages]
         reader = Reader(store.files, direct=store.descriptor is None or self._streams)
-        self._pager = Pager(store, reader, vectors, (*self._plan.pinned, *tables), self._plan.slots,
-                            self._plan.slot_bytes, self._plan.horizon, self.device)
+        with memory.computing():
+            vectors = load_vectors(store, self.device)
+            self._pager = Pager(store, reader, vectors, (*self._plan.pinned, *tables), self._plan.slots,
+                                self._plan.slot_bytes, self._plan.horizon, self.device)
         self._weights = paged_weights(store, self._pager, vectors)
         if not self._streams and self._plan.resident_tables:
             self.close()  # all is in memory: nothing needs the file any more
         self._trace: Trace | None = None
         self._tokens = 0
         self._seconds = 0.0
+        self._memory = memory  # last: what lies in it goes first when the engine does
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, device: str = "auto", backend: str = "auto",
@@ -160,6 +166,7 @@ class Engine:
         """One of the architectures' names."""
         return self._store.model_type
 
+    @_computing
     def new_state(self, batch_size: int = 1, **options: Any) -> Any:
         """The empty state of `batch_size` sequences, with the options that the model has (HRM: `cycles`).
 
@@ -179,11 +186,11 @@ class Engine:
         plan = self._plan
         if plan.budget is None:
             return
-        state, workspace = needs(self._store, self.ops, batch_size, self._options)
-        needed = plan.peak_memory_bytes - plan.state_bytes - plan.workspace_bytes + state + workspace
+        own = needs(self._store, self.ops, self.device, batch_size, self._options)
+        needed = plan.peak_memory_bytes - plan.state_bytes - plan.workspace_bytes - plan.reserve_bytes + own.total
         if needed > plan.budget:
-            raise BudgetError(f"a state of batch_size {batch_size} takes {size(state)}; with it the memory budget must "
-                              f"be at least {needed} bytes, and is {plan.budget}; an engine that is opened with "
+            raise BudgetError(f"a state of batch_size {batch_size} takes {size(own.state)}; with it the memory budget "
+                              f"must be at least {needed} bytes, and is {plan.budget}; an engine that is opened with "
                               f"batch_size={batch_size} leaves room for it")
 
     @_computing
@@ -410,18 +417,25 @@ class Engine:
         """`Sampler.sample` by the backend, which gets the processors back afterwards."""
         return sampler.sample(logits, history, self.ops.sample)
 
-    def plan(self, bandwidths: Bandwidths = NOMINAL) -> Plan:
-        """What is pinned and streamed within the budget, and the tokens/s that the given bandwidths allow."""
-        return self._plan.at(bandwidths, self._store, self._schedules[()])
+    def plan(self, bandwidths: Bandwidths | None = None) -> Plan:
+        """What is pinned and streamed within the budget, and the tokens/s that the given bandwidths allow.
+
+        Without any, typical ones are taken, but for the link to a CUDA device, which is measured once.
+        """
+        return self._plan.at(bandwidths or self._bandwidths, self._store, self._schedules[()])
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the engine started; sizes in bytes, times in seconds."""
+        """Counters since the engine started; sizes in bytes, times in seconds.
+
+        peak_memory_bytes: what counts against the budget, as planned on the CPU and as seen on CUDA, where it is
+        peak_device_bytes too; device_bytes_besides: all else on the device, the CUDA context and other programs;
+        budget_enforced: whether what does not fit is refused.
+        """
         return {
             "tokens": self._tokens, "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else 0.0,
-            **asdict(self._pager.traffic), "peak_memory_bytes": self._plan.peak_memory_bytes,
+            **asdict(self._pager.traffic), **self._memory.stats(self._plan.peak_memory_bytes),
             "peak_rss_bytes": peak_bytes(),
-            "peak_device_bytes": torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0,
             "memory_budget": self._plan.budget, "backend": self.ops.name, "device": str(self.device),
             "sliding_window": self._options.get("sliding_window"),
         }

@@ -31,6 +31,8 @@ def parse_bytes(amount: str | int) -> int:
 def available_memory(device: torch.device) -> int:
     """Bytes on the device that a model may take without pressing on what else runs there."""
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device {str(device)!r} is not here to be asked for its memory; give a memory budget")
         return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE)
     try:
         with open("/proc/meminfo") as lines:

@@ -4,7 +4,9 @@ Models call an ops object; a backend is chosen once, when the engine starts. Ope
 that they are given in place; they return the tensors to use from then on.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import groupby
 from operator import itemgetter
 from statistics import NormalDist
@@ -74,6 +76,10 @@ class ReferenceOps(Compositions):
     prefix_read = staticmethod(shared_memory.prefix_read)
     erase_then_add = staticmethod(shared_memory.erase_then_add)
     reasoning_update = staticmethod(shared_memory.reasoning_update)
+
+    def counter(self, t: int) -> int | Tensor:
+        """A time or position for ops that take it as a value: t, or on a device a tensor that holds it."""
+        return t
 
     @staticmethod
     def devices() -> tuple[str, ...]:
@@ -173,7 +179,7 @@ class ReferenceOps(Compositions):
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
         return self.geglu(gate, self.linear(x, up), quantile)
 
-    def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int, *, k: int,
+    def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int | Tensor, *, k: int,
                   capacity: int | None, scale: float, load_penalty: float,
                   decay: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """A sparse read of the slots: (mixed [B, H, d], alpha, indices [B, H, k], read_ema, last_read [B, J])."""
@@ -473,10 +479,20 @@ def _triton() -> ReferenceOps:
 BACKENDS: dict[str, Callable[[], ReferenceOps]] = {"reference": ReferenceOps, "native": _native, "triton": _triton}
 
 
+@cache
+def _cuda_backend() -> str:
+    try:
+        _triton()
+    except ConfigError as error:
+        logging.getLogger("thl_engine").warning("computing with torch's operations, more slowly: %s", error)
+        return "reference"
+    return "triton"
+
+
 def load_ops(backend: str, device: str) -> ReferenceOps:
-    """The ops of a backend. "auto" takes native on the CPU where it was built, and the reference elsewhere."""
+    """The ops of a backend. "auto" takes native on the CPU and triton elsewhere where they are, else the reference."""
     if backend == "auto":
-        backend = "native" if device == "cpu" and native.available() else "reference"
+        backend = _cuda_backend() if device != "cpu" else "native" if native.available() else "reference"
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is unknown; choose from auto, {', '.join(BACKENDS)}")
     if backend == "native" and device != "cpu":

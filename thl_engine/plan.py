@@ -32,14 +32,10 @@ class Bandwidths:
     memory: float
     link: float | None = None
 
-    @property
-    def feed(self) -> float:
-        """The slower of the stages that a streamed page passes."""
-        return self.disk if self.link is None else min(self.disk, self.link)
-
 
 # The ring's size is chosen with these, never with measured values, so that a budget always gives the same plan.
 NOMINAL = Bandwidths(disk=1.5e9, memory=24e9)
+NOMINAL_CUDA = Bandwidths(disk=1.5e9, memory=250e9, link=12e9)  # of a small card on PCIe 3.0 x16
 
 
 class PageSchedule:
@@ -131,6 +127,7 @@ class Plan:
     state_bytes: int
     state_traffic: int  # bytes of the state that a token reads or writes
     workspace_bytes: int
+    reserve_bytes: int  # that the device's allocator may take beyond its tensors; none on the CPU
     pinned: tuple[int, ...]
     pinned_bytes: int
     resident_tables: tuple[str, ...]
@@ -154,8 +151,8 @@ class Plan:
     @property
     def peak_memory_bytes(self) -> int:
         """All that the engine keeps in memory."""
-        return (self.fixed_bytes + self.state_bytes + self.workspace_bytes + self.pinned_bytes + self.table_bytes
-                + self.slots * self.slot_bytes)
+        return (self.fixed_bytes + self.state_bytes + self.workspace_bytes + self.reserve_bytes + self.pinned_bytes
+                + self.table_bytes + self.slots * self.slot_bytes)
 
     @property
     def limited_by(self) -> str:
@@ -182,7 +179,7 @@ class Plan:
             "batch_size": self.batch_size, "memory_budget": self.budget, "least_budget": self.least_budget,
             "peak_memory_bytes": self.peak_memory_bytes, "fixed_bytes": self.fixed_bytes,
             "state_bytes": self.state_bytes, "state_bytes_per_step": self.state_traffic,
-            "workspace_bytes": self.workspace_bytes,
+            "workspace_bytes": self.workspace_bytes, "reserve_bytes": self.reserve_bytes,
             "pinned_pages": len(self.pinned), "pinned_bytes": self.pinned_bytes,
             "resident_tables": list(self.resident_tables), "table_bytes": self.table_bytes,
             "ring_slots": self.slots, "ring_bytes": self.slots * self.slot_bytes,
@@ -195,8 +192,14 @@ class Plan:
         }
 
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self, *more: tuple[str, str]) -> str:
+        """The plan for people, one row a line; `more`: rows (name, value) that come first."""
         ring = f"{self.slots} slots of {size(self.slot_bytes)}" if self.slots else "none"
+        link = self.bandwidths.link
         rows = [
+            *more,
             ("memory budget", size(self.budget) if self.budget is not None else "none"),
             ("least budget that runs", size(self.least_budget)),
             ("peak memory", size(self.peak_memory_bytes)),
@@ -205,10 +208,13 @@ class Plan:
             ("  ring", ring),
             ("  state", size(self.state_bytes) + (f" of {self.batch_size} sequences" if self.batch_size > 1 else "")),
             ("  norms, scales, workspace", size(self.fixed_bytes + self.workspace_bytes)),
+            *([("  for torch's allocator", f"{size(self.reserve_bytes)}, which it rounds up by and leaves in pieces")]
+              if self.reserve_bytes else []),
             ("streamed pages", f"{size(self.streamed_bytes)} in {self.streamed_pages} pages"),
             ("bytes per token", size(self.bytes_per_token)),
             ("  of these streamed", size(self.bytes_streamed_per_token)),
             ("disk, memory bandwidth", f"{self.bandwidths.disk / 1e9:.2f}, {self.bandwidths.memory / 1e9:.2f} GB/s"),
+            *([] if link is None else [("link to the device", f"{link / 1e9:.2f} GB/s")]),
             ("predicted tokens/s", f"{self.tokens_per_second:.2f}"),
             ("limited by", f"{self.limited_by} ({100 * self.stall_per_token / self.seconds_per_token:.0f} % of the "
                            "time waiting for pages)"),
@@ -226,20 +232,21 @@ def size(count: float) -> str:
 
 
 def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, stream: bool, state_bytes: int,
-              workspace_bytes: int, batch_size: int = 1, state_traffic: int | None = None) -> Plan:
+              workspace_bytes: int, reserve_bytes: int = 0, batch_size: int = 1, state_traffic: int | None = None,
+              nominal: Bandwidths = NOMINAL) -> Plan:
     """Divides `budget` bytes among pinned pages, tables and the ring.
 
     Without a budget everything is resident, or, when `stream` asks for paging, nothing but the least ring is.
     Raises BudgetError, naming the least budget that runs, when even that does not fit. `schedule` is left with
     the pages that the plan pins removed from its futures. state_traffic: bytes of the state that a token reads or
-    writes; four times the state unless given.
+    writes; four times the state unless given. nominal: bandwidths by which the ring's size is chosen.
     """
     pages = {index: extent(store.pages[index])[1] for index in schedule.uses()}
     slot_bytes = max(pages.values())
     tables = {name: sum(extent(page)[1] for page in tensor.pages)
               for name, tensor in store.tensors.items() if tensor.kind == "table"}
     fixed = store.vector_bytes + sum(max(extent(page)[1] for page in store.tensors[name].pages) for name in tables)
-    base = fixed + state_bytes + workspace_bytes
+    base = fixed + state_bytes + workspace_bytes + reserve_bytes
     everything = base + sum(pages.values()) + sum(tables.values())
     least = base + LEAST_SLOTS * slot_bytes
     if len(pages) <= LEAST_SLOTS:
@@ -261,11 +268,11 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
         return _predict(Plan(
             batch_size=batch_size, budget=budget, fixed_bytes=fixed, state_bytes=state_bytes,
             state_traffic=4 * state_bytes if state_traffic is None else state_traffic, workspace_bytes=workspace_bytes,
-            pinned=pinned, pinned_bytes=pinned_bytes, resident_tables=resident,
+            reserve_bytes=reserve_bytes, pinned=pinned, pinned_bytes=pinned_bytes, resident_tables=resident,
             table_bytes=sum(tables.values()) if resident else 0, slots=slots, slot_bytes=slot_bytes,
             streamed_pages=len(pages) - len(pinned), streamed_bytes=sum(pages.values()) - pinned_bytes,
             bytes_per_token=0.0, bytes_streamed_per_token=0.0, seconds_per_token=1.0, stall_per_token=0.0,
-            bandwidths=NOMINAL, least_budget=least), store, schedule)
+            bandwidths=nominal, least_budget=least), store, schedule)
 
     if not stream or (budget is not None and budget >= base + sum(pages.values())):
         plan = divide(0, budget)
@@ -358,20 +365,24 @@ def _runs(step: tuple[int, ...], pinned: frozenset[int], store: Store,
 
 @dataclass
 class _Clock:
-    """Two resources in turn: one that reads pages in order, one that computes from them."""
+    """Resources that pages pass in order: the disk, the link to the device if there is one, and what computes."""
 
     rates: Bandwidths
     now: float = 0.0
     stalled: float = 0.0
     streamed: int = 0
     read: float = 0.0
-    reader_free: float = 0.0
+    disk_free: float = 0.0
+    link_free: float = 0.0
     landed: dict[int, float] = field(default_factory=dict)
 
     def fetch(self, ring: Ring, pages: dict[int, int]) -> None:
         for page, _ in ring.fetches():
-            self.reader_free = max(self.reader_free, self.now + LEAD_SECONDS) + pages[page] / self.rates.feed
-            self.landed[page] = self.reader_free
+            self.disk_free = max(self.disk_free, self.now + LEAD_SECONDS) + pages[page] / self.rates.disk
+            self.landed[page] = self.disk_free
+            if self.rates.link is not None:  # a page is copied once it has been read, and others meanwhile
+                self.link_free = max(self.link_free, self.disk_free) + pages[page] / self.rates.link
+                self.landed[page] = self.link_free
             self.streamed += pages[page]
 
     def wait_for(self, page: int) -> None:

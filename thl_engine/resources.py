@@ -1,21 +1,26 @@
 """What an engine runs on: device, threads, and the division of its memory."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
 from inspect import signature
+from math import prod
 from typing import Any
 
 import torch
 
 from thl_engine import native
+from thl_engine.caching_allocator import LARGE_ROUNDING, LARGE_SEGMENT, MIB, SMALL_SEGMENT, reserved
 from thl_engine.config import parse_config
 from thl_engine.errors import ConfigError
 from thl_engine.memory import available_memory, parse_bytes
 from thl_engine.models import architecture
 from thl_engine.ops import ReferenceOps
-from thl_engine.plan import PageSchedule, Plan, make_plan
+from thl_engine.plan import NOMINAL, NOMINAL_CUDA, Bandwidths, PageSchedule, Plan, make_plan
 from thl_engine.store import Store
 
 FORWARD_CHUNK = 64  # rows of `forward` whose logits share one pass over the head
 WORKSPACE_LOGITS = 4  # rows of logits alive at once for each sequence: as computed, and float64 while one is chosen
+GRAPHS_BYTES = 32 * MIB  # for the pool of captured steps, which shares no memory with what is launched anew
 
 
 def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream: bool | str = "auto",
@@ -30,11 +35,12 @@ def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream:
     schedule = PageSchedule(store, model.walk(config), model.head(config), products,
                             touched(store, ops, batch_size))
     limit = None if memory_budget is None else parse_bytes(memory_budget)
-    state_bytes, workspace = needs(store, ops, batch_size, options)
+    needed = needs(store, ops, device, batch_size, options)
 
     def plan(limit: int | None, stream: bool) -> Plan:
-        return make_plan(store, schedule, budget=limit, stream=stream, batch_size=batch_size, state_bytes=state_bytes,
-                         workspace_bytes=workspace, state_traffic=state_traffic(store, batch_size, options))
+        return make_plan(store, schedule, budget=limit, stream=stream, batch_size=batch_size,
+                         state_bytes=needed.state, workspace_bytes=needed.workspace, reserve_bytes=needed.reserve,
+                         state_traffic=state_traffic(store, batch_size, options), nominal=nominal(device))
 
     if stream != "auto":
         return schedule, plan(limit, stream)
@@ -45,8 +51,22 @@ def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream:
     return schedule, plan(limit, True)
 
 
-def needs(store: Store, ops: ReferenceOps, batch_size: int, options: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of a state of `batch_size` sequences at their full context, and of what computing with it takes besides."""
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of a state at its full context, of what computing with it takes besides, and of what the device's allocator
+    may take beyond both and beyond the weights."""
+
+    state: int
+    workspace: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        return self.state + self.workspace + self.reserve
+
+
+def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int, options: dict[str, Any]) -> Needs:
+    """What a state of `batch_size` sequences takes on a device."""
     config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
     state = model.init_state(config, batch_size, "meta", **options)
     largest = max(page.nbytes // tensor.dtype.itemsize for tensor in store.tensors.values()
@@ -56,8 +76,35 @@ def needs(store: Store, ops: ReferenceOps, batch_size: int, options: dict[str, A
     activations, scores = model.workspace(config, state)
     inputs = (batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config))
               * max(tensor.shape[1] for tensor in store.tensors.values() if tensor.kind == "matrix"))
-    return state.nbytes, (4 * rows * config.vocab_size + activations
-                          + ops.scratch_bytes(largest, reused, scores, inputs))
+    scratch = ops.scratch_bytes(largest, reused, scores, inputs)
+    passing = 4 * rows * config.vocab_size + activations
+    reserve = _reserve(store, ops, state, passing, scratch) if device.type == "cuda" else 0
+    return Needs(state.nbytes, passing + scratch, reserve)
+
+
+def _reserve(store: Store, ops: ReferenceOps, state: Any, passing: int, scratch: int) -> int:
+    """What torch's allocator may take beyond its tensors: segments that vectors and state do not fill, the last bytes
+    of the pager's, one begun segment of each kind, and the pieces that activations and scratch leave between them.
+
+    The shares of the last were found by running recorded steps of all architectures through a model of the allocator
+    (tests/test_workspace.py): activations of all sizes leave up to half of theirs, page-sized scratch as much as it is.
+    """
+    kept = [4 * prod(tensor.shape) for tensor in store.tensors.values() if tensor.kind == "vector"]
+    kept += [tensor.nbytes for tensor in tensors(state)]
+    graphs = GRAPHS_BYTES if hasattr(ops, "recorder") else 0
+    return (reserved(kept) - sum(kept) + LARGE_ROUNDING + SMALL_SEGMENT + LARGE_SEGMENT + passing // 2 + scratch
+            + graphs)
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a state, with those of dataclasses and lists in it."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
+    elif is_dataclass(value):
+        yield from tensors(list(vars(value).values()))
 
 
 def state_traffic(store: Store, batch_size: int, options: dict[str, Any], position: int | None = None) -> int | None:
@@ -105,8 +152,13 @@ def check_batch_size(batch_size: int) -> None:
         raise ConfigError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda" or "cuda:N" means here."""
+def nominal(device: torch.device) -> Bandwidths:
+    """What is assumed of a kind of device where nothing was measured."""
+    return NOMINAL_CUDA if device.type == "cuda" else NOMINAL
+
+
+def choose_device(name: str, planned: bool = False) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" means here; if only `planned` for, it need not be here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -115,8 +167,9 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} is unknown; choose auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported; choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use device cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and not planned and (device.index or 0) >= count:
+        raise ConfigError(f"device {name!r}: this machine has {count} CUDA devices; use device cpu")
     return device
 
 

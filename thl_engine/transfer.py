@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from thl_engine import cuda
+from thl_engine.errors import DeviceError
 from thl_engine.reader import Arena, Reader
 
 try:
@@ -27,8 +28,8 @@ except ImportError:  # installed without a compiler
     _native = None
 
 ALIGNMENT = 4096  # of places, as direct reads need
-# Pages between disk and device: four being read, as many as it takes to keep the reader's threads busy, one on the
-# link, and one behind it so that the link never waits. With pages of 8 MiB, 48 MiB of page-locked memory.
+# Longest pages between disk and device: four being read, as many as it takes to keep the reader's threads busy, one on
+# the link, and one behind it so that the link never waits. With pages of 8 MiB, 48 MiB of page-locked memory.
 STAGING_SLOTS = 6
 CUFILE = "libcufile.so.0"
 
@@ -228,8 +229,12 @@ class CudaStreams:
 
     def lock(self, memory: Tensor) -> None:
         """Page-locks host memory, so that copies from it are asynchronous."""
-        status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-        torch.cuda.check_error(int(status))
+        try:
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
+        except RuntimeError as error:
+            raise DeviceError(f"{error}; copies to the device go through {memory.nbytes} bytes of page-locked host "
+                              "memory: raise the limit on it (ulimit -l unlimited; containers: --ulimit memlock=-1) or "
+                              "leave more memory free") from None
 
     def unlock(self, memory: Tensor) -> None:
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())))

@@ -3,15 +3,29 @@
 What is not overridden here is cheap in torch. Importing this module needs triton.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from thl_engine.kernels import integrator, window_attention
-from thl_engine.kernels.triton import altup, attention, elementwise, norm, sampling, shared_memory, slot_memory
+from thl_engine.kernels import integrator
+from thl_engine.kernels.triton import (
+    altup,
+    attention,
+    elementwise,
+    linear,
+    norm,
+    sampling,
+    shared_memory,
+    slot_memory,
+    tier_cell,
+    window_attention,
+)
 from thl_engine.kernels.triton import integrator as integrator_kernel
 from thl_engine.kernels.triton.arithmetic import INTERPRETED
 from thl_engine.ops import LAYER_NORM_EPS
-from thl_engine.triton_products import TritonProducts
-from thl_engine.weights import Matrix
+from thl_engine.triton_products import TritonProducts, weights
+from thl_engine.weights import Matrix, Part
 
 
 class TritonOps(TritonProducts):
@@ -34,14 +48,11 @@ class TritonOps(TritonProducts):
     altup_correct = staticmethod(altup.correct)
     altup_coefficients = staticmethod(altup.coefficients)
     altup_spread = staticmethod(altup.spread)
-    slot_scores = staticmethod(slot_memory.slot_scores)
-    slot_topk = staticmethod(slot_memory.slot_topk)
-    slot_mix = staticmethod(slot_memory.slot_mix)
     slot_norms = staticmethod(slot_memory.slot_norms)
-    read_metadata = staticmethod(slot_memory.read_metadata)
     slot_read = staticmethod(slot_memory.slot_read)
     novelty_write = staticmethod(slot_memory.novelty_write)
-    window_append = staticmethod(window_attention.window_append_in_place)
+    window_read = staticmethod(window_attention.window_read)
+    counters: dict[int, Tensor] | None = None  # while a step is captured: the tensors that stand for times
 
     @staticmethod
     def devices() -> tuple[str, ...]:
@@ -49,6 +60,35 @@ class TritonOps(TritonProducts):
 
     def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
         return 4 * reused_elements
+
+    def counter(self, t: int) -> int | Tensor:
+        return t if self.counters is None else self.counters[t]
+
+    def linear_joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+        if len(places) > tier_cell.PLACES or len(places[0]) > linear.FEW_ROWS:
+            return super().linear_joined(places, matrix, bias)
+        out = places[0].new_empty(len(places[0]), matrix.shape[0])
+        self._joined(places, matrix, bias, out)
+        return out
+
+    def gru_cell(self, update: tuple[Matrix, Tensor], reset: tuple[Matrix, Tensor], candidate: tuple[Matrix, Tensor],
+                 state: Tensor, below: Tensor, context: Tensor, addend: Tensor | None = None) -> Tensor:
+        if len(state) > linear.FEW_ROWS:
+            return super().gru_cell(update, reset, candidate, state, below, context, addend)
+        z, kept = (torch.empty(state.shape, device=state.device) for _ in range(2))
+        self._joined((state, below, context), *update, z, addend, gate="update")
+        self._joined((state, below, context), *reset, kept, addend, gate="reset", state=state)
+        self._joined((kept, below, context), *candidate, state, addend, gate="candidate", update=z, state=state)
+        return state
+
+    def _joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None, out: Tensor,
+                addend: Tensor | None = None, gate: str | None = None, **gated: Tensor) -> None:
+        def use(part: Part) -> None:
+            rows = slice(part.start, part.stop)
+            tier_cell.joined_linear(places, weights(part), None if bias is None else bias[rows], out[:, rows],
+                                    addend=addend, gate=gate, **{name: x[:, rows] for name, x in gated.items()})
+
+        self.each_part(matrix, use)
 
     def add_layer_norm(self, x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         out, total = norm.add_layer_norm(x, addend, weight, bias, LAYER_NORM_EPS)

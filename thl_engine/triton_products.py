@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thl_engine import cuda
 from thl_engine.kernels.linear import widen
 from thl_engine.kernels.triton import elementwise, linear, norm, sparse
 from thl_engine.kernels.triton.linear import LowRank, Weights
@@ -58,12 +59,18 @@ class TritonProducts(ReferenceOps):
         fast, residual = _flat(fast), _flat(residual)
         made = x.new_empty(flat.shape[0], matrix.shape[0]) if out is None else out
 
+        plain = not gelu and all(t is None for t in (up, low_rank, fast))
+        shape = cuda.gemv_shape(flat, *matrix.shape) if plain else None
+
         def use(part: Part) -> None:
             rows = slice(part.start, part.stop)
-            added = None if low_rank is None else low_rank._replace(lift=low_rank.lift[rows])
-            linear.linear(flat, weights(part), _of(bias, rows), up=up, low_rank=added, gelu=gelu, fast=_of(fast, rows),
-                          blend=_of(blend, rows), residual=_of(residual, rows), out=made[:, rows],
-                          rounded=self.rounded)
+            added, behind, into = _of(bias, rows), _of(residual, rows), made[:, rows]
+            if shape is not None and part.data.dtype == torch.int8:
+                cuda.gemv_int8(flat, part.data, part.scales, into, shape, bias=added, residual=behind, group=part.group)
+                return
+            lift = None if low_rank is None else low_rank._replace(lift=low_rank.lift[rows])
+            linear.linear(flat, weights(part), added, up=up, low_rank=lift, gelu=gelu, fast=_of(fast, rows),
+                          blend=_of(blend, rows), residual=behind, out=into, rounded=self.rounded)
 
         self.each_part(matrix, use)
         return made.view(*x.shape[:-1], -1)

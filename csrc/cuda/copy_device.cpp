@@ -25,6 +25,7 @@ public:
     ~CudaCopyDevice() override { attempt(cudaStreamDestroy(copies_)); }
 
     void begin_thread() override {
+        report([&] { check(cudaSetDevice(index_), "cudaSetDevice"); });
         // While another thread captures a graph, events must not be waited for here, unless the thread says that
         // what it does is no part of that.
         cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
@@ -80,9 +81,16 @@ private:
 
     template <typename Call>
     void call(const char* name, const Call& function) const {
-        try {
+        report([&] {
             const OnDevice on(index_);
             check(function(), name);
+        });
+    }
+
+    template <typename Checked>
+    void report(const Checked& function) const {
+        try {
+            function();
         } catch (const std::runtime_error& error) {
             throw DeviceError("device cuda:" + std::to_string(index_) + ": " + error.what());
         }

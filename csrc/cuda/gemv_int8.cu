@@ -5,7 +5,7 @@
 // bytes a thread, and with two blocks of 256 threads on a multiprocessor 32 to 64 KB, where 3.35 TB/s at 700 ns on 132
 // multiprocessors (H100) want 18 KB and 4.8 TB/s (H200) 25 KB. Activations, as floats, are staged in shared memory:
 // 32 KB, so that two blocks fit into the 64 KB of sm_75 and three into the 100 KB of sm_86 and sm_89. Registers are
-// held to 128, for two blocks on every card.
+// held to 128 for two blocks on every card, and to 80 for three where one row of activations needs no more.
 //
 // Sums have one order, whatever the number of rows at hand: a lane adds its chunks as they come, then a tree over lanes,
 // then the warps that share the row in turn. No atomics.
@@ -106,7 +106,7 @@ __device__ inline float sum_over_lanes(float (&values)[V], int lane) {
 // B rows of activations at most, N rows of weights a warp; the first half of them is of w and the second of up where
 // there is up. ALIGNED: all rows of weights begin at multiples of 16 bytes.
 template <int B, int N, bool ALIGNED, bool GROUPED>
-__global__ void __launch_bounds__(kThreads, 2) gemv(const __grid_constant__ GemvInt8 p, int split) {
+__global__ void __launch_bounds__(kThreads, B == 1 && !GROUPED ? 3 : 2) gemv(const __grid_constant__ GemvInt8 p, int split) {
     constexpr int V = N * B;
     constexpr int kTile = kStaged / kChunk / B;  // chunks that are staged at a time
     __shared__ float4 staged[kStaged / 4];
@@ -116,16 +116,18 @@ __global__ void __launch_bounds__(kThreads, 2) gemv(const __grid_constant__ Gemv
     const int part = warp % split, team = warp / split, teams = kWarps / split;
     const bool gated = p.gate != Gate::none;
     const int own = gated ? N / 2 : N;  // rows of the result that a warp makes
-    const int64_t first = (int64_t(blockIdx.x) * teams + team) * own;
-    const int b0 = blockIdx.y * B;
+    const int batches = (p.batch + B - 1) / B;  // blocks side by side share the weights that they read
+    const int64_t first = (int64_t(blockIdx.x / batches) * teams + team) * own;
+    const int b0 = blockIdx.x % batches * B;
     const int units = p.columns / kUnit, chunks = (units + kLanes - 1) / kLanes;
 
+    // Beyond the last row of weights or activations the last one is read again; what comes of it is not kept.
     const int8_t* weights[N];
     const float* scales[N];
 #pragma unroll
     for (int n = 0; n < N; ++n) {
         const Int8Rows& from = gated && n >= N / 2 ? p.up : p.w;
-        const int64_t r = min(first + (gated ? n % (N / 2) : n), p.rows - 1);  // what lies beyond is not kept
+        const int64_t r = min(first + (gated ? n % (N / 2) : n), p.rows - 1);
         weights[n] = from.data + r * from.row;
         scales[n] = from.scales + r * from.scales_row;
     }
@@ -144,16 +146,17 @@ __global__ void __launch_bounds__(kThreads, 2) gemv(const __grid_constant__ Gemv
     load(part, held, held_scale);
 
     float sums[V] = {};
+    const auto row_of_x = [&](int b) { return int64_t(min(b0 + b, p.batch - 1)); };
     const int last = units * kUnit + lane;  // columns that fill no unit go to one lane each
     if (part == 0 && last < p.columns) {
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-            const float scale = GROUPED ? scales[n][last >> p.group_shift] : 1.0f;
+        for (int b = 0; b < B; ++b) sums[b] = load_float(p.x.data, p.x.type, row_of_x(b) * p.x.row + last);
 #pragma unroll
-            for (int b = 0; b < B; ++b)
-                if (b0 + b < p.batch)
-                    sums[n * B + b] = scale * (weights[n][last] * load_float(p.x.data, p.x.type,
-                                                                            (b0 + b) * p.x.row + last));
+        for (int n = N - 1; n >= 0; --n) {
+            const float w = weights[n][last];
+            const float of_last = GROUPED ? scales[n][last >> p.group_shift] : 1.0f;
+#pragma unroll
+            for (int b = 0; b < B; ++b) sums[n * B + b] = of_last * (w * sums[b]);
         }
     }
 
@@ -167,8 +170,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemv(const __grid_constant__ Gemv
             for (int q = threadIdx.x; q < quads; q += kThreads) {
                 const int chunk = q / (kChunk / 4), j = q % 4, owner = q / 4 % kLanes;
                 staged[(b * kTile + chunk) * (kChunk / 4) + j * kLanes + (owner ^ 2 * j)] =
-                    b0 + b < p.batch ? load_quad(p.x, b0 + b, tile * kChunk + 4 * q, p.columns, aligned)
-                                     : make_float4(0, 0, 0, 0);
+                    load_quad(p.x, row_of_x(b), tile * kChunk + 4 * q, p.columns, aligned);
             }
         }
         __syncthreads();
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemv(const __grid_constant__ Gemv
     if (i >= teams * own * B) return;
 
     const int mine = i / (own * B), n = i / B % own, b = b0 + i % B;
-    const int64_t r = (int64_t(blockIdx.x) * teams + mine) * own + n;
+    const int64_t r = (int64_t(blockIdx.x / batches) * teams + mine) * own + n;
     if (r >= p.rows || b >= p.batch) return;
     const auto sum_over_parts = [&](const Int8Rows& from, int row) {
         float sum = 0.0f;
@@ -240,7 +242,7 @@ template <int B, int N, bool ALIGNED, bool GROUPED>
 void launch(const GemvInt8& p, int split, cudaStream_t stream) {
     const int64_t rows = int64_t(kWarps / split) * (p.gate == Gate::none ? N : N / 2);
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((p.rows + rows - 1) / rows, (p.batch + B - 1) / B);
+    config.gridDim = dim3((p.rows + rows - 1) / rows * ((p.batch + B - 1) / B));
     config.blockDim = dim3(kThreads);
     config.stream = stream;
     check(cudaLaunchKernelEx(&config, gemv<B, N, ALIGNED, GROUPED>, p, split), "launch of gemv_int8");
@@ -258,8 +260,8 @@ template <bool GROUPED>
 void launch(const GemvInt8& p, GemvShape shape, cudaStream_t stream) {
     if (p.batch <= 1) launch<1, GROUPED>(p, shape, stream);
     else if (p.batch <= 2) launch<2, GROUPED>(p, shape, stream);
-    else if (p.batch <= 4) launch<4, GROUPED>(p, shape, stream);
-    else launch<8, GROUPED>(p, shape, stream);
+    else if (p.batch <= 4 || GROUPED) launch<4, GROUPED>(p, shape, stream);  // 8 with groups would want more registers
+    else launch<GROUPED ? 4 : 8, GROUPED>(p, shape, stream);
 }
 
 }  // namespace

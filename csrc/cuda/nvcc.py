@@ -15,7 +15,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90)
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi,-pthread")
 # C++ files of csrc/ that know nothing of CUDA and are linked into the extension all the same.
-SHARED: tuple[str, ...] = ()
+SHARED = ("budget_arena.cpp",)
 
 
 def find() -> str | None:

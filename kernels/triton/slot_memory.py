@@ -1,11 +1,14 @@
 """Sparse reads of the slot memory and novelty-gated writes to it; definitions in ../slot_memory.py.
 
-A read is three launches: scores, the choice of slots with their weighted sum, metadata. A write reads the memory once
-for the affinities, of which all must be known before anything is written, and once more to decay it. Equal slots get
-equal bits, because all rows of a tile are summed alike. Sums go in one order.
+A read is two launches, or three where many slots or a capacity ask for a choice of its own: scores, of which each
+program adds up a tile of slots and a share of the features; then choice, weighted sum and metadata. A write is two:
+one that reads each tile of the memory once, for affinities and norms, and decays it; one that decides and adds to the
+chosen slots. Equal slots get equal bits, because all rows of a tile are summed alike. Sums go in one order, which
+depends on the sizes of the memory alone.
 """
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,344 +22,372 @@ from thl_engine.kernels.slot_memory import (
     UPDATE,
     Write,
 )
+from thl_engine.kernels.triton.arithmetic import ALL_REGISTERS
+from thl_engine.kernels.triton.counter import counted
+from thl_engine.kernels.triton.slot_choice import (
+    CHUNK,
+    NONE,
+    START,
+    best_below,
+    check_choice,
+    choice_sizes,
+    index_of,
+    keys_of,
+    load_keys,
+    value_of,
+)
 
-CHOICE = 4096  # slots that a program looks at together when it chooses
-WIDTH = 256  # features that a tile holds at a time
-SLOTS = 16  # in a tile
-METADATA = 256  # slots whose metadata one program renews
-
-
-@triton.jit
-def _scores(query, memory, read_ema, out, heads, slots, width, scale, load_penalty, query_batch, query_head,
-            memory_batch, memory_slot, ema_batch, HEADS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    b = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    h = tl.arange(0, HEADS)
-    dots = tl.zeros([HEADS, SLOTS], tl.float32)
-    at = memory + b * memory_batch + j[:, None].to(tl.int64) * memory_slot
-    for start in range(0, width, WIDTH):
-        d = start + tl.arange(0, WIDTH)
-        tile = tl.load(at + d[None, :], mask=(j < slots)[:, None] & (d < width)[None, :], other=0.0)
-        for head in range(0, heads):
-            features = tl.load(query + b * query_batch + head * query_head + d, mask=d < width, other=0.0)
-            dots += tl.where(h[:, None] == head, tl.sum(tile * features[None, :], axis=1)[None, :], 0.0)
-    load = tl.load(read_ema + b * ema_batch + j, mask=j < slots, other=0.0)
-    scores = dots * scale - (load_penalty * load)[None, :]
-    tl.store(out + (b * heads + h[:, None]) * slots + j[None, :], scores,
-             mask=(h < heads)[:, None] & (j < slots)[None, :])
+PROGRAMS = 512  # that keep a large card busy: about four for each of an H100's 132 multiprocessors
+LANES = 128  # slots, or features, side by side: a warp's, of 16 bytes a thread
+CHOICES = 8192  # keys of all heads that one program chooses among in registers
+VALUES = 3  # that a slot may be chosen by, one for each branch of a write
 
 
-@triton.jit
-def _next_best(at, slots, value, index, CHUNK: tl.constexpr):
-    """The best of what comes after (value, index): descending values, ascending indices among equals."""
-    best, found = tl.full([], float("-inf"), tl.float32), slots
-    for start in range(0, slots, CHUNK):
-        j = start + tl.arange(0, CHUNK)
-        values = tl.load(at + j, mask=j < slots, other=float("-inf"))
-        after = ((values < value) | ((values == value) & (j > index))) & (j < slots)
-        high = tl.max(tl.where(after, values, float("-inf")), axis=0)
-        here = tl.min(tl.where(after & (values == high), j, slots), axis=0)
-        better = (high > best) | (found == slots)
-        best, found = tl.where(better, high, best), tl.where(better, here, found)
-    return best, tl.minimum(found, slots - 1)  # NaN has no order, and must not lead out of the memory
+class Tile(NamedTuple):
+    """What a program holds at a time: slots and features, with warps; and the shares that features are split into."""
+
+    slots: int
+    width: int
+    warps: int
+    shares: int = 1
 
 
-@triton.jit
-def _mix(weights, chosen, r, entries, slot_at, memory_slot, out, width, WIDTH: tl.constexpr):
-    """out [width] = the sum of weights [r] * slots chosen [r], in their order."""
-    for start in range(0, width, WIDTH):
-        d = start + tl.arange(0, WIDTH)
-        total = tl.zeros([WIDTH], tl.float32)
-        for rank in range(0, entries):
-            slot = tl.sum(tl.where(r == rank, chosen, 0), axis=0).to(tl.int64)
-            weight = tl.sum(tl.where(r == rank, weights, 0.0), axis=0)
-            total += weight * tl.load(slot_at + slot * memory_slot + d, mask=d < width, other=0.0)
-        tl.store(out + d, total, mask=d < width)
+def read_tile(slots: int, width: int, heads: int) -> Tile:
+    """For scores: two slots a warp, whose products with up to 16 heads stay in registers until all are added.
+
+    A program reads `slots` rows of its share of the features and as many features of all heads' queries, so 16 slots
+    read half as much of 8 queries as of the memory. 1,024 slots of 12,288 features (50 MB): 64 tiles x 8 shares of
+    1,536 = 512 programs; of 768 (3 MB): 128 x 3 shares of 256 = 384, each with all its 8 KiB in flight.
+    """
+    rows = 16 if slots * width >= PROGRAMS * 16 * 1024 else 8
+    tiles = triton.cdiv(slots, rows) * triton.cdiv(heads, 16)
+    shares = max(1, min(triton.cdiv(PROGRAMS, tiles), width // 256))
+    return Tile(rows, min(triton.next_power_of_2(width), LANES), rows // 2, shares)
 
 
-@triton.jit
-def _select(scores, memory, alpha, indices, mixed, heads, slots, width, k, scores_batch, scores_head, memory_batch,
-            memory_slot, MIX: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
-    """One head's k best slots, their softmax and, with MIX, their weighted sum."""
-    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    r = tl.arange(0, ENTRIES)
-    best = tl.full([ENTRIES], float("-inf"), tl.float32)
-    chosen = tl.zeros([ENTRIES], tl.int32)
-    value, index = tl.full([], float("inf"), tl.float32), tl.full([], -1, tl.int32)
-    for rank in range(0, k):
-        value, index = _next_best(scores + b * scores_batch + h * scores_head, slots, value, index, CHUNK)
-        best = tl.where(r == rank, value, best)
-        chosen = tl.where(r == rank, index, chosen)
-    weights = tl.exp(best - tl.max(best, axis=0))
-    weights = tl.div_rn(weights, tl.zeros([ENTRIES], tl.float32) + tl.sum(weights, axis=0))
-    at = (b * heads + h) * k
-    tl.store(alpha + at + r, weights, mask=r < k)
-    tl.store(indices + at + r, chosen.to(tl.int64), mask=r < k)
-    if MIX:
-        _mix(weights, chosen, r, k, memory + b * memory_batch, memory_slot, mixed + (b * heads + h) * width, width,
-             WIDTH)
+def write_tile(slots: int, width: int) -> Tile:
+    """For a write, and for norms: as few slots as make 256 programs, at most eight, since the candidate is read for each.
+
+    1,024 slots of 12,288 features: 256 programs read 4 rows (197 KB) and write them, 16 KiB a step; the candidate's
+    49 KB come from the cache. 16,384 of 256: 2,048 programs of 8 KiB.
+    """
+    rows = 8
+    while rows > 1 and slots < 256 * rows:
+        rows //= 2
+    columns = min(triton.next_power_of_2(width), 4096 // rows)
+    while columns > LANES and triton.cdiv(width, columns) * columns > width + width // 8:
+        columns //= 2
+    return Tile(rows, columns, choice_sizes(slots, CHUNK // 2)["num_warps"])  # that of the launch which renews single norms
 
 
 @triton.jit
-def _settle(alpha, indices, memory, mixed, heads, slots, width, k, capacity, alpha_batch, alpha_head, indices_batch,
-            indices_head, memory_batch, memory_slot, CAP: tl.constexpr, MIX: tl.constexpr, ENTRIES: tl.constexpr,
+def _scores(query, memory, read_ema, out, heads, slots, width, share, shares, scale, load_penalty, query_batch,
+            query_head, memory_batch, memory_slot, ema_batch, HEADS: tl.constexpr, SLOTS: tl.constexpr,
             WIDTH: tl.constexpr):
-    """One head's weights under the slots' capacity (CAP, in place), and their weighted sum (MIX).
+    """A share's part of each score: out [batch, shares, heads, slots]."""
+    part = tl.program_id(1) % shares
+    h = tl.program_id(1) // shares * HEADS + tl.arange(0, HEADS)[None, :, None]
+    b = tl.program_id(2).to(tl.int64)
+    j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)[:, None, None]
+    slot_at = memory + b * memory_batch + j.to(tl.int64) * memory_slot
+    query_at = query + b * query_batch + h * query_head
+    end = tl.minimum((part + 1) * share, width)
+    dots = tl.zeros([SLOTS, HEADS, WIDTH], tl.float32)
+    for start in tl.range(part * share, end, WIDTH, num_stages=4):
+        d = start + tl.arange(0, WIDTH)[None, None, :]
+        features = tl.load(query_at + d, mask=(h < heads) & (d < end), other=0.0)
+        tile = tl.load(slot_at + d, mask=(j < slots) & (d < end), other=0.0)
+        dots += tile * features
+    scores = tl.sum(dots, axis=2) * scale
+    h = tl.program_id(1) // shares * HEADS + tl.arange(0, HEADS)[None, :]
+    j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)[:, None]
+    if read_ema is not None:
+        load = tl.load(read_ema + b * ema_batch + j, mask=(j < slots) & (part == 0), other=0.0)
+        scores -= load_penalty * load
+    tl.store(out + ((b * shares + part) * heads + h) * slots + j, scores, mask=(h < heads) & (j < slots))
+
+
+@triton.jit
+def _select(scores, keys_out, heads, slots, shares, k, CHUNK: tl.constexpr, ONE: tl.constexpr):
+    """Keys of one head's k best slots, the best first."""
+    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = scores + (b * shares * heads + h) * slots
+    keys = load_keys(at, 0, slots, shares, heads * slots, CHUNK) if ONE else None
+    last = tl.full([], START, tl.int64)
+    for rank in range(0, k):
+        last = best_below(last, keys, at, slots, shares, heads * slots, CHUNK, ONE)
+        tl.store(keys_out + (b * heads + h) * k + rank, last)
+
+
+@triton.jit
+def _best_keys(at, heads, slots, shares, k, r, HEADS: tl.constexpr, ENTRIES: tl.constexpr, CHUNKS: tl.constexpr,
+               LANES: tl.constexpr):
+    """Keys [ENTRIES, HEADS] of each head's k best slots, whose scores' terms begin at `at`."""
+    h = tl.arange(0, HEADS)[None, :, None]
+    j = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    inside = (h < heads) & (j < slots)
+    values = tl.zeros([CHUNKS, HEADS, LANES], tl.float32)
+    for part in range(0, shares):
+        values += tl.load(at + (part * heads + h) * slots + j, mask=inside, other=0.0)
+    keys = tl.where(inside, keys_of(values, j), NONE)
+    best = tl.full([ENTRIES, HEADS], NONE, tl.int64)
+    last = tl.full([HEADS], START, tl.int64)
+    for rank in range(0, k):
+        last = tl.max(tl.max(tl.where(keys < last[None, :, None], keys, NONE), axis=0), axis=1)
+        best = tl.where(r == rank, last[None, :], best)
+    return best
+
+
+@triton.jit
+def _capped(weights, slot, order, chosen, entries, capacity):
+    """Weights under the slots' capacity.
 
     A slot serves `capacity` entries of a row, in order of head and rank: an entry with as many before it loses its
     weight, because of those before it the first `capacity` were served.
     """
-    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    r = tl.arange(0, ENTRIES)
-    weights = tl.load(alpha + b * alpha_batch + h * alpha_head + r, mask=r < k, other=0.0)
-    chosen = tl.load(indices + b * indices_batch + h * indices_head + r, mask=r < k, other=0)
-    if CAP:
-        before = tl.zeros([ENTRIES], tl.int32)
-        for head in range(0, h + 1):
-            for rank in range(0, k):
-                taken = tl.load(indices + b * indices_batch + head * indices_head + rank)
-                before += ((chosen == taken) & ((head < h) | (rank < r))).to(tl.int32)
-        kept = tl.where(before < capacity, weights, 0.0)
-        total = tl.sum(kept, axis=0)
-        weights = tl.where(total > 0, kept / tl.where(total > 0, total, 1.0), weights)
-        tl.store(alpha + b * alpha_batch + h * alpha_head + r, weights, mask=r < k)
-    if MIX:
-        _mix(weights, tl.minimum(tl.maximum(chosen, 0), slots - 1), r, k, memory + b * memory_batch, memory_slot,
-             mixed + (b * heads + h) * width, width, WIDTH)
-
-
-@triton.jit(do_not_specialize=["t"])
-def _metadata(alpha, indices, read_ema, last_read, entries, slots, t, decay, gain, SLOTS: tl.constexpr):
-    b = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    added = tl.zeros([SLOTS], tl.float32)
-    read = tl.zeros([SLOTS], tl.int32)
+    before = tl.zeros_like(slot)
     for e in range(0, entries):
-        hit = j == tl.load(indices + b * entries + e)
-        added += tl.where(hit, tl.load(alpha + b * entries + e), 0.0)
-        read |= hit.to(tl.int32)
-    at = b * slots + j
-    tl.store(read_ema + at, decay * tl.load(read_ema + at, mask=j < slots, other=0.0) + gain * added,
-             mask=j < slots)
-    tl.store(last_read + at, tl.zeros([SLOTS], tl.int64) + t, mask=(j < slots) & (read > 0))
-
-
-@triton.jit
-def _clip(candidate, at, width, clip_max, eps, WIDTH: tl.constexpr):
-    """What a candidate is multiplied with to be no longer than clip_max."""
-    square = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, width, WIDTH):
-        d = start + tl.arange(0, WIDTH)
-        features = tl.load(candidate + at + d, mask=d < width, other=0.0)
-        square += features * features
-    return tl.minimum(tl.div_rn(clip_max, tl.sqrt_rn(tl.sum(square, axis=0)) + eps), 1.0)
-
-
-@triton.jit
-def _affinities(candidate, memory, norms, vector, out, slots, width, clip_max, candidate_batch, memory_batch,
-                memory_slot, CLIP_EPS: tl.constexpr, NORM_EPS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    b = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    factor = _clip(candidate, b * candidate_batch, width, clip_max, CLIP_EPS, WIDTH)
-    dots = tl.zeros([SLOTS], tl.float32)
-    square = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, width, WIDTH):
-        d = start + tl.arange(0, WIDTH)
-        features = tl.load(candidate + b * candidate_batch + d, mask=d < width, other=0.0) * factor
-        tile = tl.load(memory + b * memory_batch + j[:, None].to(tl.int64) * memory_slot + d[None, :],
-                       mask=(j < slots)[:, None] & (d < width)[None, :], other=0.0)
-        dots += tl.sum(tile * features[None, :], axis=1)
-        square += features * features
-        if tl.program_id(0) == 0:
-            tl.store(vector + b * width + d, features, mask=d < width)
-    length = tl.sqrt_rn(tl.sum(square, axis=0))
-    norm = tl.load(norms + b * slots + j, mask=j < slots, other=1.0)
-    tl.store(out + b * slots + j, tl.div_rn(dots, (length + NORM_EPS) * (norm + NORM_EPS)), mask=j < slots)
+        before += ((slot == index_of(tl.load(chosen + e))) & (order > e)).to(tl.int32)
+    kept = tl.where(before < capacity, weights, 0.0)
+    total = tl.sum(kept, axis=0)[None, :]
+    return tl.where(total > 0, kept / tl.where(total > 0, total, 1.0), weights)
 
 
 @triton.jit(do_not_specialize=["t"])
-def _choose(affinity, norms, read_ema, last_write, gate, novelty, branch, indices, slots, t, chosen, theta, beta,
-            stale_weight, underuse_weight, ema_batch, EMPTY_NORM: tl.constexpr, NORM_EPS: tl.constexpr,
-            UPDATE: tl.constexpr, LEAST_USEFUL: tl.constexpr, EMPTY: tl.constexpr, CHUNK: tl.constexpr):
-    """How novel a row's candidate is, how strongly it is written, and to which slots."""
-    b = tl.program_id(0).to(tl.int64)
-    values_at = affinity + b * slots
-    highest, least = tl.full([CHUNK], float("-inf"), tl.float32), tl.full([CHUNK], float("inf"), tl.float32)
+def _serve(scores, chosen, memory, mixed, alpha, indices, read_ema, last_read, heads, slots, width, shares, k, t,
+           capacity, mixers, decay, gain, memory_batch, memory_slot, COUNTED: tl.constexpr, CAP: tl.constexpr,
+           HEADS: tl.constexpr, ENTRIES: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """All heads' best slots, chosen here or, with `chosen`, before. The first `mixers` programs add up WIDTH features
+    of what they hold, the others renew the metadata of WIDTH slots."""
+    program, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    r, h = tl.arange(0, ENTRIES)[:, None], tl.arange(0, HEADS)[None, :]
+    real, order = (r < k) & (h < heads), h * k + r
+    entries = heads * k
+    if chosen is None:
+        best = _best_keys(scores + b * shares * heads * slots, heads, slots, shares, k, r, HEADS, ENTRIES, CHUNKS,
+                          LANES)
+    else:
+        best = tl.load(chosen + b * entries + order, mask=real, other=NONE)
+    values = tl.where(real, value_of(best), float("-inf"))
+    slot = tl.where(real, index_of(best), 0)
+    weights = tl.exp(values - tl.max(values, axis=0)[None, :])
+    weights = tl.where(real, tl.div_rn(weights, tl.zeros_like(weights) + tl.sum(weights, axis=0)[None, :]), 0.0)
+    if CAP:
+        weights = _capped(weights, slot, order, chosen + b * entries, entries, capacity)
+    if program < mixers:
+        if program == 0:
+            tl.store(alpha + b * entries + order, weights, mask=real)
+            tl.store(indices + b * entries + order, slot.to(tl.int64), mask=real)
+        d = program * WIDTH + tl.arange(0, WIDTH)
+        rows = tl.load(memory + b * memory_batch + slot[:, :, None].to(tl.int64) * memory_slot + d[None, None, :],
+                       mask=real[:, :, None] & (d < width)[None, None, :], other=0.0)
+        head = tl.arange(0, HEADS)[:, None]
+        tl.store(mixed + (b * heads + head) * width + d[None, :], tl.sum(weights[:, :, None] * rows, axis=0),
+                 mask=(head < heads) & (d < width)[None, :])
+    else:
+        j = (program - mixers) * WIDTH + tl.arange(0, WIDTH)
+        hit = real[:, :, None] & (slot[:, :, None] == j[None, None, :])
+        added = tl.sum(tl.sum(tl.where(hit, weights[:, :, None], 0.0), axis=0), axis=0)
+        read = tl.sum(tl.sum(hit.to(tl.int32), axis=0), axis=0) > 0
+        ema = tl.load(read_ema + b * slots + j, mask=j < slots, other=0.0)
+        tl.store(read_ema + b * slots + j, decay * ema + gain * added, mask=j < slots)
+        tl.store(last_read + b * slots + j, tl.zeros([WIDTH], tl.int64) + counted(t, COUNTED), mask=(j < slots) & read)
+
+
+@triton.jit(do_not_specialize=["t"])
+def _decay(candidate, memory, norms, values, length, read_ema, write_ema, last_write, slots, width, t, decay,
+           clip_max, ema_decay, stale_weight, underuse_weight, candidate_batch, memory_batch, memory_slot, ema_batch,
+           CLIP_EPS: tl.constexpr, NORM_EPS: tl.constexpr, EMPTY_NORM: tl.constexpr, WRITE: tl.constexpr,
+           COUNTED: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Norms of a tile's slots; with WRITE, after their decay, with all that the choice of slots needs to know of them.
+
+    values [batch, VALUES, slots] are what a slot is chosen by in each branch; length [batch] is the candidate's.
+    """
+    b = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    here = b * slots + j
+    if WRITE:
+        norm = tl.load(norms + here, mask=j < slots, other=1.0)
+        used = tl.load(read_ema + b * ema_batch + j, mask=j < slots, other=0.0)
+        stale = (counted(t, COUNTED) - tl.load(last_write + here, mask=j < slots, other=0)).to(tl.float32)
+        tl.store(write_ema + here, ema_decay * tl.load(write_ema + here, mask=j < slots, other=0.0), mask=j < slots)
+        dots = tl.zeros([SLOTS, WIDTH], tl.float32)
+        length_square = tl.zeros([1, WIDTH], tl.float32)
+    square = tl.zeros([SLOTS, WIDTH], tl.float32)
+    row_at = memory + b * memory_batch + j[:, None].to(tl.int64) * memory_slot
+    for start in tl.range(0, width, WIDTH, num_stages=3):
+        d = start + tl.arange(0, WIDTH)[None, :]
+        inside = (j < slots)[:, None] & (d < width)
+        tile = tl.load(row_at + d, mask=inside, other=0.0)
+        if WRITE:
+            features = tl.load(candidate + b * candidate_batch + d, mask=d < width, other=0.0).to(tl.float32)
+            dots += features * tile
+            length_square += features * features
+            tile *= decay
+            tl.store(row_at + d, tile, mask=inside)
+        square = tl.fma(tile, tile, square)
+    new_norm = tl.sqrt_rn(tl.sum(square, axis=1))
+    if WRITE:
+        long = tl.sqrt_rn(tl.sum(length_square, axis=1))
+        factor = tl.minimum(tl.div_rn(tl.zeros_like(long) + clip_max, long + CLIP_EPS), 1.0)
+        affinity = tl.div_rn(tl.sum(dots, axis=1) * factor, (long * factor + NORM_EPS) * (norm + NORM_EPS))
+        by_use = stale_weight * stale + tl.div_rn(tl.zeros_like(used) + underuse_weight, NORM_EPS + used)
+        by_emptiness = tl.where(norm <= EMPTY_NORM, 1e4, 0.0) - j.to(tl.float32)
+        at = values + b * 3 * slots + j
+        tl.store(at, affinity, mask=j < slots)
+        tl.store(at + slots, by_use, mask=j < slots)
+        tl.store(at + 2 * slots, by_emptiness, mask=j < slots)
+        if tl.program_id(0) == 0:
+            tl.store(length + b + tl.arange(0, 1), long)
+        tl.debug_barrier()  # the old norms have been read by every warp
+    tl.store(norms + here, new_norm, mask=j < slots)
+
+
+@triton.jit(do_not_specialize=["t"])
+def _add(candidate, memory, norms, values, length, write_ema, last_write, vector, gate, novelty, branch, indices,
+         slots, width, t, clip_max, theta, beta, ema_gain, candidate_batch, memory_batch, memory_slot,
+         CLIP_EPS: tl.constexpr, UPDATE: tl.constexpr, LEAST_USEFUL: tl.constexpr, EMPTY: tl.constexpr,
+         COUNTED: tl.constexpr, CHUNK: tl.constexpr, ONE: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
+    """How novel a row's candidate is, how strongly it is written, and its sum with the slot that comes w-th."""
+    w, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = values + b * 3 * slots
+    highest = tl.full([CHUNK], float("-inf"), tl.float32)
+    empty = tl.zeros([CHUNK], tl.float32)
     for start in range(0, slots, CHUNK):
         j = start + tl.arange(0, CHUNK)
-        highest = tl.maximum(highest, tl.load(values_at + j, mask=j < slots, other=float("-inf")))
-        least = tl.minimum(least, tl.load(norms + b * slots + j, mask=j < slots, other=float("inf")))
+        highest = tl.maximum(highest, tl.load(at + j, mask=j < slots, other=float("-inf")))
+        by_emptiness = tl.load(at + 2 * slots + j, mask=j < slots, other=float("-inf"))
+        empty = tl.maximum(empty, by_emptiness + j.to(tl.float32))
     distance = 1.0 - tl.max(highest, axis=0)
     novel = distance > theta
-    way = tl.where(novel, tl.where(tl.min(least, axis=0) <= EMPTY_NORM, EMPTY, LEAST_USEFUL), UPDATE)
-    tl.store(gate + b, tl.where(novel, tl.sigmoid(beta * (distance - theta)), 1.0))
-    tl.store(novelty + b, distance)
-    tl.store(branch + b, way.to(tl.int64))
-    if way != UPDATE:  # values to choose by take the place of the affinities
-        for start in range(0, slots, CHUNK):
-            j = start + tl.arange(0, CHUNK)
-            inside = j < slots
-            empty = tl.load(norms + b * slots + j, mask=inside, other=1.0) <= EMPTY_NORM
-            stale = (t - tl.load(last_write + b * slots + j, mask=inside, other=0)).to(tl.float32)
-            used = tl.load(read_ema + b * ema_batch + j, mask=inside, other=0.0)
-            by_use = stale_weight * stale + tl.div_rn(used * 0 + underuse_weight, NORM_EPS + used)
-            by_emptiness = tl.where(empty, 1e4, 0.0) - j.to(tl.float32)
-            tl.store(values_at + j, tl.where(way == EMPTY, by_emptiness, by_use), mask=inside)
-    tl.debug_barrier()
-    value, index = tl.full([], float("inf"), tl.float32), tl.full([], -1, tl.int32)
-    for rank in range(0, chosen):
-        value, index = _next_best(values_at, slots, value, index, CHUNK)
-        tl.store(indices + b * chosen + rank, index.to(tl.int64))
+    strength = tl.where(novel, tl.sigmoid(beta * (distance - theta)), 1.0)
+    way = tl.where(novel, tl.where(tl.max(empty, axis=0) > 0, EMPTY, LEAST_USEFUL), UPDATE)
 
+    at += way * slots
+    keys = load_keys(at, 0, slots, 1, 0, CHUNK) if ONE else None
+    last = tl.full([], START, tl.int64)
+    for _ in range(0, w + 1):
+        last = best_below(last, keys, at, slots, 1, 0, CHUNK, ONE)
+    slot = index_of(last).to(tl.int64)
 
-@triton.jit(do_not_specialize=["t"])
-def _renew(memory, norms, vector, gate, indices, write_ema, last_write, slots, width, chosen, t, decay, ema_decay,
-           ema_gain, memory_batch, memory_slot, WRITE: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    """With WRITE, decays the slots, adds the vector to the chosen ones and renews metadata; always, their norms."""
-    b = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    if WRITE:
-        hit = tl.zeros([SLOTS], tl.int32)
-        for w in range(0, chosen):
-            hit |= (j == tl.load(indices + b * chosen + w)).to(tl.int32)
-        strength = tl.load(gate + b)
+    # In tiles of the same form as `_decay`'s, so that the norm is the one of the slot's bits whoever computes it.
+    row = tl.arange(0, SLOTS)
+    factor = tl.minimum(tl.div_rn(clip_max, tl.load(length + b) + CLIP_EPS), 1.0)
     square = tl.zeros([SLOTS, WIDTH], tl.float32)
+    row_at = memory + b * memory_batch + (slot + row)[:, None] * memory_slot
     for start in range(0, width, WIDTH):
-        d = start + tl.arange(0, WIDTH)
-        inside = (j < slots)[:, None] & (d < width)[None, :]
-        at = memory + b * memory_batch + j[:, None].to(tl.int64) * memory_slot + d[None, :]
-        tile = tl.load(at, mask=inside, other=0.0)
-        if WRITE:
-            added = strength * tl.load(vector + b * width + d, mask=d < width, other=0.0)
-            tile = tile * decay + tl.where((hit > 0)[:, None], added[None, :], 0.0)
-            tl.store(at, tile, mask=inside)
-        square += tile * tile
-    tl.store(norms + b * slots + j, tl.sqrt_rn(tl.sum(square, axis=1)), mask=j < slots)
-    if WRITE:
-        at = b * slots + j
-        ema = tl.load(write_ema + at, mask=j < slots, other=0.0)
-        tl.store(write_ema + at, ema_decay * ema + ema_gain * hit.to(tl.float32), mask=j < slots)
-        tl.store(last_write + at, tl.zeros([SLOTS], tl.int64) + t, mask=(j < slots) & (hit > 0))
+        d = start + tl.arange(0, WIDTH)[None, :]
+        inside = (row == 0)[:, None] & (d < width)
+        features = tl.load(candidate + b * candidate_batch + d, mask=d < width, other=0.0).to(tl.float32) * factor
+        tile = tl.load(row_at + d, mask=inside, other=0.0)
+        tile = tl.where(inside, tile + strength * features, 0.0)
+        tl.store(row_at + d, tile, mask=inside)
+        square = tl.fma(tile, tile, square)
+        if w == 0:
+            tl.store(vector + b * width + d, features, mask=d < width)
+    tl.store(norms + b * slots + slot + row, tl.sqrt_rn(tl.sum(square, axis=1)), mask=row == 0)
+    here = b * slots + slot
+    tl.store(write_ema + here, tl.load(write_ema + here) + ema_gain)
+    tl.store(last_write + here, counted(t, COUNTED))
+    tl.store(indices + b * tl.num_programs(0) + w, slot)
+    if w == 0:
+        tl.store(gate + b, strength)
+        tl.store(novelty + b, distance)
+        tl.store(branch + b, way.to(tl.int64))
 
 
-def slot_scores(query: Tensor, memory: Tensor, read_ema: Tensor, scale: float, load_penalty: float) -> Tensor:
-    """As the reference, float32: query [B, H, d], memory [B, J, d], read_ema [B, J] -> [B, H, J]."""
-    query, memory, read_ema = _contiguous(query), _contiguous(memory), _contiguous(read_ema)
+def partial_scores(query: Tensor, memory: Tensor, read_ema: Tensor | None, scale: float,
+                   load_penalty: float) -> Tensor:
+    """Scores in terms that the next launch adds up: query [B, H, d], memory [B, J, d] -> [B, shares, H, J]."""
+    query, memory = _contiguous(query), _contiguous(memory)
+    read_ema = None if read_ema is None else _contiguous(read_ema)
     batch, heads, width = query.shape
     slots = memory.shape[1]
-    out = query.new_empty(batch, heads, slots)
-    _scores[triton.cdiv(slots, SLOTS), batch](
-        query, memory, read_ema, out, heads, slots, width, scale, load_penalty, *query.stride()[:2],
-        *memory.stride()[:2], read_ema.stride(0), HEADS=triton.next_power_of_2(heads), SLOTS=SLOTS, WIDTH=WIDTH)
+    tile = read_tile(slots, width, heads)
+    together = min(triton.next_power_of_2(heads), 16)
+    share = triton.cdiv(triton.cdiv(width, tile.shares), tile.width) * tile.width
+    shares = triton.cdiv(width, share)
+    out = query.new_empty(batch, shares, heads, slots, dtype=memory.dtype)
+    _scores[triton.cdiv(slots, tile.slots), shares * triton.cdiv(heads, together), batch](
+        query, memory, read_ema, out, heads, slots, width, share, shares, scale, load_penalty, *query.stride()[:2],
+        *memory.stride()[:2], 0 if read_ema is None else read_ema.stride(0), HEADS=together, SLOTS=tile.slots,
+        WIDTH=tile.width, num_warps=tile.warps)
     return out
 
 
-def slot_topk(scores: Tensor, k: int, capacity: int | None = None) -> tuple[Tensor, Tensor]:
-    """As the reference: scores [B, H, J] -> (alpha [B, H, k], indices int64 [B, H, k])."""
-    alpha, indices, _ = _selected(scores, None, k, capacity)
-    return alpha, indices
-
-
-def slot_mix(alpha: Tensor, indices: Tensor, memory: Tensor) -> Tensor:
-    """As the reference: alpha, indices [B, H, k], memory [B, J, d] -> [B, H, d]."""
-    memory = _contiguous(memory)
-    mixed = memory.new_empty(*indices.shape[:2], memory.shape[2])
-    _settled(_contiguous(alpha), _contiguous(indices), memory, mixed, None)
-    return mixed
-
-
-def read_metadata(alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, t: int,
-                  decay: float) -> tuple[Tensor, Tensor]:
-    """As the reference, but read_ema and last_read, contiguous [B, J], are updated in place."""
-    _check_state(read_ema=read_ema, last_read=last_read)
-    batch, slots = read_ema.shape
-    _metadata[triton.cdiv(slots, METADATA), batch](
-        alpha.contiguous(), indices.contiguous(), read_ema, last_read, indices[0].numel(), slots, t, decay,
-        1.0 - decay, SLOTS=METADATA)
-    return read_ema, last_read
-
-
-def slot_read(query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int, *, k: int,
+def slot_read(query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int | Tensor, *, k: int,
               capacity: int | None, scale: float, load_penalty: float,
               decay: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The four above in three launches, or four with a capacity: (mixed, alpha, indices, read_ema, last_read)."""
-    alpha, indices, mixed = _selected(slot_scores(query, memory, read_ema, scale, load_penalty), memory, k, capacity)
-    return mixed, alpha, indices, *read_metadata(alpha, indices, read_ema, last_read, t, decay)
+    """As the reference, float32, but read_ema and last_read, contiguous [B, J], are updated in place.
+
+    (mixed [B, H, d], alpha, indices [B, H, k], read_ema, last_read). t may be an int64 tensor of one element.
+    """
+    _check_state(read_ema=read_ema, last_read=last_read)
+    memory = _contiguous(memory)
+    batch, slots, width = memory.shape
+    heads = query.shape[1]
+    check_choice(slots, k)
+    scores = partial_scores(query, memory, read_ema, scale, load_penalty)
+    shares = scores.shape[1]
+    all_heads, entries = triton.next_power_of_2(heads), triton.next_power_of_2(k)
+    keys = triton.next_power_of_2(triton.cdiv(slots, LANES)) * LANES * all_heads
+    chosen = None
+    if capacity is not None or keys > CHOICES:
+        chosen, keys = last_read.new_empty(batch, heads, k), 0
+        _select[heads, batch](scores, chosen, heads, slots, shares, k, ptx_options=ALL_REGISTERS,
+                               **choice_sizes(slots, CHUNK))
+    mixed, alpha = memory.new_empty(batch, heads, width), memory.new_empty(batch, heads, k)
+    indices = last_read.new_empty(batch, heads, k)
+    across = max(16, min(LANES, CHOICES // (all_heads * entries)))
+    mixers = triton.cdiv(width, across)
+    _serve[mixers + triton.cdiv(slots, across), batch](
+        scores, chosen, memory, mixed, alpha, indices, read_ema, last_read, heads, slots, width, shares, k, t,
+        capacity or 0, mixers, decay, 1.0 - decay, *memory.stride()[:2], COUNTED=isinstance(t, Tensor),
+        CAP=capacity is not None, HEADS=all_heads, ENTRIES=entries, CHUNKS=max(keys // (LANES * all_heads), 1),
+        LANES=LANES, WIDTH=across, ptx_options=ALL_REGISTERS,
+        num_warps=8 if max(keys, all_heads * entries * across) > 4096 else 4)
+    return mixed, alpha, indices, read_ema, last_read
 
 
 def slot_norms(memory: Tensor) -> Tensor:
     """As the reference, with the bits that `novelty_write` keeps up to date."""
     memory = _contiguous(memory)
     batch, slots, width = memory.shape
-    norms = memory.new_empty(batch, slots)
-    _renew[triton.cdiv(slots, SLOTS), batch](
-        memory, norms, None, None, None, None, None, slots, width, 0, 0, 0.0, 0.0, 0.0, *memory.stride()[:2],
-        WRITE=False, SLOTS=SLOTS, WIDTH=WIDTH)
+    norms, tile = memory.new_empty(batch, slots), write_tile(slots, width)
+    _decay[triton.cdiv(slots, tile.slots), batch](
+        None, memory, norms, None, None, None, None, None, slots, width, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0,
+        *memory.stride()[:2], 0, CLIP_EPS=CLIP_EPS, NORM_EPS=NORM_EPS, EMPTY_NORM=EMPTY_NORM, WRITE=False,
+        COUNTED=False, SLOTS=tile.slots, WIDTH=tile.width, num_warps=tile.warps)
     return norms
 
 
 def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Tensor, write_ema: Tensor,
-                  last_write: Tensor, t: int, *, slots: int, clip_max: float, theta: float, beta: float,
+                  last_write: Tensor, t: int | Tensor, *, slots: int, clip_max: float, theta: float, beta: float,
                   decay: float, ema_decay: float, stale_weight: float, underuse_weight: float) -> Write:
-    """As the reference, but memory, norms, write_ema and last_write, all contiguous, are updated in place."""
+    """As the reference, but memory, norms, write_ema and last_write, all contiguous, are updated in place.
+
+    t may be an int64 tensor of one element.
+    """
     _check_state(memory=memory, norms=norms, write_ema=write_ema, last_write=last_write)
     candidate, read_ema = _contiguous(candidate), _contiguous(read_ema)
     batch, count, width = memory.shape
-    _check_choice(count, slots)
-    vector, affinity = memory.new_empty(batch, width), memory.new_empty(batch, count)
-    gate, novelty = memory.new_empty(batch), memory.new_empty(batch)
+    check_choice(count, slots)
+    values, length = memory.new_empty(batch, VALUES, count), memory.new_empty(batch)
+    vector, gate, novelty = memory.new_empty(batch, width), memory.new_empty(batch), memory.new_empty(batch)
     branch, indices = last_write.new_empty(batch), last_write.new_empty(batch, slots)
-    tiles = triton.cdiv(count, SLOTS), batch
-    _affinities[tiles](candidate, memory, norms, vector, affinity, count, width, clip_max, candidate.stride(0),
-                       *memory.stride()[:2], CLIP_EPS=CLIP_EPS, NORM_EPS=NORM_EPS, SLOTS=SLOTS, WIDTH=WIDTH)
+    on_device, tile = isinstance(t, Tensor), write_tile(count, width)
     # Without fused multiply-adds, which would tell slots apart that are equal in float32.
-    _choose[(batch,)](affinity, norms, read_ema, last_write, gate, novelty, branch, indices, count, t, slots, theta,
-                      beta, stale_weight, underuse_weight, read_ema.stride(0), EMPTY_NORM=EMPTY_NORM,
-                      NORM_EPS=NORM_EPS, UPDATE=UPDATE, LEAST_USEFUL=LEAST_USEFUL, EMPTY=EMPTY,
-                      enable_fp_fusion=False, **_choice_sizes(count))
-    _renew[tiles](memory, norms, vector, gate, indices, write_ema, last_write, count, width, slots, t, decay,
-                  ema_decay, 1.0 - ema_decay, *memory.stride()[:2], WRITE=True, SLOTS=SLOTS, WIDTH=WIDTH)
+    _decay[triton.cdiv(count, tile.slots), batch](
+        candidate, memory, norms, values, length, read_ema, write_ema, last_write, count, width, t, decay, clip_max,
+        ema_decay, stale_weight, underuse_weight, candidate.stride(0), *memory.stride()[:2], read_ema.stride(0),
+        CLIP_EPS=CLIP_EPS, NORM_EPS=NORM_EPS, EMPTY_NORM=EMPTY_NORM, WRITE=True, COUNTED=on_device, SLOTS=tile.slots,
+        WIDTH=tile.width, num_warps=tile.warps, enable_fp_fusion=False)
+    _add[slots, batch](
+        candidate, memory, norms, values, length, write_ema, last_write, vector, gate, novelty, branch, indices, count,
+        width, t, clip_max, theta, beta, 1.0 - ema_decay, candidate.stride(0), *memory.stride()[:2],
+        CLIP_EPS=CLIP_EPS, UPDATE=UPDATE, LEAST_USEFUL=LEAST_USEFUL, EMPTY=EMPTY, COUNTED=on_device,
+        SLOTS=tile.slots, WIDTH=tile.width, ptx_options=ALL_REGISTERS, **choice_sizes(count, CHUNK // 2))
     return Write(memory, norms, write_ema, last_write, vector, gate, novelty, branch, indices)
-
-
-def _selected(scores: Tensor, memory: Tensor | None, k: int,
-              capacity: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """alpha, indices and, of a memory, the weighted sums of its slots."""
-    scores = _contiguous(scores)
-    batch, heads, slots = scores.shape
-    _check_choice(slots, k)
-    alpha = scores.new_empty(batch, heads, k)
-    indices = scores.new_empty(batch, heads, k, dtype=torch.int64)
-    width, strides, mixed = 0, (0, 0), None
-    if memory is not None:
-        memory = _contiguous(memory)
-        width, strides = memory.shape[2], memory.stride()[:2]
-        mixed = memory.new_empty(batch, heads, width)
-    mixes_at_once = memory is not None and capacity is None
-    _select[heads, batch](scores, memory, alpha, indices, mixed, heads, slots, width, k, *scores.stride()[:2], *strides,
-                          MIX=mixes_at_once, ENTRIES=triton.next_power_of_2(k), WIDTH=WIDTH, **_choice_sizes(slots))
-    if capacity is not None:
-        _settled(alpha, indices, memory, mixed, capacity)
-    return alpha, indices, mixed
-
-
-def _settled(alpha: Tensor, indices: Tensor, memory: Tensor | None, mixed: Tensor | None,
-             capacity: int | None) -> None:
-    batch, heads, k = indices.shape
-    slots, width, strides = (1, 0, (0, 0)) if memory is None else (*memory.shape[1:], memory.stride()[:2])
-    _settle[heads, batch](alpha, indices, memory, mixed, heads, slots, width, k, capacity or 0, *alpha.stride()[:2],
-                          *indices.stride()[:2], *strides, CAP=capacity is not None, MIX=mixed is not None,
-                          ENTRIES=triton.next_power_of_2(k), WIDTH=WIDTH)
-
-
-def _choice_sizes(slots: int) -> dict[str, int]:
-    size = min(max(triton.next_power_of_2(slots), 32), CHOICE)
-    return {"CHUNK": size, "num_warps": max(size // 256, 1)}
-
-
-def _check_choice(slots: int, k: int) -> None:
-    if k > slots:
-        raise ValueError(f"slots: expected at least the {k} that are chosen, found {slots}")
 
 
 def _check_state(**tensors: Tensor) -> None:

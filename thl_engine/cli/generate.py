@@ -18,6 +18,7 @@ from thl_engine.cli import batch, interrupt
 from thl_engine.cli.effort import described, effort, mode_options, open_state, traced
 from thl_engine.cli.options import cache_options
 from thl_engine.cli.progress import progress_bar
+from thl_engine.cli.reports import on_device
 from thl_engine.engine import Engine, Piece
 from thl_engine.errors import ConfigError, TokenizerError
 from thl_engine.plan import size
@@ -28,7 +29,7 @@ def run(arguments: Namespace) -> None:
     prompts = [_prompt(given) for given in arguments.prompt or [None]] if arguments.input is None else [""]
     if len(prompts) > 1 and (arguments.state or arguments.save_state):
         raise ConfigError(f"--state and --save-state go with one prompt, not with {len(prompts)}")
-    if not native.available() and arguments.backend != "reference":
+    if not native.available() and arguments.backend != "reference" and not arguments.device.startswith("cuda"):
         print(f"thl: computing with torch, more slowly: {native.reason()}", file=sys.stderr)
     with Engine.from_pretrained(
             arguments.model, device=arguments.device, backend=arguments.backend, quantize=arguments.quantize,
@@ -240,6 +241,6 @@ def _table(stats: dict[str, Any]) -> str:
         rows.append(("attention", f"sees the last {stats['sliding_window']} tokens; those further back are no longer "
                                   "seen"))
     if stats["peak_device_bytes"]:
-        rows.append(("on the device", size(stats["peak_device_bytes"])))
+        rows.append(("on the device", on_device(stats)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

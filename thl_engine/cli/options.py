@@ -113,7 +113,8 @@ def _engine(parser: argparse.ArgumentParser) -> None:
                         help="bound on what the engine keeps in memory, for example 4GiB (default: what is free)")
     engine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     engine.add_argument("--backend", default="auto",
-                        help="auto, native (C++), triton (CUDA) or reference (torch) (default: %(default)s)")
+                        help="native (C++, for the CPU), triton (for CUDA), reference (torch), or auto: the first of "
+                             "these that there is (default: %(default)s)")
     engine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a processor)")
 
 
@@ -200,14 +201,18 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disk-bandwidth", type=_rate, metavar="GB/s",
                         help="what reading pages achieves (default: measured on the file itself)")
     parser.add_argument("--memory-bandwidth", type=_rate, metavar="GB/s",
-                        help="what products with weights in memory achieve (default: measured)")
+                        help="what products with weights in memory achieve (default: measured, or assumed of a CUDA "
+                             "device that is not here)")
     parser.add_argument("--link-bandwidth", type=_rate, metavar="GB/s",
-                        help="host to device, where the model runs on one (default: measured on CUDA)")
+                        help="from the host to a CUDA device, which every streamed page passes after the disk "
+                             "(default: measured, or assumed of one that is not here)")
     _batch(parser)
     _cache(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", default="auto",
+                        help="auto, cpu, cuda or cuda:N, which need not be here (default: %(default)s)")
     parser.add_argument("--backend", default="auto",
-                        help="auto, native (C++), triton (CUDA) or reference (torch) (default: %(default)s)")
+                        help="native (C++, for the CPU), triton (for CUDA), reference (torch), or auto: the first of "
+                             "these that there is (default: %(default)s)")
     _mode(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
 

@@ -1,24 +1,29 @@
 """`thl plan`, `thl inspect` and `thl bench`: what a checkpoint is, what it would cost, and what it does cost."""
 
 import json
+import sys
 from argparse import Namespace
 from typing import Any
+
+import torch
 
 from thl_engine import bench as measure
 from thl_engine.cli.effort import mode_options
 from thl_engine.cli.options import cache_options
 from thl_engine.cli.progress import progress_bar
+from thl_engine.device_memory import link_bandwidth
 from thl_engine.ops import load_ops
 from thl_engine.plan import Bandwidths, size
-from thl_engine.resources import choose_device, divide_memory, rows_of_products, state_options
+from thl_engine.resources import choose_device, divide_memory, nominal, rows_of_products, state_options
 from thl_engine.store import open_store
 from thl_engine.summary import describe, summarise
 from thl_engine.summary import verify as verify_pages
 
 
 def plan(arguments: Namespace) -> None:
-    device = choose_device(arguments.device)
-    ops = load_ops(arguments.backend, device.type)
+    device = choose_device(arguments.device, planned=True)
+    ops, assumed = load_ops(arguments.backend, device.type), nominal(device)
+    here = device.type == "cpu" or torch.cuda.is_available()
     with open_store(arguments.path) as store:
         modes = mode_options(store.model_type, arguments.mode)
         schedule, division = divide_memory(store, ops, device, memory_budget=arguments.memory_budget,
@@ -27,11 +32,16 @@ def plan(arguments: Namespace) -> None:
         bandwidths = Bandwidths(
             disk=arguments.disk_bandwidth or measure.disk_bandwidth(store),
             memory=arguments.memory_bandwidth
-            or measure.product_bandwidth(ops, device, measure.largest_matrix(store),
-                                         rows_of_products(store, arguments.batch_size)),
-            link=arguments.link_bandwidth or measure.link_bandwidth(device))
+            or (measure.product_bandwidth(ops, device, measure.largest_matrix(store),
+                                          rows_of_products(store, arguments.batch_size)) if here else assumed.memory),
+            link=None if device.type == "cpu"
+            else arguments.link_bandwidth or (link_bandwidth(device) if here else assumed.link))
         found = division.at(bandwidths, store, measure.schedule_of(store, modes) if modes else schedule)
-    print(json.dumps(found.to_dict()) if arguments.json else found)
+    if not here and not (arguments.memory_bandwidth and arguments.link_bandwidth):
+        print("thl: there is no CUDA device here: of the bandwidths of its memory and of the link, those not given are "
+              "assumed", file=sys.stderr)
+    print(json.dumps({**found.to_dict(), "backend": ops.name, "device": str(device)}) if arguments.json
+          else found.table(("backend", f"{ops.name} on {device}")))
 
 
 def inspect(arguments: Namespace) -> None:
@@ -85,6 +95,14 @@ def _bench_table(found: dict[str, Any]) -> str:
                              f"{size(found['rss_end_bytes'])} at the end"),
     ]
     if found["peak_device_bytes"]:
-        rows.append(("on the device", size(found["peak_device_bytes"])))
+        rows.append(("on the device", on_device(found)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def on_device(found: dict[str, Any]) -> str:
+    """An engine's memory on its device, and what lies beside it, for people."""
+    kept = "" if found["memory_budget"] is None else ", the budget enforced" if found["budget_enforced"] else (
+        ", the budget planned but not enforced")
+    return (f"{size(found['peak_device_bytes'])}{kept}; besides it {size(found['device_bytes_besides'])} of the CUDA "
+            "context, kernels and other programs")

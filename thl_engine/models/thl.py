@@ -204,20 +204,21 @@ def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     and the next state; ops may update the given state's tensors in place. `record` receives named intermediates.
     """
     c, t = config, state.timestep
+    counter = ops.counter(t)
     embedded = ops.gather(weights["embedding.weight"], tokens[:, 0])
-    local, buffer, valid = _read_window(c, weights, ops, embedded, state)
-    read, read_ema, last_read = _read_memory(c, weights, ops, embedded, state, record)
+    local, buffer, valid = _read_window(c, weights, ops, embedded, state, counter)
+    read, read_ema, last_read = _read_memory(c, weights, ops, embedded, state, counter, record)
 
-    tiers, below, context = list(state.tiers), embedded, read + local
+    tiers, below = list(state.tiers), embedded
     for k, clock in enumerate(c.tier_timescales):
         if t % clock == 0:
-            tiers[k] = _tick(weights, ops, f"tiers.cells.{k}.", tiers[k], below, context)
-        below, context = tiers[k], read
+            gates = (_gate(weights, f"tiers.cells.{k}.{name}") for name in ("W_z", "W_r", "W_h"))
+            tiers[k] = ops.gru_cell(*gates, tiers[k], below, read, local if k == 0 else None)
+        below = tiers[k]
 
-    candidate = ops.linear(torch.cat([tiers[0], tiers[-1]], dim=-1), weights["writer.W_w.weight"],
-                           weights["writer.W_w.bias"])
+    candidate = ops.linear_joined((tiers[0], tiers[-1]), *_gate(weights, "writer.W_w"))
     written = ops.novelty_write(
-        candidate, state.memory, state.norms, read_ema, state.write_ema, state.last_write, t,
+        candidate, state.memory, state.norms, read_ema, state.write_ema, state.last_write, counter,
         slots=c.write_slots, clip_max=c.write_clip_max, theta=c.novelty_theta, beta=c.novelty_beta,
         decay=c.memory_decay, ema_decay=c.write_ema_decay, stale_weight=c.stale_weight,
         underuse_weight=c.underuse_weight)
@@ -241,28 +242,29 @@ def logits(config: THLConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
     return ops.linear(hidden, weights["output_head.weight"], weights["output_head.bias"])
 
 
-def _read_window(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State) -> tuple[Tensor, Tensor, int]:
+def _read_window(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State,
+                 counter: int | Tensor) -> tuple[Tensor, Tensor, int]:
     """Attention over the embeddings before this one, then this one joins them: (read [B, d_v], buffer, valid)."""
     if c.local_window == 0:
         return embedded.new_zeros(embedded.shape[0], c.value_dim), state.local_buffer, 0
     # An empty window reads the same matrices (their product with zeros), so that the schedule is the same at t = 0.
     query = ops.linear(embedded, weights["local_attn.q.weight"])
     query = ops.linear_transposed(query, weights["local_attn.k.weight"])
-    mixed = ops.window_mix(query, state.local_buffer, state.local_valid, scale=1.0 / sqrt(c.query_dim))
+    # A window as old as its sequence fills with the time, up to its width.
+    valid = counter if state.local_valid == min(state.timestep, c.local_window) else state.local_valid
+    mixed, buffer = ops.window_read(query, state.local_buffer, valid, embedded, 1.0 / sqrt(c.query_dim))
     local = ops.linear(mixed, weights["local_attn.v.weight"])
-    buffer, valid = ops.window_append(state.local_buffer, state.local_valid, embedded)
-    return local, buffer, valid
+    return local, buffer, min(state.local_valid + 1, c.local_window)
 
 
-def _read_memory(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State,
+def _read_memory(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State, counter: int | Tensor,
                  record: Record | None) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse read of the slots: (value [B, d_v], read_ema, last_read)."""
-    batch = embedded.shape[0]
-    context = torch.cat([embedded, state.tiers[0], state.tiers[-1]], dim=-1)
-    query = ops.linear(context, weights["router.W_q.weight"]).view(batch, c.num_heads, c.head_dim)
+    query = ops.linear_joined((embedded, state.tiers[0], state.tiers[-1]), weights["router.W_q.weight"])
+    query = query.view(embedded.shape[0], c.num_heads, c.head_dim)
     query = ops.linear_transposed_heads(query, weights["router.W_k.weight"])  # [B, H, d_m]
     mixed, alpha, indices, read_ema, last_read = ops.slot_read(
-        query, state.memory, state.read_ema, state.last_read, state.timestep, k=c.read_topk,
+        query, state.memory, state.read_ema, state.last_read, counter, k=c.read_topk,
         capacity=c.read_slot_capacity, scale=1.0 / sqrt(c.head_dim), load_penalty=c.load_penalty,
         decay=c.read_ema_decay)  # mixed [B, H, d_m]
     read = ops.linear_heads(mixed, weights["router.W_v.weight"])
@@ -273,12 +275,5 @@ def _read_memory(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: 
     return read, read_ema, last_read
 
 
-def _tick(weights: Any, ops: Any, prefix: str, state: Tensor, below: Tensor, context: Tensor) -> Tensor:
-    """One update of a tier's GRU cell: state [B, d_k], the tier below [B, in_k], what was read [B, d_v]."""
-    def gate(name: str, inputs: Tensor) -> Tensor:
-        return ops.linear(inputs, weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"])
-
-    inputs = torch.cat([state, below, context], dim=-1)
-    update, reset = gate("W_z", inputs), gate("W_r", inputs)
-    inputs = torch.cat([ops.gru_reset(reset, state), below, context], dim=-1)
-    return ops.gru_update(update, gate("W_h", inputs), state)
+def _gate(weights: Any, name: str) -> tuple[Any, Tensor]:
+    return weights[f"{name}.weight"], weights[f"{name}.bias"]
