@@ -11,6 +11,10 @@ from thl_engine.weights import Adapted, Held, Matrix
 class Compositions:
     """Part of every backend's ops, in terms of the rest."""
 
+    def low_rank(self, x: Tensor, matrix: Adapted) -> Tensor:
+        """What an adapter adds to the product of its base."""
+        return self.linear(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up)
+
     def linear_joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         """`linear` of activations [B, C_i] that lie in several places, side by side."""
         return self.linear(torch.cat(places, dim=-1), matrix, bias)

@@ -131,10 +131,6 @@ class ReferenceOps(Compositions):
             out = self.gelu(out)
         return out if addend is None else out + addend
 
-    def low_rank(self, x: Tensor, matrix: Adapted) -> Tensor:
-        """What an adapter adds to the product of its base."""
-        return self.linear(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up)
-
     def linears(self, x: Tensor, matrices: Sequence[Matrix | Adapted]) -> list[Tensor]:
         """`linear` of the same activations with several matrices."""
         return [self.linear(x, matrix) for matrix in matrices]

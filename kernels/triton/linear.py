@@ -166,7 +166,8 @@ def _stream(x: Tensor, data: Tensor, w: Weights, a: _Around, out: Tensor, per_he
         *strides, ACTIVATION=a.activation, GATED=a.w_up is not None, HEADS=x.dim() == 3, BATCH=tile.batch,
         PADDED=triton.next_power_of_2(tile.batch), ROWS=tile.rows // tile.fold, FOLD=tile.fold,
         LANES=tile.columns // span, SPAN=span, GROUP=_group(w), RANK=triton.next_power_of_2(max(rank, 1)),
-        EVEN=columns % tile.columns == 0, num_warps=tile.warps)
+        EVEN=columns % tile.columns == 0, num_warps=tile.warps,
+        ptx_options=ALL_REGISTERS if tile.batch > 4 else None)
 
 
 def _tile(x: Tensor, data: Tensor, w: Weights, a: _Around, out: Tensor) -> None:
