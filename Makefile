@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := examples/shakespeare.safetensors
 
-.PHONY: dev run test lint bench sanitize gpu-compile clean
+.PHONY: dev run test lint bench sanitize gpu-compile gpu-check clean
 
 dev: .venv/installed
 
@@ -38,6 +38,10 @@ sanitize:  # the reader and the copy engine under the sanitizers for threads and
 
 gpu-compile: dev  # every triton kernel for each supported card, without a GPU; minutes the first time
 	$(BIN)/python tests/compile_triton.py 75,80,86,89,90
+
+# On a machine with a GPU, network or not: with .venv where there is one, else with the python3 that has torch for it.
+gpu-check:  # builds, tests and measures; STAGES="kernels pager" runs some
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(STAGES)
 
 clean:
 	rm -rf .venv build

@@ -9,18 +9,19 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from thl_engine import native
-from thl_engine.pack import replacing
-
 ROOT = Path(__file__).parent.parent
 
 
 def write_report(path: Path, arguments: list[str], **figures: Any) -> None:
     """Writes the figures as JSON, with machine, date, commit and the command with its arguments."""
-    head = {"machine": f"{_processor()}, {native.isa()}, {native.threads()} threads, torch {torch.__version__}",
-            "date": date.today().isoformat(), "commit": _commit(),
+    import torch  # here, since the rest also serves where the package is yet to be built
+
+    from thl_engine import native
+    from thl_engine.pack import replacing
+
+    processor = f"{_processor()}, {native.isa()}, {native.threads()} threads, torch {torch.__version__}"
+    head = {"machine": processor,
+            "date": date.today().isoformat(), "commit": commit(),
             "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])}
     data = (json.dumps({**head, **figures}, indent=1) + "\n").encode()
     with replacing(path, len(data)) as descriptor:
@@ -32,8 +33,8 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _commit() -> str | None:
-    """None outside of a repository."""
+def commit() -> str | None:
+    """Of the working tree; None outside of a repository."""
     try:
         found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:

@@ -7,13 +7,18 @@ import torch
 from torch import Tensor
 
 
-def sinusoid(positions: int, width: int, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
+def sinusoid(positions: int, width: int, start: int | Tensor = 0, device: torch.device | str = "cpu") -> Tensor:
     """float32 [positions, width] from `start` on: sin(p · 10000^(-2i/width)) at 2i, the cosine of the same at 2i + 1.
 
+    start: a number, or int64 [1] on the device.
     Angles are taken in float32 as published models do; in float64 the table would differ by up to 2e-5. The rates'
     exponents are float32 too, but the exponential is rounded from float64: processors differ in the last bit of it.
     """
-    angles = torch.arange(start, start + positions, dtype=torch.float32, device=device)[:, None] * _rates(width, device)
+    if isinstance(start, Tensor):
+        places = (torch.arange(positions, device=device) + start).float()
+    else:
+        places = torch.arange(start, start + positions, dtype=torch.float32, device=device)
+    angles = places[:, None] * _rates(width, device)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
 
 

@@ -1,12 +1,14 @@
 """Compiles triton kernels for cards that need not be there: python compile_triton.py CAPABILITIES [LAUNCHES].
 
-    compile_triton.py 75,80,86,89,90 linear attention
+    compile_triton.py 75,80,86,89,90 linear attention --jobs 2
 
 Launchers run on CPU tensors with a driver that names the card; each launch is compiled with exactly the types, sizes
 and alignments that it has, and is not made. Prints kernels that spill registers or want more shared memory than the
-card has for a block, then a summary for the card; exits with 1 where there was one.
+card has for a block, as read from the compiled kernels, then a summary for each card; exits with 1 where there was one.
 """
 
+import argparse
+import multiprocessing
 import os
 import re
 import subprocess
@@ -58,8 +60,9 @@ def use(capability: int) -> None:
             module.capability = lambda x: capability
 
 
-def check(capability: int, only: list[str]) -> bool:
-    """Compiles all launches whose name begins with one of `only`; whether each is free of faults."""
+def compile_one(task: tuple[int, str]) -> dict[str, str | None]:
+    """Compiles a launch for a card: hash of each of its kernels -> what is wrong with it, if anything."""
+    capability, launch = task
     use(capability)
     compiled = {}
     compile_launch = JITFunction.run
@@ -67,30 +70,44 @@ def check(capability: int, only: list[str]) -> bool:
     def run(self, *args, grid, warmup, **options):
         kernel = compile_launch(self, *args, grid=grid, warmup=True, **options)
         if kernel.hash not in compiled:
-            compiled[kernel.hash] = fault = describe(kernel)
-            if fault:
-                print(f"sm_{capability} {launch} {self.__name__}: {fault}", flush=True)
+            compiled[kernel.hash] = describe(self.__name__, kernel)
         return kernel
 
-    def describe(kernel):
+    def describe(name, kernel):
         registers, stack = resources(kernel.asm["cubin"])
         if stack or kernel.metadata.shared > SHARED[capability] * 1024:
-            return (f"{stack} bytes spilled, {registers} registers, {kernel.metadata.num_warps} warps, "
-                    f"{kernel.metadata.shared} bytes shared")
+            return (f"sm_{capability} {launch} {name}: {stack} bytes spilled, {registers} registers, "
+                    f"{kernel.metadata.num_warps} warps, {kernel.metadata.shared} bytes shared")
         return None
 
     JITFunction.run = run
     try:
-        for launch, make in LAUNCHES.items():
-            if not only or launch.startswith(tuple(only)):
-                make()
+        LAUNCHES[launch]()
     finally:
         JITFunction.run = compile_launch
-    faults = sum(fault is not None for fault in compiled.values())
-    print(f"sm_{capability}: {len(compiled)} kernels, {faults} with faults", flush=True)
-    return not faults
+    return compiled
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cards", help="compute capabilities, such as 75,90")
+    parser.add_argument("launches", nargs="*", help="those whose names begin so (default: all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a processor)")
+    given = parser.parse_args()
+    cards = [int(card) for card in given.cards.split(",")]
+    names = [name for name in LAUNCHES if not given.launches or name.startswith(tuple(given.launches))]
+    tasks = [(card, name) for card in cards for name in names]
+    found: dict[int, dict[str, str | None]] = {card: {} for card in cards}
+    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
+        for (card, _), compiled in zip(tasks, pool.imap(compile_one, tasks), strict=True):
+            for kernel, fault in compiled.items():
+                if fault and kernel not in found[card]:
+                    print(fault, flush=True)
+                found[card][kernel] = fault
+    for card, compiled in found.items():
+        print(f"sm_{card}: {len(compiled)} kernels, {sum(map(bool, compiled.values()))} with faults")
+    return int(any(fault for compiled in found.values() for fault in compiled.values()))
 
 
 if __name__ == "__main__":
-    cards = [int(card) for card in sys.argv[1].split(",")]
-    sys.exit(0 if all([check(card, sys.argv[2:]) for card in cards]) else 1)
+    sys.exit(main())

@@ -80,3 +80,17 @@ def test_a_name_that_is_no_card_is_refused(monkeypatch):
     monkeypatch.setenv("THL_CUDA_ARCH", "sm_89")
     with pytest.raises(ValueError, match="THL_CUDA_ARCH: expected capabilities such as 80,90, found 'sm_89'"):
         nvcc.architectures()
+
+
+def test_an_object_is_kept_while_nothing_that_it_was_made_of_changes(tmp_path):
+    source, header, made, used = (tmp_path / name for name in ("a.cu", "a.h", "a.o", "a.d"))
+    for age, file in enumerate((made, source, header)):
+        file.touch()
+        os.utime(file, (2e9 - age, 2e9 - age))
+    assert not nvcc.newer(made, used)
+    used.write_text(f"{made} : {source} \\\n    {header}\n")
+    assert nvcc.newer(made, used)
+    os.utime(header, (2e9 + 1, 2e9 + 1))
+    assert not nvcc.newer(made, used)
+    header.unlink()
+    assert not nvcc.newer(made, used)

@@ -75,7 +75,8 @@ def gemv(library, x, w, scales, out, *, bias=None, residual=None, up=None, up_sc
     return out
 
 
-def matrix(rows: int, columns: int, group: int | None, apart: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def matrix(rows: int, columns: int, group: int | None,
+           apart: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """int8 rows, scales, and what they stand for in float64."""
     data, scales = quantize_rows(torch.randn(rows, columns) * torch.logspace(-2, 1, rows)[:, None], group)
     wide = data.double() * (scales.double()[:, None] if group is None

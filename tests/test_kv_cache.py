@@ -33,7 +33,7 @@ def test_what_is_seen(rows, sizes):
     for size in sizes:
         stop = min(past + size, 300)
         if past in (150, 199):
-            cache = cache.clone()
+            cache = cache.clone(past)
         for layer, window in enumerate(WINDOWS):
             first = 0 if window is None else max(0, past - window + 1)
             seen = cache.append(layer, past, *every[:, layer, :, :, past:stop])

@@ -239,6 +239,8 @@ def test_rows_are_gathered_in_any_order(quantize, pinned, name):
                     every[:0]):
             found.append(weights[name].rows(ids))
             assert found[-1].shape == (*ids.shape, tensor.shape[1]) and torch.equal(found[-1], whole[ids])
+            resident = weights[name].resident_rows(ids)
+            assert torch.equal(resident, whole[ids]) if pinned else resident is None
         assert torch.equal(found[0], whole[every])  # memory of its own
         assert (pager.traffic.bytes_gathered == 0) == pinned
         pager.close()

@@ -72,7 +72,8 @@ def test_pages_arrive_unharmed_through_a_short_staging_ring(tmp_path):
 class Settled(NativeTransfer):
     """The copy engine over the host device, for compute that runs at once: it waits where a stream would."""
 
-    def __init__(self, reader, places, nbytes, slot_bytes, device):
+    def __init__(self, reader, places, nbytes, slot_bytes, device, direct_storage):
+        assert not direct_storage
         self.host = _native.HostCopyDevice(seed=nbytes, delay=100)
         super().__init__(reader, places, nbytes, slot_bytes, device, self.host, lambda: self.host.compute)
 
@@ -89,7 +90,7 @@ class Settled(NativeTransfer):
         assert self.host.violations() == [] and self.host.locked == 0
 
 
-def late(reader, places, nbytes, slot_bytes, device):
+def late(reader, places, nbytes, slot_bytes, device, direct_storage):
     return TorchTransfer(reader, nbytes, slot_bytes, device, LateStreams())
 
 

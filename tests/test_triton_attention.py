@@ -30,8 +30,8 @@ def heads(batch, count, rows, width):
     return device_randn(batch, rows, count, 2 * width)[..., :width].transpose(1, 2)
 
 
-SHAPES = [(1, 1, 1, 1, 1, 16), (2, 4, 2, 1, 37, 24), (1, 6, 2, 1, 530, 16), (2, 3, 3, 5, 21, 80), (1, 2, 1, 70, 70, 16),
-          (1, 4, 1, 33, 90, 40), (1, 1, 1, 3, 40, 256), (1, 21, 1, 1, 300, 16)]
+SHAPES = [(1, 1, 1, 1, 1, 16), (2, 4, 2, 1, 37, 24), (1, 6, 2, 1, 280, 16), (2, 3, 3, 5, 21, 80), (1, 2, 1, 70, 70, 16),
+          (1, 4, 1, 33, 90, 40), (1, 1, 1, 3, 40, 256), (1, 12, 1, 1, 150, 16), (1, 2, 1, 2, 130, 80)]
 
 
 @pytest.mark.parametrize("batch, query_heads, key_heads, rows, keys, width", SHAPES)
@@ -113,10 +113,11 @@ def test_sizes_depend_on_shapes_only():
                 sizes = attention.tile(rows, width, True, card)
                 assert 64 % sizes.keys == 0 and sizes.rows >= 16
     for keys in (0, 1, 100, 512, 1000, 16384, 100_000):
-        count, size = attention.pieces(1, keys)
-        assert count * size >= keys > (count - 1) * size or keys <= 1
-        assert size % 64 == 0 and count <= attention.MOST_PIECES
-    assert attention.pieces(17, 5000)[0] == 1
+        for key_heads in (1, 8, 1000):
+            size = attention.pieces(1, keys, key_heads)
+            assert size % attention.PIECE == 0 and -(-keys // size) <= attention.MOST_PIECES
+        assert attention.pieces(17, keys, 1) >= keys
+    assert attention.pieces(4, 8192, 8) == 256
 
 
 def test_bad_shapes_are_refused():

@@ -1,8 +1,4 @@
-"""Triton kernels compile for the cards that are meant, within their shared memory and without spilling registers.
-
-All launches of `triton_launches` are compiled by `make gpu-compile`; here one size of each, for the oldest and the
-newest card.
-"""
+"""Triton kernels compile for the cards that are meant, within their shared memory and without spilling registers."""
 
 import os
 import subprocess
@@ -14,13 +10,13 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[1]
-SOME = ["linear_launches-batch1", "linear_launches-batch32", "linear_transposed_launches-batch1", "slot_launches-small",
-        "attention_launches-heads64", "integrator_launches-units64", "elementwise_launches-width768"]
+CARDS = [75, 80, 86, 89, 90]
 
 
-@pytest.mark.parametrize("card", [75, 90])
-def test_kernels_compile(card):
-    found = subprocess.run([sys.executable, ROOT / "tests" / "compile_triton.py", str(card), *SOME], cwd=ROOT,
-                           capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+def test_all_launches_compile():
+    """Some 100 s a card on one processor, unless triton's cache has the kernels."""
+    found = subprocess.run([sys.executable, ROOT / "tests" / "compile_triton.py", ",".join(map(str, CARDS)),
+                            "--jobs", "2"], cwd=ROOT, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert found.returncode == 0, found.stdout + found.stderr
-    assert f"sm_{card}: " in found.stdout and "0 with faults" in found.stdout
+    assert all(f"sm_{card}: " in found.stdout for card in CARDS)

@@ -10,6 +10,7 @@ from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 from thl_engine.kernels import tier_cell as gates
 from thl_engine.kernels import window_attention as window
 from thl_engine.kernels.linear import widen
+from thl_engine.kernels.norm import layer_norm
 from thl_engine.kernels.triton import tier_cell, window_attention
 from thl_engine.kernels.triton.linear import Weights
 from thl_engine.ops import ReferenceOps, load_ops
@@ -53,9 +54,10 @@ class Parts:
             yield Part(start, stop, self.w.data[start:stop], scales, self.w.group)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
-@pytest.mark.parametrize("batch", [1, 3, 20])
-@pytest.mark.parametrize("kind", ["row", "group", "bfloat16"])
+@pytest.mark.parametrize("kind, batch, dtype, tolerance", [
+    ("row", 1, torch.float32, 1e-6), ("group", 3, torch.float32, 1e-6), ("row", 20, torch.float32, 1e-6),
+    ("row", 1, torch.bfloat16, 4e-3), ("bfloat16", 3, torch.bfloat16, 4e-3), ("row", 20, torch.bfloat16, 1e-2),
+    ("row", 2, torch.float16, 5e-4)])
 def test_gru_cell(kind, batch, dtype, tolerance):
     d, below, read = 16, 24, 40
     state, lower, context, addend = (device_randn(batch, n).to(dtype) for n in (d, below, read, read))
@@ -79,12 +81,24 @@ def test_gru_cell(kind, batch, dtype, tolerance):
             assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("batch, widths", [(3, (130, 17, 300)), (1, (40, 5)), (2, (2100,))])
+def test_joined_layer_norm(batch, widths):
+    places = [device_randn(batch, width + 1)[:, 1:] * 3 + 50 for width in widths]
+    weight, bias = device_randn(sum(widths)), device_randn(sum(widths))
+    wide = torch.cat(places, dim=-1).cpu().double()
+    close(tier_cell.joined_layer_norm(places, weight, bias, 1e-5),
+          layer_norm(wide, weight.cpu().double(), bias.cpu().double(), 1e-5), 4e-6)
+
+
 def test_inputs_in_many_rows_or_places():
     ops, reference = load_ops("triton", DEVICE), ReferenceOps()
     for batch, count in ((40, 2), (2, 4)):
         places, (w, _) = [device_randn(batch, 9) for _ in range(count)], weights("row", 7, 9 * count)
         close(ops.linear_joined(places, Held(*w)), reference.linear_joined([x.cpu() for x in places],
                                                                            Held(w.data.cpu(), w.scales.cpu())))
+        weight = device_randn(9 * count)
+        close(ops.layer_norm_joined(places, weight, weight),
+              reference.layer_norm_joined([x.cpu() for x in places], weight.cpu(), weight.cpu()))
 
 
 @pytest.mark.parametrize("batch, entries, width", [(1, 1, 5), (3, 7, 130), (1, 70, 300)])

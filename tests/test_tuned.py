@@ -9,8 +9,8 @@ from thl_engine.kernels import tuned
 from thl_engine.kernels.tuned import Choice
 
 CARD = "NVIDIA H100 80GB HBM3"
-CHOICES = (Choice(1, 4096, 4096, "cuda", (4, 4)), Choice(1, 16384, 4096, "triton", ()), Choice(4, 4096, 4096, "triton", ()),
-           Choice(4, 1000, 4096, "cuda", (2, 8)))
+CHOICES = (Choice(1, 4096, 4096, "cuda", (4, 4)), Choice(1, 16384, 4096, "triton", ()),
+           Choice(4, 4096, 4096, "triton", ()), Choice(4, 1000, 4096, "cuda", (2, 8)))
 
 
 def table(**changed: object) -> str:

@@ -5,6 +5,7 @@ import torch
 from thl_engine.kernels.triton import (
     altup,
     attention,
+    cache,
     elementwise,
     integrator,
     linear,
@@ -18,6 +19,7 @@ from thl_engine.kernels.triton import (
 )
 from thl_engine.kernels.triton.linear import LowRank, Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
+from thl_engine.models import kv_cache
 
 LAUNCHES = {}
 
@@ -97,17 +99,17 @@ def linear_transposed_launches(batch):
                               torch.empty(batch, 8, 1024), accumulate)
 
 
-@launches(small=(100, 96, 4), default=(1024, 768, 4), wide=(1024, 12288, 8), most=(16384, 256, 8),
+@launches(tiny=(1, 1, 1), small=(100, 96, 4), default=(1024, 768, 4), wide=(1024, 12288, 8), most=(16384, 256, 8),
           more=(40000, 80, 32))
 def slot_launches(shape):
     slots, width, heads = shape
     memory, ema = torch.empty(2, slots, width), torch.empty(2, slots)
     last, counter = torch.empty(2, slots, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
     for t, capacity in ((7, None), (counter, 2)):
-        slot_memory.slot_read(torch.empty(2, heads, width), memory, ema, last, t, k=8, capacity=capacity, scale=0.1,
-                              load_penalty=0.1, decay=0.9)
-        slot_memory.novelty_write(torch.empty(2, width), memory, ema, ema, ema, last, t, slots=4, clip_max=1.0,
-                                  theta=0.1, beta=1.0, decay=0.9, ema_decay=0.9, stale_weight=0.1,
+        slot_memory.slot_read(torch.empty(2, heads, width), memory, ema, last, t, k=min(8, slots), capacity=capacity,
+                              scale=0.1, load_penalty=0.1, decay=0.9)
+        slot_memory.novelty_write(torch.empty(2, width), memory, ema, ema, ema, last, t, slots=min(4, slots),
+                                  clip_max=1.0, theta=0.1, beta=1.0, decay=0.9, ema_decay=0.9, stale_weight=0.1,
                                   underuse_weight=0.1)
     slot_memory.slot_norms(memory)
 
@@ -123,6 +125,7 @@ def tier_cell_launches(batch):
             tier_cell.joined_linear((x, x, x), stored(kind, 512, 3 * width), bias, gate, gate="reset", state=state)
             tier_cell.joined_linear((gate, x, x), stored(kind, 512, 512 + 2 * width), bias, state, addend=x,
                                     gate="candidate", update=gate, state=state)
+        tier_cell.joined_layer_norm((x, x, x), torch.empty(3 * width), torch.empty(3 * width), 1e-5)
     tier_cell.joined_linear((x, x), stored("row", 512, 2 * 12288), None, gate)
 
 
@@ -144,6 +147,25 @@ def attention_launches(width):
             attention.attention(query, key, key, 0.1, blocked, query_tables=(table, table), causal=True, window=64)
         small, scales = key.to(torch.int8), torch.empty(2, 2, keys)
         attention.attention(query, small, small, 0.1, causal=True, key_scales=scales, value_scales=scales)
+    query, table = torch.empty(2, 8, 40, width), torch.empty(40, width)
+    attention.attention(query, query, query, 0.1, query_tables=(table, table), key_tables=(table, table))
+
+
+@launches(**{f"heads{width}": width for width in (16, 64, 128, 256)})
+def cached_attention_launches(width):
+    """Rings and whole contexts of float32 and int8, positions from the device for one row, for groups of every size."""
+    norm, at = (torch.empty(width), 1e-6), torch.empty(1, dtype=torch.int64)
+    for rows, window in (("float32", None), ("float32", 512), ("int8", None), ("int8", 512)):
+        layer = kv_cache.empty([window], 1, 2, width, 8192, rows=rows).layers[0]
+        kept = layer.keys.data, layer.values.data, layer.keys.scales, layer.values.scales
+        for count, heads, past in ((1, 2, at), (1, 8, at), (1, 16, at), (1, 24, at), (64, 8, 700)):
+            table = torch.empty(count, width)
+            new, query = torch.empty(1, count, 2, width), torch.empty(1, heads, count, width)
+            cache.append(new, new, *kept, past, key_norm=norm, value_eps=1e-6, tables=(table, table))
+            cache.append(new, new, *kept, past)
+            attention.attention(query, *kept[:2], 0.1, causal=True, window=window, key_scales=kept[2],
+                                value_scales=kept[3], past=past, at_most=4096, query_norm=norm,
+                                query_tables=(table, table))
 
 
 @launches(**{f"width{width}": width for width in (64, 768, 4096, 16384)})

@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from thl_engine.errors import BudgetError, CheckpointError, ConfigError, EngineError, TokenizerError
+from thl_engine.errors import BudgetError, CheckpointError, ConfigError, DeviceError, EngineError, TokenizerError
 
 if TYPE_CHECKING:
     from thl_engine.engine import Engine, Piece
 
 __version__ = "0.1.0"
-__all__ = ["BudgetError", "CheckpointError", "ConfigError", "Engine", "EngineError", "Piece", "TokenizerError",
-           "__version__"]
+__all__ = ["BudgetError", "CheckpointError", "ConfigError", "DeviceError", "Engine", "EngineError", "Piece",
+           "TokenizerError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

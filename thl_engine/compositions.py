@@ -1,7 +1,5 @@
 """Operations that are made of others, as models want them together; a backend may make one in a single go."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -14,27 +12,6 @@ class Compositions:
     def low_rank(self, x: Tensor, matrix: Adapted) -> Tensor:
         """What an adapter adds to the product of its base."""
         return self.linear(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up)
-
-    def linear_joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        """`linear` of activations [B, C_i] that lie in several places, side by side."""
-        return self.linear(torch.cat(places, dim=-1), matrix, bias)
-
-    def gru_cell(self, update: tuple[Matrix, Tensor], reset: tuple[Matrix, Tensor], candidate: tuple[Matrix, Tensor],
-                 state: Tensor, below: Tensor, context: Tensor, addend: Tensor | None = None) -> Tensor:
-        """The next state [B, d] of a GRU that sees state, below and context + addend; its weights with their biases."""
-        if addend is not None:
-            context = context + addend
-        inputs = torch.cat([state, below, context], dim=-1)
-        z, r = self.linear(inputs, *update), self.linear(inputs, *reset)
-        inputs = torch.cat([self.gru_reset(r, state), below, context], dim=-1)
-        return self.gru_update(z, self.linear(inputs, *candidate), state)
-
-    def window_read(self, query: Tensor, buffer: Tensor, valid: int | Tensor, entry: Tensor,
-                    scale: float) -> tuple[Tensor, Tensor]:
-        """`window_mix` of the first `valid` entries, at most all, and the buffer after `window_append` of a new one."""
-        valid = min(valid, buffer.shape[1])
-        mixed = self.window_mix(query, buffer, valid, scale)
-        return mixed, self.window_append(buffer, valid, entry)[0]
 
     def geglu_linears(self, x: Tensor, gate: Matrix | Adapted, up: Matrix | Adapted) -> Tensor:
         """`geglu` of x through both matrices."""

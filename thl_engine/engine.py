@@ -20,6 +20,7 @@ from thl_engine.config import parse_config
 from thl_engine.device_memory import DeviceMemory, link_bandwidth
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
 from thl_engine.generation import Piece, Row, generate
+from thl_engine.graphs import Compute, step_graphs
 from thl_engine.memory import peak_bytes
 from thl_engine.models import architecture
 from thl_engine.ops import load_ops
@@ -41,21 +42,9 @@ from thl_engine.sampler import Sampler, Sampling, StopStrings
 from thl_engine.spool import spool_store, spool_tensors
 from thl_engine.store import Store, open_store
 from thl_engine.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from thl_engine.trace import Trace
 
 _log = logging.getLogger("thl_engine")
-
-
-class Trace:
-    """Named intermediates of the steps made while it was open: `steps[i][name]` is a copy. `names`: None for all."""
-
-    def __init__(self, names: frozenset[str] | None = None) -> None:
-        self.steps: list[dict[str, Tensor]] = []
-        self._names = names
-
-    def record(self, name: str, value: Tensor) -> None:
-        """Notes a value of the current step."""
-        if self._names is None or name in self._names:
-            self.steps[-1][name] = value.detach().cpu().clone()
 
 
 def _computing(method: Callable) -> Callable:
@@ -88,7 +77,8 @@ class Engine:
         self.device = choose_device(device)
         self.ops = load_ops(backend, self.device.type)
         self.config = parse_config(store.config, store.model_type)
-        self.tokenizer = _tokenizer(store, self.config.vocab_size)
+        self.tokenizer = None if store.tokenizer_json is None else load_tokenizer(
+            store.tokenizer_json, self.config.vocab_size, str(store.path))
         self._model = architecture(store.model_type)
         self._store = store
         self._options = state_options(store.model_type, context, kv_cache, sliding_window)
@@ -108,6 +98,8 @@ class Engine:
         self._weights = paged_weights(store, self._pager, vectors)
         if not self._streams and self._plan.resident_tables:
             self.close()  # all is in memory: nothing needs the file any more
+        self._graphs = step_graphs(self._model, self.ops, self.device, self._pager.count_uses,
+                                   pool=memory.pool_for_graphs, apart=memory.capturing)
         self._trace: Trace | None = None
         self._tokens = 0
         self._seconds = 0.0
@@ -205,8 +197,8 @@ class Engine:
             tokens = tokens[:, 0]
         tokens = self._check_tokens(tokens, 1, state.batch_size)
         self._check_room(state, 1)
-        hidden = self._run(tokens[:, None], state)[-1]
-        logits = self._logits(hidden[:, -1])
+        self._begin(state, 1)
+        logits = self._pass(self._advance_to_logits, tokens[:, None], state)
         self._end(state)
         self._count(tokens.shape[0], started)
         return logits, state
@@ -255,8 +247,8 @@ class Engine:
             raise ConfigError(f"forward: {self.model_type} models have no input {', '.join(inputs)}") from None
         names = walk.reads(0)
         self._pager.begin(None, lambda: self._schedules[()].once(names), walk.may_stop)
-        logits, following = self._model.forward(self.config, self._weights, self.ops, tokens, state, self._recorder(),
-                                                **inputs)
+        logits, following = self._model.forward(self.config, self._weights, self.ops, tokens.to(self.device), state,
+                                                self._recorder(), **inputs)
         state.become(following)
         self._pager.end(None)
         return logits
@@ -274,20 +266,35 @@ class Engine:
 
     def _run(self, tokens: Tensor, state: Any) -> list[Tensor]:
         """Feeds [B, n] in as many passes as the model needs; the hidden states of each. Logits are to follow."""
-        size = self._model.chunk(self.config)
-        passes = -(-tokens.shape[1] // size)
-        schedule, t = self._schedule(state), self._starts_at(state, tokens.shape[1])
+        self._begin(state, tokens.shape[1])
+        return [self._pass(self._advance, part, state)
+                for part in tokens.split(self._model.chunk(self.config), dim=1)]
+
+    def _pass(self, compute: Compute, tokens: Tensor, state: Any) -> Tensor:
+        """What `compute` makes of tokens [B, n] that the model takes at once; the state follows."""
+        out = None
+        if self._graphs is not None and self._trace is None and tokens.shape[1] == 1:
+            out = self._graphs.step(self._model.graph_key(self.config, state), tokens, state, compute)
+        if out is None:
+            out, following = compute(tokens.to(self.device), state)
+            state.become(following)  # ops update tensors in place: the caller's object must not lag behind them
+        return out
+
+    def _advance(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self._model.advance(self.config, self._weights, self.ops, tokens, state, self._recorder())
+
+    def _advance_to_logits(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        hidden, following = self._advance(tokens, state)
+        return self._logits(hidden[:, -1]), following
+
+    def _begin(self, state: Any, count: int) -> None:
+        """Tells the pager which passes over the weights `count` tokens take."""
+        passes = -(-count // self._model.chunk(self.config))
+        schedule, t = self._schedule(state), self._starts_at(state, count)
         if passes == 1:
             self._pager.begin(self._key(state, t), lambda: schedule.decode(t), schedule.may_stop)
         else:
             self._pager.begin(("prompt", t, passes), lambda: schedule.prompt(t, passes), schedule.may_stop)
-        hidden = []
-        for first in range(0, tokens.shape[1], size):
-            one, following = self._model.advance(self.config, self._weights, self.ops, tokens[:, first : first + size],
-                                                 state, self._recorder())
-            state.become(following)  # ops update tensors in place: the caller's object must not lag behind them
-            hidden.append(one)
-        return hidden
 
     def _end(self, state: Any) -> None:
         """Announces the next step."""
@@ -334,7 +341,7 @@ class Engine:
         if low < 0 or high >= self.config.vocab_size:
             raise TokenizerError(f"tokens: id {low if low < 0 else high} is outside the vocabulary of "
                                  f"{self.config.vocab_size}")
-        return tokens.to(self.device)
+        return tokens
 
     def _check_room(self, state: Any, count: int) -> None:
         """Refuses more tokens than the state has room for, before anything is computed."""
@@ -434,6 +441,7 @@ class Engine:
         return {
             "tokens": self._tokens, "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else 0.0,
+            "replayed_steps": 0 if self._graphs is None else self._graphs.replayed,
             **asdict(self._pager.traffic), **self._memory.stats(self._plan.peak_memory_bytes),
             "peak_rss_bytes": peak_bytes(),
             "memory_budget": self._plan.budget, "backend": self.ops.name, "device": str(self.device),
@@ -487,9 +495,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _tokenizer(store: Store, vocab_size: int) -> Tokenizer | None:
-    if store.tokenizer_json is not None:
-        return load_tokenizer(store.tokenizer_json, vocab_size, str(store.path))
-    return None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from thl_engine import native
+from thl_engine.cached_attention import CachedAttention
 from thl_engine.compositions import Compositions
 from thl_engine.errors import ConfigError
 from thl_engine.kernels import (
@@ -29,12 +30,12 @@ from thl_engine.kernels import (
     shared_memory,
     slot_memory,
     swiglu,
-    tier_cell,
     window_attention,
 )
 from thl_engine.kernels import attention as attention_kernels
 from thl_engine.kernels import linear as linear_kernels
 from thl_engine.product import LAYER_NORM_EPS, Product, even_rows
+from thl_engine.state_ops import StateOps
 from thl_engine.weights import Adapted, Matrix, Part, Table
 
 # Share of a gate up to which only the products that it lets through are made. With 5 % they took 0.14 of the time of
@@ -42,7 +43,7 @@ from thl_engine.weights import Adapted, Matrix, Part, Table
 SPARSE_SHARE = 1 / 8
 
 
-class ReferenceOps(Compositions):
+class ReferenceOps(StateOps, Compositions):
     """Plain torch on float32 values of the weights."""
 
     name = "reference"
@@ -50,16 +51,6 @@ class ReferenceOps(Compositions):
     sample: Callable[..., Tensor] | None = None  # the sampler's `Choose`, for logits on a device of its own
     sparse_share = 0.0  # up to which sparse products read no more of a matrix than they need
 
-    gru_reset = staticmethod(tier_cell.gru_reset)
-    gru_update = staticmethod(tier_cell.gru_update)
-    window_mix = staticmethod(window_attention.window_mix)
-    window_append = staticmethod(window_attention.window_append)
-    slot_scores = staticmethod(slot_memory.slot_scores)
-    slot_topk = staticmethod(slot_memory.slot_topk)
-    slot_mix = staticmethod(slot_memory.slot_mix)
-    slot_norms = staticmethod(slot_memory.slot_norms)
-    read_metadata = staticmethod(slot_memory.read_metadata)
-    novelty_write = staticmethod(slot_memory.novelty_write)
     attention = staticmethod(attention_kernels.attention)
     rotary_attention = staticmethod(attention_kernels.rotary_attention)
     rms_norm = staticmethod(norm.rms_norm)
@@ -86,14 +77,20 @@ class ReferenceOps(Compositions):
         """Kinds of device that these ops compute on."""
         return ("cpu", "cuda")
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0,
+                      widened: int = 0) -> int:
         """Memory that ops need beside their operands, for pages of up to `page_elements` weights.
 
         reused_elements: weights that one op reads again after their parts have been let go (`integrate`).
-        scores: of the largest `attention`, for all heads. inputs: activations that the widest product takes.
+        scores: of the largest `attention`, for all heads. inputs: activations that the widest product takes. widened:
+        bytes of a layer's int8 keys and values as float32.
         """
         # The page as float32, and the product of its integers on the way there. Scores before and after each step.
-        return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores
+        return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores + widened
+
+    def cached_attention(self, cache: Any, past: int, rows: int, device: torch.device) -> CachedAttention:
+        """Attention of `rows` positions behind the first `past` to a KVCache, or without one to each other."""
+        return CachedAttention(self, cache, int(self.counter(past)), rows, device)
 
     def gather(self, table: Table, ids: Tensor) -> Tensor:
         """Rows of a table: int64 [B] -> float32 [B, C]."""
@@ -175,14 +172,6 @@ class ReferenceOps(Compositions):
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
         return self.geglu(gate, self.linear(x, up), quantile)
 
-    def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int | Tensor, *, k: int,
-                  capacity: int | None, scale: float, load_penalty: float,
-                  decay: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """A sparse read of the slots: (mixed [B, H, d], alpha, indices [B, H, k], read_ema, last_read [B, J])."""
-        alpha, indices = self.slot_topk(self.slot_scores(query, memory, read_ema, scale, load_penalty), k, capacity)
-        mixed = self.slot_mix(alpha, indices, memory)
-        return mixed, alpha, indices, *self.read_metadata(alpha, indices, read_ema, last_read, t, decay)
-
     def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
                   second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
                   together: bool = False, trajectory: bool = False, group: int = 1,
@@ -219,11 +208,12 @@ class NativeOps(ReferenceOps):
         self._packings: list[Any] = []  # of `Product`: none that is in use
         self._controller = native.KeptMatrix(False), native.KeptMatrix(True)
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0) -> int:
+    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0,
+                      widened: int = 0) -> int:
         # Kernels read the stored weights. Copies of two matrices used again, and one of them on the way there as
         # floats; as int8 these take a quarter. Scores stay in the caches. Packed activations take four bytes each, and
         # what fills their rows up.
-        return 4 * reused_elements * 3 // 2 + 5 * inputs
+        return 4 * reused_elements * 3 // 2 + 5 * inputs + widened
 
     def linear(self, x: Tensor, matrix: Matrix | Adapted, bias: Tensor | None = None, *,
                norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:

@@ -27,9 +27,15 @@ class PagedMatrix:
     def resident(self) -> list[Part] | None:
         return self.pager.pinned(self.name)
 
+    def stored(self) -> Part:
+        return self.pager.stored(self.name)
+
     def rows(self, ids: Tensor) -> Tensor:
-        """float32 [n, C] of int64 ids [n], on the device of the ids: for tables that are also the output head."""
-        return _gather(self.pager, self.name, self.shape[1], ids)
+        """float32 [n, C] of int64 ids [n], on the engine's device: for tables that are also the output head."""
+        return _widened(self.pager.rows(self.name, ids), ids, self.shape[1])
+
+    def resident_rows(self, ids: Tensor) -> Tensor | None:
+        return _widened(self.pager.pinned_rows(self.name, ids), ids, self.shape[1])
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,15 @@ class PagedTable:
     pager: Pager
 
     def rows(self, ids: Tensor) -> Tensor:
-        """float32 [n, C] of int64 ids, on their device."""
-        return _gather(self.pager, self.name, self.shape[1], ids)
+        """float32 [n, C] of int64 ids, on the engine's device."""
+        return _widened(self.pager.rows(self.name, ids), ids, self.shape[1])
+
+    def resident_rows(self, ids: Tensor) -> Tensor | None:
+        return _widened(self.pager.pinned_rows(self.name, ids), ids, self.shape[1])
 
 
-def _gather(pager: Pager, name: str, columns: int, ids: Tensor) -> Tensor:
-    part = pager.rows(name, ids)
-    return widen(part.data, part.scales, part.group).view(*ids.shape, columns)
+def _widened(part: Part | None, ids: Tensor, columns: int) -> Tensor | None:
+    return None if part is None else widen(part.data, part.scales, part.group).view(*ids.shape, columns)
 
 
 def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -149,11 +149,13 @@ class Pager:
     """Serves the pages of a store from memory that is allocated once: pinned pages, then the ring's slots.
 
     pinned: pages that are read at the start and stay. slots, slot_bytes, horizon: the ring for all others.
-    scales: the scales of int8 tensors, by the name of the tensor of scales, on the device.
+    scales: the scales of int8 tensors, by the name of the tensor of scales, on the device. direct_storage: as in
+    `open_transfer`.
     """
 
     def __init__(self, store: Store, reader: Reader, scales: Mapping[str, Tensor], pinned: Iterable[int], slots: int,
-                 slot_bytes: int, horizon: int, device: torch.device | str = "cpu") -> None:
+                 slot_bytes: int, horizon: int, device: torch.device | str = "cpu",
+                 direct_storage: bool = False) -> None:
         self._store, self._reader, self._scales = store, reader, scales
         places, size = {}, 0
         for index in pinned:
@@ -163,7 +165,7 @@ class Pager:
         nbytes = max(size + slots * slot_bytes, ALIGNMENT)
         longest = max([slot_bytes, ALIGNMENT, *(extent(store.pages[index])[1] for index in places)])
         every = [*places.values(), *(size + i * slot_bytes for i in range(slots))]
-        self._transfer = open_transfer(reader, every, nbytes, longest, torch.device(device))
+        self._transfer = open_transfer(reader, every, nbytes, longest, torch.device(device), direct_storage)
         self._ring = Ring(slots, horizon)
         self._coming: dict[int, int] = {}  # page on its way -> place
         self._fresh: set[int] = set()  # fetched and not used yet
@@ -177,6 +179,8 @@ class Pager:
         for place in places.values():
             self._finish(place)
         self._pinned = {index: self._part(store.pages[index], place) for index, place in places.items()}
+        self._places = places
+        self._starts: dict[str, Tensor | None] = {}  # of a table's pages in memory, where all are pinned
 
     def begin(self, key: Hashable, future: Callable[[], Iterator[int]], may_stop: bool = False) -> None:
         """Starts a run of uses. Unless `key` is what the last `end` announced, and not None, `future()` replaces the
@@ -221,22 +225,56 @@ class Pager:
                 self._prefetch()
 
     def pinned(self, name: str) -> list[Part] | None:
-        """The parts of a matrix in row order, if all are pinned. No use is counted."""
+        """The parts of a matrix in row order, if all are pinned. No use is counted; `count_uses` does that."""
         parts = [self._pinned.get(page.index) for page in self._store.tensors[name].pages]
         return None if any(part is None for part in parts) else parts
+
+    def stored(self, name: str) -> Part:
+        """All rows of a matrix as one part without memory, on the device "meta"."""
+        tensor = self._store.tensors[name]
+        scales = None if tensor.scales is None else self._scales[tensor.scales].to("meta")
+        return Part(0, tensor.shape[0], torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), scales,
+                    tensor.group)
+
+    def count_uses(self, count: int) -> None:
+        """Notes uses of pinned pages that were made without asking for them."""
+        self.traffic.page_hits += count
 
     def rows(self, name: str, ids: Tensor) -> Part:
         """Rows of a table or matrix in the order of int64 ids [n], in memory of their own, outside of the schedule.
 
         Each comes from a pinned page or is read at once, however often the ids repeat it. The part's start and stop
-        count the ids.
+        count the ids, which may lie on the host.
         """
-        tensor, ids = self._store.tensors[name], ids.flatten()
-        order = ids.tolist()
-        rows = {row: self._row(tensor, row).to(ids.device) for row in dict.fromkeys(order)}
+        tensor, device = self._store.tensors[name], self._transfer.memory.device
+        order = ids.flatten().tolist()
+        ids = ids.flatten().to(device)
+        rows = {row: self._row(tensor, row).to(device) for row in dict.fromkeys(order)}
         scales = None if tensor.scales is None else self._scales[tensor.scales].index_select(0, ids)
         data = torch.cat([rows[row] for row in order]) if order else torch.empty(0, *tensor.shape[1:])
         return Part(0, len(order), data, scales, tensor.group)
+
+    def pinned_rows(self, name: str, ids: Tensor) -> Part | None:
+        """As `rows`, if all pages are pinned, with ids on the device, which the host does not wait for."""
+        if name not in self._starts:
+            self._starts[name] = self._pages_at(name)
+        starts, tensor, ids = self._starts[name], self._store.tensors[name], ids.flatten()
+        if starts is None:
+            return None
+        page = ids.div(tensor.pages[0].stop, rounding_mode="floor")
+        first = starts.index_select(0, page) + (ids - page * tensor.pages[0].stop) * tensor.row_bytes
+        at = first[:, None] + torch.arange(tensor.row_bytes, device=ids.device)
+        data = self._transfer.memory.index_select(0, at.flatten()).view(tensor.dtype)
+        scales = None if tensor.scales is None else self._scales[tensor.scales].index_select(0, ids)
+        return Part(0, ids.shape[0], data.view(ids.shape[0], *tensor.shape[1:]), scales, tensor.group)
+
+    def _pages_at(self, name: str) -> Tensor | None:
+        """Where each page of a table begins in memory, int64 [pages] on the device; None if one is not pinned."""
+        pages = self._store.tensors[name].pages
+        if not all(page.index in self._places for page in pages):
+            return None
+        at = [self._places[page.index] + page.offset % ALIGNMENT for page in pages]
+        return torch.tensor(at, device=self._transfer.memory.device)
 
     def _row(self, tensor: StoredTensor, row: int) -> Tensor:
         """One row as stored, [1, C]: a view of a pinned page, or memory of its own.

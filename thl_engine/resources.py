@@ -76,7 +76,8 @@ def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int
     activations, scores = model.workspace(config, state)
     inputs = (batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config))
               * max(tensor.shape[1] for tensor in store.tensors.values() if tensor.kind == "matrix"))
-    scratch = ops.scratch_bytes(largest, reused, scores, inputs)
+    widened = state.cache.widened_bytes if hasattr(state, "cache") else 0
+    scratch = ops.scratch_bytes(largest, reused, scores, inputs, widened)
     passing = 4 * rows * config.vocab_size + activations
     reserve = _reserve(store, ops, state, passing, scratch) if device.type == "cuda" else 0
     return Needs(state.nbytes, passing + scratch, reserve)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,17 +120,20 @@ class NativeTransfer:
                  direct_storage: bool = False, cufile: str = CUFILE) -> None:
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._compute = compute or (lambda: torch.cuda.current_stream(device).cuda_stream)
-        copies = copies or cuda.copy_device(self.memory.device.index)
-        make = [reader.native, copies, self.memory, list(places), slot_bytes, STAGING_SLOTS, self._compute()]
-        self._engine = None
-        if direct_storage:
-            try:
-                self._engine = _native.CopyEngine(*make, cufile, list(reader.paths))
-                _log.info("verified pages reach %s by GPUDirect Storage", device)
-            except OSError as error:
-                _log.warning("GPUDirect Storage is not used: %s", error)
-        if self._engine is None:
-            self._engine = _native.CopyEngine(*make)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            copies = copies or cuda.copy_device(self.memory.device.index)
+            make = [reader.native, copies, self.memory, list(places), slot_bytes, STAGING_SLOTS, self._compute()]
+            self._engine = self._with_direct_storage(make, cufile, reader) if direct_storage else None
+            self._engine = self._engine or _native.CopyEngine(*make)
+
+    def _with_direct_storage(self, make: list[Any], cufile: str, reader: Reader) -> "_native.CopyEngine | None":
+        try:
+            engine = _native.CopyEngine(*make, cufile, list(reader.paths))
+        except OSError as error:
+            _log.warning("GPUDirect Storage is not used: %s", error)
+            return None
+        _log.info("verified pages reach %s by GPUDirect Storage", self.memory.device)
+        return engine
 
     @property
     def bytes_copied(self) -> int:

@@ -168,31 +168,33 @@ class TritonProducts(ReferenceOps):
                                                               out, accumulate=part.start > 0))
         return out
 
-    def whole(self, matrix: Matrix) -> Weights:
-        """A matrix for a kernel that reads it more than once: where it stays, or copied as its parts pass by.
+    def whole(self, x: Tensor, matrix: Matrix) -> Weights:
+        """A matrix for a kernel that reads it more than once: where it stays, or copied beside x as its parts pass by.
 
         int8 with a scale for each row, or floats.
         """
-        held, parts = matrix.resident(), []
+        held, shape = matrix.resident(), matrix.shape
         if held is not None and len(held) == 1 and held[0].group is None:
             self.each_part(matrix, lambda part: None)
             return weights(held[0])
-        self.each_part(matrix, lambda part: parts.append(_copied(part)))
-        if not parts:
-            raise RuntimeError("a captured step would need memory for the parts of a streamed matrix")
-        scales = None if parts[0].scales is None else torch.cat([part.scales for part in parts])
-        return Weights(torch.cat([part.data for part in parts]), scales)
+        like = matrix.stored()
+        by_row = like.scales is not None and like.scales.dim() == 1
+        data = x.new_empty(shape, dtype=torch.float32 if like.scales is not None and not by_row else like.data.dtype)
+        scales = x.new_empty(shape[0]) if by_row else None
+
+        def use(part: Part) -> None:
+            rows = slice(part.start, part.stop)
+            data[rows].copy_(part.data if part.scales is None or by_row else widen(part.data, part.scales, part.group))
+            if scales is not None:
+                scales[rows].copy_(part.scales)
+
+        self.each_part(matrix, use)
+        return Weights(data, scales)
 
 
 def weights(part: Part) -> Weights:
     """A part as kernels take it."""
     return Weights(part.data, part.scales, part.group)
-
-
-def _copied(part: Part) -> Weights:
-    if part.group is not None:
-        return Weights(widen(part.data, part.scales, part.group))
-    return Weights(part.data.clone(), None if part.scales is None else part.scales.clone())
 
 
 def _pairs(gate: Sequence[Part] | None, up: Sequence[Part] | None) -> dict[int, Part] | None:

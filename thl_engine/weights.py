@@ -39,6 +39,10 @@ class Matrix(Protocol):
         """The parts, if all of them stay where they are; to look at them is no use of the matrix."""
         ...
 
+    def stored(self) -> Part:
+        """All rows as one part without memory (device "meta"), to tell their type and scales."""
+        ...
+
 
 class Table(Protocol):
     """A table [V, C] of which single rows are read."""
@@ -47,6 +51,11 @@ class Table(Protocol):
 
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [n, C] of int64 ids [n], all within the table."""
+        ...
+
+    def resident_rows(self, ids: Tensor) -> Tensor | None:
+        """The same from memory on the device of the ids, whose values the host does not see; None where rows are not
+        held there."""
         ...
 
 
@@ -68,6 +77,10 @@ class Held:
 
     def resident(self) -> list[Part]:
         return list(self.parts())
+
+    def stored(self) -> Part:
+        scales = None if self.scales is None else self.scales.to("meta")
+        return Part(0, self.data.shape[0], self.data.to("meta"), scales, self.group)
 
 
 @dataclass(frozen=True)
@@ -104,8 +117,14 @@ class Trainable:
     def resident(self) -> list[Part]:
         return list(self.parts())
 
+    def stored(self) -> Part:
+        return Part(0, self.tensor.shape[0], self.tensor.to("meta"))
+
     def rows(self, ids: Tensor) -> Tensor:
         return torch.nn.functional.embedding(ids, self.tensor)
+
+    def resident_rows(self, ids: Tensor) -> Tensor:
+        return self.rows(ids)
 
 
 def trainable(blocks: Iterable[Block], parameters: Mapping[str, Tensor]) -> dict[str, Tensor | Trainable]:

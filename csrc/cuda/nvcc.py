@@ -13,7 +13,8 @@ from pathlib import Path
 
 ARCHITECTURES = (75, 80, 86, 89, 90)
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ("-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi,-pthread")
+# Sums are fused where the source says so: kernels for other sizes must round alike.
+FLAGS = ("-O3", "-std=c++20", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi,-pthread")
 # C++ files of csrc/ that know nothing of CUDA and are linked into the extension all the same.
 SHARED = ("budget_arena.cpp",)
 
@@ -42,11 +43,6 @@ def sources() -> list[Path]:
     return sorted([*here.glob("*.cu"), *here.glob("*.cpp"), *(ROOT / "csrc" / name for name in SHARED)])
 
 
-def headers() -> list[Path]:
-    """What the sources may include."""
-    return sorted([*(ROOT / "csrc").glob("*.[hi]*"), *(ROOT / "csrc" / "cuda").glob("*.[hi]*")])
-
-
 def targets(capabilities: Sequence[int]) -> list[str]:
     """Options that ask for machine code of each capability, and PTX of the last."""
     codes = [f"arch=compute_{card},code=sm_{card}" for card in capabilities]
@@ -62,18 +58,25 @@ def compile_all(nvcc: str, folder: Path, includes: Iterable[str]) -> list[Path]:
     capabilities = architectures()
     folder = folder / ("cuda-" + "-".join(map(str, capabilities)))
     folder.mkdir(parents=True, exist_ok=True)
-    shared = max(path.stat().st_mtime for path in [*headers(), Path(__file__)])
     options = [*FLAGS, *targets(capabilities), "--threads", "0", "-I", str(ROOT / "csrc"),
                *(option for path in includes for option in ("-I", path))]
 
     def compile_one(source: Path) -> Path:
-        made = folder / (source.name + ".o")
-        if not made.exists() or made.stat().st_mtime < max(shared, source.stat().st_mtime):
-            run([nvcc, *options, "-c", str(source), "-o", str(made)], source.name)
+        made, used = folder / (source.name + ".o"), folder / (source.name + ".d")
+        if not newer(made, used):
+            run([nvcc, *options, "-MMD", "-MF", str(used), "-c", str(source), "-o", str(made)], source.name)
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, sources()))
+
+
+def newer(made: Path, used: Path) -> bool:
+    """Whether an object is newer than this file and all that it was made of, which `used` lists as make would."""
+    if not made.exists() or not used.exists():
+        return False
+    files = [Path(name) for name in used.read_text().replace("\\\n", " ").split(":", 1)[1].split()]
+    return all(file.exists() and file.stat().st_mtime < made.stat().st_mtime for file in [*files, Path(__file__)])
 
 
 def link(nvcc: str, objects: Iterable[Path], library: Path) -> None:

@@ -1,4 +1,4 @@
-"""Times and positions that a kernel takes as a number or, in a captured step, from a tensor that advances between runs."""
+"""Times and positions that a kernel takes as a number or, in a captured step, from a tensor that advances."""
 
 import triton
 import triton.language as tl

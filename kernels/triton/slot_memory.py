@@ -66,18 +66,20 @@ def read_tile(slots: int, width: int, heads: int) -> Tile:
 
 
 def write_tile(slots: int, width: int) -> Tile:
-    """For a write, and for norms: as few slots as make 256 programs, at most eight, since the candidate is read for each.
+    """For a write, and for norms: slots for 256 programs, at most eight of them, since each reads the candidate;
+    eight where the memory is so small (256 KiB) that only launching it takes time.
 
     1,024 slots of 12,288 features: 256 programs read 4 rows (197 KB) and write them, 16 KiB a step; the candidate's
     49 KB come from the cache. 16,384 of 256: 2,048 programs of 8 KiB.
     """
     rows = 8
-    while rows > 1 and slots < 256 * rows:
+    while rows > 1 and slots < 256 * rows and slots * width > 65536:
         rows //= 2
     columns = min(triton.next_power_of_2(width), 4096 // rows)
     while columns > LANES and triton.cdiv(width, columns) * columns > width + width // 8:
         columns //= 2
-    return Tile(rows, columns, choice_sizes(slots, CHUNK // 2)["num_warps"])  # that of the launch which renews single norms
+    # As many warps as the launch that renews single norms has.
+    return Tile(rows, columns, choice_sizes(slots, CHUNK // 2)["num_warps"])
 
 
 @triton.jit

@@ -1,6 +1,7 @@
-"""Products whose input lies in up to three places, with a GRU's gates behind them; gates as in ../tier_cell.py.
+"""Products whose input lies in up to three places, with a GRU's gates behind them as in ../tier_cell.py, and the norm
+of such an input as in ../norm.py.
 
-For few rows of activations: the weights stream through the ordinary cores once, as in linear.py.
+Products are for few rows of activations: the weights stream through the ordinary cores once.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thl_engine.kernels.triton.arithmetic import tanh
+from thl_engine.kernels.triton.arithmetic import ALL_REGISTERS, tanh
 from thl_engine.kernels.triton.linear import Tile, Weights
 
 PLACES = 3  # at most, that an input lies in
@@ -80,6 +81,64 @@ def _joined(x, y, z, addend, w, scales, bias, gate, state, out, batch, rows, x_w
     tl.store(out + n * out_row + r, total, mask=inside)
 
 
+@triton.jit
+def _summed(total, x, width, mean, SQUARED: tl.constexpr, WIDTH: tl.constexpr):
+    """total [WIDTH] and a place's features, less the mean and SQUARED."""
+    for start in range(0, width, WIDTH):
+        d = start + tl.arange(0, WIDTH)
+        values = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
+        total += tl.where(d < width, (values - mean) * (values - mean), 0.0) if SQUARED else values
+    return total
+
+
+@triton.jit
+def _scaled(x, width, mean, factor, weight, bias, out, WIDTH: tl.constexpr):
+    for start in range(0, width, WIDTH):
+        d = start + tl.arange(0, WIDTH)
+        values = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
+        scale, shift = tl.load(weight + d, mask=d < width, other=0.0), tl.load(bias + d, mask=d < width, other=0.0)
+        tl.store(out + d, (values - mean) * factor * scale + shift, mask=d < width)
+
+
+@triton.jit
+def _joined_norm(x, y, z, weight, bias, out, x_width, y_width, z_width, x_row, y_row, z_row, out_row, eps,
+                 WIDTH: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    width = x_width + y_width + z_width
+    zero = tl.zeros([WIDTH], tl.float32)
+    total = _summed(zero, x + n * x_row, x_width, 0.0, False, WIDTH)
+    if y is not None:
+        total = _summed(total, y + n * y_row, y_width, 0.0, False, WIDTH)
+    if z is not None:
+        total = _summed(total, z + n * z_row, z_width, 0.0, False, WIDTH)
+    mean = tl.sum(total, axis=0) / width
+    total = _summed(zero, x + n * x_row, x_width, mean, True, WIDTH)
+    if y is not None:
+        total = _summed(total, y + n * y_row, y_width, mean, True, WIDTH)
+    if z is not None:
+        total = _summed(total, z + n * z_row, z_width, mean, True, WIDTH)
+    factor = 1.0 / tl.sqrt_rn(tl.sum(total, axis=0) / width + eps)
+    out += n * out_row
+    _scaled(x + n * x_row, x_width, mean, factor, weight, bias, out, WIDTH)
+    if y is not None:
+        _scaled(y + n * y_row, y_width, mean, factor, weight + x_width, bias + x_width, out + x_width, WIDTH)
+    if z is not None:
+        first = x_width + y_width
+        _scaled(z + n * z_row, z_width, mean, factor, weight + first, bias + first, out + first, WIDTH)
+
+
+def joined_layer_norm(places: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`layer_norm` of up to three places [B, C_i], joined: [B, sum of C_i]."""
+    batch, widths = places[0].shape[0], [x.shape[1] for x in places]
+    out = places[0].new_empty(batch, sum(widths))
+    rest = PLACES - len(places)
+    places = [_rows(x) for x in places] + [None] * rest
+    size = min(max(triton.next_power_of_2(max(widths)), 128), 2048)
+    _joined_norm[(batch,)](*places, weight, bias, out, *widths, *[0] * rest, *map(_stride, (*places, out)), eps,
+                           WIDTH=size, num_warps=max(size // 256, 1))
+    return out
+
+
 def joined_linear(places: Sequence[Tensor], w: Weights, bias: Tensor | None, out: Tensor, *,
                   addend: Tensor | None = None, gate: str | None = None, update: Tensor | None = None,
                   state: Tensor | None = None) -> None:
@@ -97,7 +156,8 @@ def joined_linear(places: Sequence[Tensor], w: Weights, bias: Tensor | None, out
     _joined[(triton.cdiv(rows, tile.rows),)](
         *places, addend, data, w.scales, bias, update, state, out, batch, rows, *widths, *[0] * (PLACES - len(widths)),
         w.group or 1, *map(_stride, (*places, addend, data, w.scales, update, state, out)), GROUPED=grouped, GATE=gate,
-        BATCH=tile.batch, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps)
+        BATCH=tile.batch, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        ptx_options=ALL_REGISTERS)
 
 
 def _rows(x: Tensor) -> Tensor:

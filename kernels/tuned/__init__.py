@@ -6,9 +6,9 @@ A table is a JSON file beside this one, named after its card (`file_name`):
      "gemv_int8": [{"batch": 1, "rows": 4096, "columns": 4096, "use": "cuda", "launch": [4, 4]},
                    {"batch": 8, "rows": 4096, "columns": 4096, "use": "triton", "launch": []}]}
 
-`rows` and `columns` are those of the whole matrix, so that a choice, and with it the result's last bits, does not depend
-on how the matrix is cut. `benchmarks/tune_kernels.py` writes tables; no engine does. Without a table, or where nothing
-near was measured, callers do as they would anyway.
+`rows` and `columns` are those of the whole matrix, so that a choice, and with it the result's last bits, does not
+depend on how the matrix is cut. `benchmarks/tune_kernels.py` writes tables; no engine does. Without a table, or where
+nothing near was measured, callers do as they would anyway.
 """
 
 import json
@@ -72,7 +72,7 @@ def file_name(card: str) -> str:
 
 
 def parse(text: str, file: str, card: str) -> Table:
-    """Operation -> choices of a table. Raises ValueError that names file, place, what was expected and what was found."""
+    """Operation -> choices of a table. Raises ValueError with file, place, what was expected and what was found."""
     def bad(place: str, expected: str, found: object) -> ValueError:
         return ValueError(f"{file}: {place}: expected {expected}, found {found!r}")
 

@@ -25,6 +25,10 @@ and, where it differs from what the engine does without,
   touched(config) -> dict[str, float]          share of a matrix that the product of one row needs, where it is not all
   step_rows(config) -> int                     rows that a sequence brings to a step's products, where it is not one
   traffic(config, state, position) -> int      bytes of the state that a token reads or writes; else four times all
+  graph_key(config, state) -> Hashable | None  all that the host decides in the next step of one token: two steps with
+                                               the same key and shapes launch the same, and what differs in the values
+                                               that they read is the token and what `ops.counter` gave; the state's
+                                               numbers then grow alike; None: launch this step anew
   ROWS_MEET = True                             sequences of a batch depend on each other
 
 A State has timestep, batch_size, nbytes (all that it will ever take), clone(), become(other), to_dict(), and options

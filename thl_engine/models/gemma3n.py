@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thl_engine.cached_attention import bucket
 from thl_engine.config import FULL, SLIDING, Gemma3nConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.altup import magnitude, scaled_to
-from thl_engine.kernels.attention import causal
 from thl_engine.models import kv_cache as kv_caches
 from thl_engine.models.kv_cache import KVCache
 from thl_engine.schedule import Block, Walk
@@ -58,7 +58,7 @@ class State:
 
     def clone(self) -> "State":
         """An independent copy: advancing one leaves the other as it is."""
-        return State(self.timestep, self.context, self.layers, self.cache.clone())
+        return State(self.timestep, self.context, self.layers, self.cache.clone(self.timestep))
 
     def become(self, other: "State") -> None:
         """Takes over the other's values without copying them."""
@@ -194,7 +194,7 @@ def workspace(config: Gemma3nConfig, state: State) -> tuple[int, int]:
     floats = (4 * c.altup_num_inputs + 6) * c.hidden_size + 4 * _per_layer(c) + max(3 * max(c.intermediate_size),
                                                                                     3 * heads)
     seen = max(held.kept(state.context) for held in state.cache.layers) + CHUNK
-    return 4 * rows * floats + 2 * CHUNK * seen + state.cache.widened_bytes, rows * c.num_attention_heads * seen
+    return 4 * rows * floats + 2 * CHUNK * seen, rows * c.num_attention_heads * seen
 
 
 def traffic(config: Gemma3nConfig, state: State, position: int | None = None) -> int:
@@ -249,6 +249,11 @@ def check_room(config: Gemma3nConfig, state: State, count: int) -> None:
     """Raises ConfigError if `count` more tokens are more than the state's context has room for."""
     kv_caches.check_room(state.timestep + count, state.context, "max_position_embeddings",
                          config.max_position_embeddings)
+
+
+def graph_key(config: Gemma3nConfig, state: State) -> int:
+    """What the host decides in the next step of one token: for how many positions attention is launched."""
+    return bucket(state.timestep + 1)
 
 
 def advance(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
@@ -306,7 +311,7 @@ def decode(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: Stat
     streams = expand(c, weights, ops, embedded)
     if record is not None:
         record("layer0.input_altup_state", streams)
-    attention = Attention(c, state, tokens.shape[1], tokens.device)
+    attention = Attention(c, ops, state, tokens.shape[1], tokens.device)
     for i in range(c.num_hidden_layers):
         if last and i == len(state.layers):
             streams, inputs = streams[:, :, -1:].contiguous(), inputs[:, -1:]
@@ -319,50 +324,35 @@ def decode(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: Stat
 
 
 class Attention:
-    """What the layers of one pass over T positions share: rotary tables, masks, and the keys and values that later
-    layers read again."""
+    """What the layers of one pass over T positions share: rotary tables, and the cache that they attend to."""
 
-    def __init__(self, c: Gemma3nConfig, state: State, rows: int, device: torch.device) -> None:
-        self._config, self._state = c, state
-        self._visible: dict[int, tuple[Tensor, Tensor]] = {}
-        past = state.timestep
-        self._positions = torch.arange(past, past + rows, device=device)
+    def __init__(self, c: Gemma3nConfig, ops: Any, state: State, rows: int, device: torch.device) -> None:
+        self._config, self._layers = c, state.layers
+        self._attend = ops.cached_attention(state.cache, state.timestep, rows, device)
+        self._positions = self._attend.positions
         exponents = torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim
         self._frequencies = {FULL: 1.0 / c.rope_theta**exponents, SLIDING: 1.0 / c.rope_local_base_freq**exponents}
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}
-        self._blocked: dict[str, Tensor | None] = {FULL: None, SLIDING: None}
-        if rows > 1:  # a lone position sees all that its layer's cache returns
-            self._blocked = {FULL: causal(rows, past, device), SLIDING: causal(rows, past, device, c.sliding_window)}
 
     def keep_last(self) -> None:
         """From here on x is of the last position only, in layers that read what others left."""
         self._positions, self._tables = self._positions[-1:], {}
-        self._blocked = {FULL: None, SLIDING: None}
-        for i, (keys, values) in self._visible.items():
-            seen = -(_window(self._config, i) or keys.shape[2])
-            self._visible[i] = keys[:, :, seen:], values[:, :, seen:]
 
     def __call__(self, weights: Any, ops: Any, i: int, x: Tensor) -> Tensor:
         """Layer i's attention of x [B, T, D] to what is visible, the output projection included."""
         c, kind, source = self._config, self._config.layer_types[i], self._config.kv_source(i)
-        prefix = f"model.layers.{i}.self_attn."
+        prefix, number = f"model.layers.{i}.self_attn.", self._layers.index(source)
         if kind not in self._tables:
             self._tables[kind] = ops.rotary_tables(self._positions, self._frequencies[kind])
-
-        def heads(projected: Tensor, norm: str | None) -> Tensor:
-            """Each head normalised: [B, heads, T, d]."""
-            weight = None if norm is None else weights[f"{prefix}{norm}.weight"]
-            return ops.rms_norm(projected.unflatten(-1, (-1, c.head_dim)), weight, c.rms_norm_eps).transpose(1, 2)
-
+        tables, eps = self._tables[kind], c.rms_norm_eps
         names = ("q", "k", "v") if source == i else ("q",)
-        projected = ops.linears(x, [weights[f"{prefix}{name}_proj.weight"] for name in names])
-        query = ops.rotate(heads(projected[0], "q_norm"), *self._tables[kind])
+        query, *own = (projected.unflatten(-1, (-1, c.head_dim)) for projected in
+                       ops.linears(x, [weights[f"{prefix}{name}_proj.weight"] for name in names]))
         if source == i:
-            key, value = ops.rotate(heads(projected[1], "k_norm"), *self._tables[kind]), heads(projected[2], None)
-            number = self._state.layers.index(i)
-            self._visible[i] = self._state.cache.append(number, self._state.timestep, key, value)
-        mixed = ops.attention(query, *self._visible[source], 1.0, self._blocked[kind])
-        return ops.linear(mixed.transpose(1, 2).flatten(2), weights[f"{prefix}o_proj.weight"])
+            self._attend.append(number, *own, key_norm=(weights[f"{prefix}k_norm.weight"], eps), value_eps=eps,
+                                tables=tables)
+        mixed = self._attend(number, query, 1.0, norm=(weights[f"{prefix}q_norm.weight"], eps), tables=tables)
+        return ops.linear(mixed, weights[f"{prefix}o_proj.weight"])
 
 
 def embed(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thl_engine.cached_attention import CachedAttention, bucket
 from thl_engine.config import INLConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.attention import causal
@@ -59,7 +60,7 @@ class State:
 
     def clone(self) -> "State":
         """An independent copy: advancing one leaves the other as it is."""
-        return State(self.timestep, self.context, self.cache.clone(), self.avg_iterations.clone(),
+        return State(self.timestep, self.context, self.cache.clone(self.timestep), self.avg_iterations.clone(),
                      self.num_forwards.clone())
 
     def become(self, other: "State") -> None:
@@ -175,7 +176,7 @@ def workspace(config: INLConfig, state: State) -> tuple[int, int]:
     # The stream, what was attended and the position, beside one layer's attention, integrator or feed-forward part.
     floats = 3 * c.d_model + max(12 * c.d_model, 2 * c.d_model + 3 * c.inner_size)
     seen = state.cache.layers[0].kept(state.context) + CHUNK
-    return 4 * rows * floats + rows * seen + state.cache.widened_bytes, rows * c.num_heads * seen
+    return 4 * rows * floats + rows * seen, rows * c.num_heads * seen
 
 
 def traffic(config: INLConfig, state: State, position: int | None = None) -> int:
@@ -265,6 +266,11 @@ def check_room(config: INLConfig, state: State, count: int) -> None:
     kv_caches.check_room(state.timestep + count, state.context, "max_seq_len", config.max_seq_len)
 
 
+def graph_key(config: INLConfig, state: State) -> int:
+    """What the host decides in the next step of one token: for how many positions attention is launched."""
+    return bucket(state.timestep + 1)
+
+
 def advance(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
             record: Record | None = None) -> tuple[Tensor, State]:
     """Feeds int64 [B, n] to the sequences of the batch; each token stops its integrators by itself.
@@ -272,10 +278,8 @@ def advance(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     Returns the normalised features [B, n, D], which `logits` projects to the vocabulary, and the next state, which
     shares the given one's cache. `record` receives named intermediates. Raises ConfigError beyond the context.
     """
-    rows, past = tokens.shape[1], state.timestep
-    check_room(config, state, rows)
-    blocked = causal(rows, past, tokens.device, state.cache.layers[0].window) if rows > 1 else None
-    return _run(config, weights, ops, tokens, state, blocked, together=False, record=record)
+    check_room(config, state, tokens.shape[1])
+    return _run(config, weights, ops, tokens, state, None, together=False, record=record)
 
 
 def forward(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None, *,
@@ -291,15 +295,16 @@ def forward(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
         check_room(config, state, rows)
     elif rows > config.max_seq_len:
         raise ConfigError(f"a sequence of {rows} tokens is longer than the model's max_seq_len ({config.max_seq_len})")
-    blocked = causal(rows, past, tokens.device) if attention_mask is None else attention_mask
-    if not isinstance(blocked, Tensor) or blocked.dtype != torch.bool or tuple(blocked.shape) != (rows, past + rows):
-        found = f"{blocked.dtype} {list(blocked.shape)}" if isinstance(blocked, Tensor) else type(blocked).__name__
-        raise ConfigError(f"attention_mask: expected a bool tensor [{rows}, {past + rows}], True where a position must "
-                          f"not be seen; found {found}")
-    blocked, window = blocked.to(tokens.device), None if training else state.cache.layers[0].window
-    if window is not None:
-        within = causal(rows, past, tokens.device, window)
-        blocked = blocked[:, -within.shape[1] :] | within
+    blocked = attention_mask
+    if blocked is not None:
+        if not isinstance(blocked, Tensor) or blocked.dtype != torch.bool or blocked.shape != (rows, past + rows):
+            found = f"{blocked.dtype} {list(blocked.shape)}" if isinstance(blocked, Tensor) else type(blocked).__name__
+            raise ConfigError(f"attention_mask: expected a bool tensor [{rows}, {past + rows}], True where a position "
+                              f"must not be seen; found {found}")
+        blocked, window = blocked.to(tokens.device), None if training else state.cache.layers[0].window
+        if window is not None:
+            within = causal(rows, past, tokens.device, window)
+            blocked = blocked[:, -within.shape[1] :] | within
     hidden, state = _run(config, weights, ops, tokens, state, blocked, together=True, record=record,
                          training=training)
     return logits(config, weights, ops, hidden.flatten(0, 1)).unflatten(0, tokens.shape), state
@@ -318,11 +323,11 @@ def logits(config: INLConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
 def _run(c: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, blocked: Tensor | None, *, together: bool,
          record: Record | None, training: bool = False) -> tuple[Tensor, State]:
     """Every layer over tokens [B, T]: features after the final norm [B, T, D], and the next state."""
-    past = 0 if training else state.timestep
-    x = _embed(c, weights, ops, tokens) + sinusoid(tokens.shape[1], c.d_model, past, tokens.device)
-    used = []
+    past, cache = (0, None) if training else (state.timestep, state.cache)
+    x = _embed(c, weights, ops, tokens) + sinusoid(tokens.shape[1], c.d_model, ops.counter(past), tokens.device)
+    attention, used = ops.cached_attention(cache, past, tokens.shape[1], tokens.device), []
     for i in range(c.num_layers):
-        attended = _attend(c, weights, ops, i, x, None if training else state, blocked)
+        attended = _attend(c, weights, ops, i, x, attention, blocked)
         x = x + attended
         x, iterations = _settle(c, weights, ops, i, x, attended, together, training, record)
         x = _feed_forward(weights, ops, i, x)
@@ -350,19 +355,16 @@ def _embed(c: INLConfig, weights: Any, ops: Any, tokens: Tensor) -> Tensor:
     return x.unflatten(0, tokens.shape)
 
 
-def _attend(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, state: State | None,
+def _attend(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, attention: CachedAttention,
             blocked: Tensor | None) -> Tensor:
-    """Attention of x [B, T, D] over itself and what the state's cache holds, the output projection included."""
+    """Attention of x [B, T, D] over itself and what the cache holds, the output projection included."""
     prefix = f"layers.{i}.attention."
     qkv = ops.linear(x, weights[f"{prefix}in_proj_weight"], weights[f"{prefix}in_proj_bias"],
                      norm=_norm(weights, f"layers.{i}.norm_attn"))
-    heads = qkv.view(*x.shape[:2], 3, c.num_heads, c.head_dim)
-    query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, A, T, d]
-    if state is not None:
-        key, value = state.cache.append(i, state.timestep, key, value)
-    mixed = ops.attention(query, key, value, 1.0 / math.sqrt(c.head_dim), blocked)
-    return ops.linear(mixed.transpose(1, 2).flatten(2), weights[f"{prefix}out_proj.weight"],
-                      weights[f"{prefix}out_proj.bias"])
+    query, key, value = qkv.view(*x.shape[:2], 3, c.num_heads, c.head_dim).unbind(2)
+    attention.append(i, key, value)
+    mixed = attention(i, query, 1.0 / math.sqrt(c.head_dim), blocked=blocked)
+    return ops.linear(mixed, weights[f"{prefix}out_proj.weight"], weights[f"{prefix}out_proj.bias"])
 
 
 def _settle(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, context: Tensor, together: bool, training: bool,

@@ -1,5 +1,8 @@
 """Keys and values of the positions that attention looks back on: float32 or int8 rows, of all positions or a window.
 
+Rows of a window come in the order of positions, moved to the front when the end is reached, for kernels that take them
+as they lie; or as a ring, for those that find each position's row themselves. Both take the same room.
+
 All that a cache may come to hold is allocated at once. So a plan can count it, no layer is ever in memory twice, and
 no token pays for moving a long context; on the CPU, memory that no position was written to stays with the system.
 """
@@ -65,15 +68,18 @@ class Rows:
 class Layer:
     """One layer's rows, in ascending order of positions: of all, or at least of those that a window still sees.
 
-    window: positions that a query sees, its own included; None for all. first: the position of row 0. used: rows in
-    use.
+    window: positions that a query sees, its own included; None for all. first: the position of row 0. Where `first`
+    stays 0 though positions go on beyond the rows, they begin again at row 0: rows are a ring.
     """
 
     keys: Rows
     values: Rows
     window: int | None
     first: int = 0
-    used: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.data.shape[2]
 
     def kept(self, past: int) -> int:
         """How many of the first `past` positions the next one sees."""
@@ -81,7 +87,7 @@ class Layer:
 
     def append(self, past: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.append`."""
-        count, kept, room = key.shape[2], self.kept(past), self.keys.data.shape[2]
+        count, kept, room = key.shape[2], self.kept(past), self.capacity
         if self.window is not None and kept + count > room:
             return self._append_in_pieces(past, key, value)
         begin, at = past - kept - self.first, past - self.first
@@ -89,10 +95,9 @@ class Layer:
             for rows in (self.keys, self.values):
                 rows.move(begin, at)
             self.first, begin, at = past - kept, 0, kept
-        self.used = at + count
         for rows, new in ((self.keys, key), (self.values, value)):
             rows.write(at, new)
-        return self.keys.read(begin, self.used), self.values.read(begin, self.used)
+        return self.keys.read(begin, at + count), self.values.read(begin, at + count)
 
     def _append_in_pieces(self, past: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """More positions than there is room for at once: what they see is put together outside of the cache."""
@@ -106,14 +111,39 @@ class Layer:
         keys, values = zip(*out, strict=True)
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
+    def spans(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """The rows of positions [first, stop): one run of them, or in a ring two."""
+        start, count = (first - self.first) % self.capacity, stop - first
+        if start + count <= self.capacity:
+            return [(start, start + count)]
+        return [(start, self.capacity), (0, start + count - self.capacity)]
+
+    def read(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of positions [first, stop) as float32 [B, A, n, d] in memory of their own."""
+        spans = self.spans(first, stop)
+        keys, values = (torch.cat([rows.read(*span) for span in spans], dim=2) for rows in (self.keys, self.values))
+        return keys, values
+
+    def align(self) -> None:
+        """Makes the rows a ring, with position 0 in row 0."""
+        if self.first:
+            for own in (self.keys.data, self.keys.scales, self.values.data, self.values.scales):
+                if own is not None:
+                    own.copy_(own.roll(self.first, dims=2))
+            self.first = 0
+
     def named(self, past: int) -> dict[str, Tensor]:
-        """What positions from `past` on see of the earlier ones, as stored and not copied."""
-        rows = slice(past - self.kept(past) - self.first, past - self.first)
-        out = {}
+        """What positions from `past` on see of the earlier ones, as stored; not copied but from the ends of a ring."""
+        spans, out = self.spans(past - self.kept(past), past), {}
+
+        def rows(own: Tensor) -> Tensor:
+            some = [own[:, :, first:stop] for first, stop in spans]
+            return some[0] if len(some) == 1 else torch.cat(some, dim=2)
+
         for name, own in (("keys", self.keys), ("values", self.values)):
-            out[name] = own.data[:, :, rows]
+            out[name] = rows(own.data)
             if own.scales is not None:
-                out[f"{name}_scale"] = own.scales[:, :, rows]
+                out[f"{name}_scale"] = rows(own.scales)
         return out
 
 
@@ -156,11 +186,13 @@ class KVCache:
     def seek(self, past: int) -> None:
         """Makes room for the rows of a context of `past` positions, to be written to what `Layer.named` returns."""
         for layer in self.layers:
-            layer.first, layer.used = past - layer.kept(past), layer.kept(past)
+            layer.first = past - layer.kept(past)
 
-    def clone(self) -> "KVCache":
-        return KVCache([Layer(own.keys.copy(own.used), own.values.copy(own.used), own.window, own.first, own.used)
-                        for own in self.layers])
+    def clone(self, past: int) -> "KVCache":
+        """The same for sequences of `past` positions."""
+        used = [min(past - own.first, own.capacity) for own in self.layers]
+        return KVCache([Layer(own.keys.copy(rows), own.values.copy(rows), own.window, own.first)
+                        for own, rows in zip(self.layers, used, strict=True)])
 
 
 def empty(windows: Sequence[int | None], batch_size: int, heads: int, width: int, positions: int,

@@ -192,8 +192,19 @@ def workspace(config: THLConfig, state: State) -> tuple[int, int]:
     c = config
     below = (c.embedding_dim, *c.tier_dims[:-1])
     widest = max(2 * (own + under + c.value_dim) + 4 * own for own, under in zip(c.tier_dims, below, strict=True))
-    slots = c.num_heads * (2 * c.memory_dim + c.memory_slots)
+    # Of wide slots, scores come as sums of several terms, each of 256 features or more, where there are few slots.
+    scores = min(c.memory_slots * (c.memory_dim // 256 + 1), c.memory_slots + 8192)
+    slots = c.num_heads * (2 * c.memory_dim + scores) + 3 * c.memory_slots
     return 4 * state.batch_size * (widest + slots + 4 * c.state_dim), 0
+
+
+def graph_key(config: THLConfig, state: State) -> tuple[bool, ...] | None:
+    """Which tiers the next step updates, and whether the window fills up with the time or is full."""
+    valid, width = state.local_valid, config.local_window
+    aged = valid == min(state.timestep, width)  # as in `_read_window`, which else takes `valid` as it is
+    if not aged and valid < width:
+        return None
+    return (aged, valid < width, *(state.timestep % clock == 0 for clock in config.tier_timescales))
 
 
 def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
@@ -230,7 +241,7 @@ def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
         record("write_branch", written.branch)
         record("write_indices", written.indices)
 
-    hidden = ops.layer_norm(torch.cat(tiers, dim=-1), weights["layer_norm.weight"], weights["layer_norm.bias"])
+    hidden = ops.layer_norm_joined(tiers, weights["layer_norm.weight"], weights["layer_norm.bias"])
     following = State(timestep=t + 1, tiers=tiers, memory=written.memory, norms=written.norms, read_ema=read_ema,
                       write_ema=written.write_ema, last_read=last_read, last_write=written.last_write,
                       local_buffer=buffer, local_valid=valid)
