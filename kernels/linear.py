@@ -3,6 +3,7 @@
 w is [R, C]; int8 rows carry float32 scales [R], or [R, ceil(C / group)] with one scale for each run of `group` columns.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,3 +26,10 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_transposed(x: Tensor, w: Tensor) -> Tensor:
     """x [..., R] times w [R, C]: [..., C]."""
     return x @ w
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., C] as int8 with one float32 scale a row [...]: rounding errs by up to 1/254 of the row's magnitude."""
+    scales = x.float().abs().amax(dim=-1) / 127
+    divisor = torch.where(scales == 0, 1.0, scales)[..., None]
+    return (x.float() / divisor).round().clamp(-127, 127).to(torch.int8), scales

@@ -20,7 +20,8 @@ def methods(source: str, name: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(("file", "name"), [("ops.py", "NativeOps"), ("triton_ops.py", "TritonOps"),
-                                          ("triton_state.py", "TritonState")])
+                                          ("triton_state.py", "TritonState"),
+                                          ("triton_products.py", "TritonProducts")])
 def test_operations_take_the_same_arguments(file, name):
     compared = 0
     for method, found in methods((ROOT / file).read_text(), name).items():

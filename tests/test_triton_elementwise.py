@@ -7,9 +7,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 
-from thl_engine.kernels import gelu, swiglu, tier_cell
+from thl_engine.kernels import geglu, gelu, residual, shared_memory, swiglu, tier_cell
 from thl_engine.kernels import norm as norm_reference
 from thl_engine.kernels.triton import elementwise, norm
+from thl_engine.kernels.triton.shared_memory import erase_then_add
+from thl_engine.ops import ReferenceOps, load_ops
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 6e-4}
 SHAPES = [(1, 1), (3, 7), (2, 5, 160), (2, 1531), (0, 8)]
@@ -54,6 +56,10 @@ def test_gates(shape, dtype):
     close(elementwise.swiglu(a, b), swiglu.swiglu(*wide(a, b)), tolerance)
     close(elementwise.gelu(a), gelu.gelu(*wide(a)), tolerance)
     close(elementwise.gru_reset(a, state), tier_cell.gru_reset(*wide(a, state)), tolerance)
+    close(elementwise.geglu(a, b), geglu.geglu(*wide(a, b)), tolerance)
+    close(elementwise.add_scaled(a, b, 0.3), residual.add_scaled(*wide(a, b), 0.3), tolerance)
+    gate = device_randn(shape[-1])
+    close(elementwise.add_blend(a, b, state, gate), residual.add_blend(*wide(a, b, state, gate)), tolerance)
     expected = tier_cell.gru_update(*wide(a, b, state))
     state = state.clone()
     assert elementwise.gru_update(a, b, state) is state
@@ -70,3 +76,20 @@ def test_gates_are_accurate_everywhere():
     state = torch.zeros(1, 5, device=DEVICE)
     elementwise.gru_update(torch.full_like(extreme, 100.0), extreme, state)
     assert state[0, :4].tolist() == [-1.0, 1.0, 1.0, -1.0] and state[0, 4].isnan()
+
+
+@pytest.mark.parametrize("batch, held, slots, width", [(1, 1, 5, 48), (3, 1, 4, 70), (3, 3, 7, 33)])
+def test_slot_memory_of_him(batch, held, slots, width):
+    memory, erase, add = device_randn(held, slots, width), device_randn(batch, width), device_randn(batch, width)
+    close(erase_then_add(memory, erase, add), shared_memory.erase_then_add(*wide(memory, erase, add)))
+    query = device_randn(batch, 4, width // 2)
+    found = load_ops("triton", DEVICE).prefix_read(query, memory, 0.2)
+    close(found, shared_memory.prefix_read(*wide(query, memory), 0.2))
+
+
+def test_backend_returns_as_the_reference():
+    x, addend, weight, bias = device_randn(2, 40), device_randn(2, 40), device_randn(40), device_randn(40)
+    ops, own = load_ops("triton", DEVICE), ReferenceOps()
+    for found, expected in zip(ops.add_layer_norm(x, addend, weight, bias),
+                               own.add_layer_norm(x, addend, weight, bias), strict=True):
+        close(found, expected.cpu())

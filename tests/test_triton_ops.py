@@ -11,7 +11,7 @@ from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 from thl_engine import ConfigError, Engine
 from thl_engine.ops import ReferenceOps, load_ops
 from thl_engine.quant import quantize_rows
-from thl_engine.weights import Held, Part
+from thl_engine.weights import Adapted, Held, Part
 
 
 @pytest.mark.parametrize("name", ["warm", "capacity"])
@@ -59,6 +59,9 @@ class Cut:
     def __init__(self, data, scales, group=None, cuts=(5, 11)):
         self.shape, self.whole, self.cuts = tuple(data.shape), Held(data, scales, group), cuts
 
+    def resident(self):
+        return None
+
     def parts(self):
         bounds = (0, *self.cuts, self.shape[0])
         for start, stop in zip(bounds, bounds[1:], strict=False):
@@ -82,7 +85,35 @@ def test_products_in_parts(group):
     close(ops.linear_transposed_heads(back, cut), reference.linear_transposed_heads(back, whole).cpu(), 1e-6)
 
 
-@pytest.mark.parametrize("model, name", [("inl", "greedy"), ("him", "reconstruction"), ("hrm", "forward_n1t1")])
+@pytest.mark.parametrize("batch", [3, 12])
+def test_adapted_products(batch):
+    """An adapter at hand goes with the base's product; one that passes by adds to it."""
+    ops, reference = load_ops("triton", DEVICE), ReferenceOps()
+    data, scales = (t.to(DEVICE) for t in quantize_rows(torch.randn(24, 140), None))
+    down, up, cut = device_randn(5, 140), device_randn(24, 5), Cut(data, scales)
+    whole = Adapted(Held(data, scales), Held(down), Held(up), 0.5)
+    x, bias, addend = device_randn(1, batch, 140), device_randn(24), device_randn(1, batch, 24)
+    for options in ({}, {"bias": bias, "gelu": True, "addend": addend}):
+        expected = reference.linear(x, whole, **options).cpu()
+        for matrix in (whole, Adapted(cut, Held(down), Held(up), 0.5),
+                       Adapted(cut, Cut(down, None, cuts=(2,)), Cut(up, None), 0.5)):
+            close(ops.linear(x, matrix, **options), expected)
+
+
+@pytest.mark.parametrize("batch", [2, 12])
+def test_swiglu_products(batch):
+    ops, reference = load_ops("triton", DEVICE), ReferenceOps()
+    matrix, cut = (make(*(t.to(DEVICE) for t in quantize_rows(torch.randn(24, 140), None))) for make in (Held, Cut))
+    gate, up, x, fast = (device_randn(1, batch, n) for n in (140, 140, 24, 24))
+    for each in (matrix, cut):
+        whole = each if each is matrix else each.whole
+        for blend in (None, (x, fast, device_randn(24))):
+            expected = reference.swiglu_linear(gate, up, whole, blend).cpu()
+            close(ops.swiglu_linear(gate, up, each, blend), expected)
+
+
+@pytest.mark.parametrize("model, name", [("inl", "greedy"), ("him", "reconstruction"), ("hrm", "forward_n1t1"),
+                                         ("gemma3n", "forward48")])
 def test_other_models_run(model, name):
     """They reach operations that THL does not."""
     case = load_case(FIXTURES / model / name)

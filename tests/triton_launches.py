@@ -3,6 +3,7 @@
 import torch
 
 from thl_engine.kernels.triton import (
+    altup,
     attention,
     cache,
     elementwise,
@@ -10,11 +11,13 @@ from thl_engine.kernels.triton import (
     linear,
     norm,
     sampling,
+    shared_memory,
     slot_memory,
+    sparse,
     tier_cell,
     window_attention,
 )
-from thl_engine.kernels.triton.linear import Weights
+from thl_engine.kernels.triton.linear import LowRank, Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
 from thl_engine.models import kv_cache
 
@@ -45,13 +48,41 @@ def linear_launches(batch):
     for x in (torch.float32, torch.bfloat16, torch.float16):
         for kind in ("row", "group", "float32", "bfloat16"):
             linear.linear(torch.empty(batch, 1024, dtype=x), stored(kind, 512, 1024), torch.empty(512))
+    for rows in (2048, 8192):  # more of them for a program that streams
+        linear.linear(torch.empty(batch, 1024), stored("row", rows, 1024))
+
+
+@launches(**BATCHES)
+def around_launches(batch):
+    x, out, low = torch.empty(batch, 1024), torch.empty(batch, 4096), torch.empty(batch, 64)
+    for kind in ("row", "group"):
+        w = stored(kind, 4096, 1024)
+        linear.linear(x, w, rounded=True)
+        linear.linear(x, w, out[0], gelu=True, residual=out)
+        linear.linear(x, w, up=x)
+        linear.linear(x, w, up=x, fast=out, blend=out[0], residual=out)
+        linear.linear(x, w, low_rank=LowRank(low, torch.empty(4096, 64), 0.5))
 
 
 @launches(**BATCHES)
 def gated_launches(batch):
-    for x in (torch.float32, torch.bfloat16, torch.float16):
+    for x in (torch.float32, torch.bfloat16):
         for kind in ("row", "group"):
-            linear.gated_linear(torch.empty(batch, 1024, dtype=x), stored(kind, 512, 1024), stored(kind, 512, 1024))
+            linear.gated_linear(torch.empty(batch, 1024, dtype=x), stored(kind, 4096, 1024), stored(kind, 4096, 1024),
+                                "gelu_tanh")
+
+
+@launches(batch1=1, batch8=8)
+def sparse_launches(batch):
+    gate, x = torch.empty(batch, 16384), torch.empty(batch, 2048)
+    sparse.geglu(gate, gate, 1.6)
+    inner, alive = sparse.survivors(gate, 1.6)
+    low_rank = LowRank(torch.empty(batch, 16), torch.empty(16384, 16), 0.5)
+    for kind in ("row", "group", "bfloat16"):
+        for added in (None, low_rank):
+            sparse.multiply(inner, alive, x, stored(kind, 16384, 2048), 0, added)
+        linear_transposed(inner[:, None], stored(kind, 16384, 2048), 1, 16384, 0, torch.empty(batch, 1, 2048), False,
+                          alive)
 
 
 @launches(batch1=1, batch8=8)
@@ -142,12 +173,27 @@ def elementwise_launches(width):
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.empty(4, width, dtype=dtype), torch.empty(width)
         norm.add_rms_norm(x, x, weight, 1e-5)
+        norm.rms_norm_add(x, weight, 1e-5, x, x, 0.5)
         norm.add_layer_norm(x, x, weight, weight, 1e-5)
         norm.layer_norm(x, weight, weight, 1e-5)
         elementwise.gru_reset(x, x)
         elementwise.gru_update(x, x, x)
         elementwise.swiglu(x, x)
         elementwise.gelu(x)
+        elementwise.geglu(x, x)
+        elementwise.add_scaled(x, x, 0.1)
+        elementwise.add_blend(x, x, x, weight)
+    shared_memory.erase_then_add(torch.empty(1, 64, width), torch.empty(4, width), torch.empty(4, width))
+
+
+@launches(width256=256, width2048=2048)
+def altup_launches(width):
+    for count in (3, 4):
+        streams, x, weight = torch.empty(count, 2, width), torch.empty(2, width), torch.empty(width)
+        altup.predict(streams, torch.empty(2, count, count))
+        altup.correct(streams, x, 1, torch.empty(2, count))
+        altup.coefficients(x, weight, 1e-5, torch.empty(count, width), torch.empty(count * count, count), 1.0)
+        altup.spread(streams, x, weight, 1e-5)
 
 
 @launches(units20=20, units64=64)

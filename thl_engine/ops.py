@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thl_engine import native
 from thl_engine.cached_attention import CachedAttention
+from thl_engine.compositions import Compositions
 from thl_engine.errors import ConfigError
 from thl_engine.kernels import (
     altup,
@@ -42,7 +43,7 @@ from thl_engine.weights import Adapted, Matrix, Part, Table
 SPARSE_SHARE = 1 / 8
 
 
-class ReferenceOps(StateOps):
+class ReferenceOps(StateOps, Compositions):
     """Plain torch on float32 values of the weights."""
 
     name = "reference"
@@ -128,17 +129,15 @@ class ReferenceOps(StateOps):
             out = self.gelu(out)
         return out if addend is None else out + addend
 
-    def low_rank(self, x: Tensor, matrix: Adapted) -> Tensor:
-        """What an adapter adds to the product of its base."""
-        return self.linear(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up)
-
     def linears(self, x: Tensor, matrices: Sequence[Matrix | Adapted]) -> list[Tensor]:
         """`linear` of the same activations with several matrices."""
         return [self.linear(x, matrix) for matrix in matrices]
 
-    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix) -> Tensor:
-        """`linear` of silu(gate) * up, both [..., C]: [..., R]."""
-        return self.linear(swiglu.swiglu(gate, up), matrix)
+    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix,
+                      blend: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        """`linear` of silu(gate) * up, both [..., C]: [..., R]. blend: x, fast and gate of an `add_blend` with it."""
+        out = self.linear(swiglu.swiglu(gate, up), matrix)
+        return out if blend is None else self.add_blend(blend[0], blend[1], out, blend[2])
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         """Each head's features through its own rows: x [B, H, C], matrix [R, C] -> [B, R], R/H rows a head."""
@@ -228,8 +227,10 @@ class NativeOps(ReferenceOps):
             return super().linears(x, matrices)
         return Product(self._packings, x).with_each(matrices)
 
-    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix) -> Tensor:
-        return Product(self._packings, gate, up=up).with_each((matrix,))[0]
+    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix,
+                      blend: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        out = Product(self._packings, gate, up=up).with_each((matrix,))[0]
+        return out if blend is None else self.add_blend(blend[0], blend[1], out, blend[2])
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         heads = x.shape[1]
@@ -316,7 +317,6 @@ class NativeOps(ReferenceOps):
         factors = alive.clone()
         Product(self._packings, x).multiply(factors, up.base)
         return out.mul_(factors.add_(self.low_rank(x, up).mul_(alive)))
-        return out
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
                   blocked: Tensor | None = None) -> Tensor:

@@ -3,39 +3,42 @@
 What is not overridden here is cheap in torch. Importing this module needs triton.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thl_engine import cuda
 from thl_engine.cached_attention import CachedAttention
 from thl_engine.kernels import integrator
-from thl_engine.kernels.linear import widen
-from thl_engine.kernels.triton import attention, elementwise, linear, norm, sampling
+from thl_engine.kernels.triton import altup, attention, elementwise, norm, sampling, shared_memory
 from thl_engine.kernels.triton import integrator as integrator_kernel
 from thl_engine.kernels.triton.arithmetic import INTERPRETED
-from thl_engine.kernels.triton.linear import Weights
-from thl_engine.kernels.triton.linear_transposed import linear_transposed
 from thl_engine.ops import LAYER_NORM_EPS
 from thl_engine.triton_attention import RingAttention
+from thl_engine.triton_products import TritonProducts
 from thl_engine.triton_state import TritonState
-from thl_engine.weights import Matrix, Part, Table
+from thl_engine.weights import Matrix, Table
 
 
-class TritonOps(TritonState):
+class TritonOps(TritonState, TritonProducts):
     """Kernels read the stored weights; state tensors are updated in place. For inference."""
 
     name = "triton"
     in_place = True
-    recorder: Any = None  # of graphs.py, while a step is captured
 
     sample = staticmethod(sampling.sample)
     swiglu = staticmethod(elementwise.swiglu)
     gelu = staticmethod(elementwise.gelu)
+    add_blend = staticmethod(elementwise.add_blend)
+    add_scaled = staticmethod(elementwise.add_scaled)
+    erase_then_add = staticmethod(shared_memory.erase_then_add)
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
+    rms_norm_add = staticmethod(norm.rms_norm_add)
+    altup_predict = staticmethod(altup.predict)
+    altup_correct = staticmethod(altup.correct)
+    altup_coefficients = staticmethod(altup.coefficients)
+    altup_spread = staticmethod(altup.spread)
 
     @staticmethod
     def devices() -> tuple[str, ...]:
@@ -52,51 +55,16 @@ class TritonOps(TritonState):
     def gather(self, table: Table, ids: Tensor) -> Tensor:
         return super().gather(table, ids) if self.recorder is None else self.recorder.gather(table, ids)
 
-    def each_part(self, matrix: Matrix, use: Callable[[Part], None]) -> None:
-        """Calls `use` for each part of a matrix in row order: now, and again whenever a captured step is replayed.
+    def add_layer_norm(self, x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        out, total = norm.add_layer_norm(x, addend, weight, bias, LAYER_NORM_EPS)
+        return total, out
 
-        It launches kernels with the same operands each time, the part aside. All uses of a matrix go through here.
-        """
-        if self.recorder is not None:
-            self.recorder.each_part(matrix, use)
-            return
-        for part in matrix.parts():
-            use(part)
-
-    def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        out = x.new_empty(flat.shape[0], matrix.shape[0])
-        shape = cuda.gemv_shape(flat, *matrix.shape)
-
-        def use(part: Part) -> None:
-            rows = slice(part.start, part.stop)
-            added = None if bias is None else bias[rows]
-            if shape is not None and part.data.dtype == torch.int8:
-                cuda.gemv_int8(flat, part.data, part.scales, out[:, rows], shape, bias=added, group=part.group)
-            else:
-                linear.linear(flat, _weights(part), added, out=out[:, rows])
-
-        self.each_part(matrix, use)
-        return out.view(*x.shape[:-1], -1)
-
-    def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
-        out = x.new_empty(x.shape[0], matrix.shape[0])
-        self.each_part(matrix, lambda part: linear.linear_heads(x, _weights(part), matrix.shape[0], part.start,
-                                                                out=out[:, part.start : part.stop]))
-        return out
-
-    def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
-        return self.linear_transposed_heads(x[:, None], matrix)[:, 0]
-
-    def linear_transposed_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
-        batch, heads, _ = x.shape
-        out = x.new_empty(batch, heads, matrix.shape[1])
-        self.each_part(matrix, lambda part: linear_transposed(x, _weights(part), heads, matrix.shape[0], part.start,
-                                                              out, accumulate=part.start > 0))
-        return out
-
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return norm.layer_norm(x, weight, bias, LAYER_NORM_EPS)
+    def prefix_read(self, query: Tensor, rows: Tensor, scale: float) -> Tensor:
+        width = query.shape[-1]
+        if width > attention.WIDEST:
+            return super().prefix_read(query, rows, scale)
+        entries = rows[:, None, :, :width].expand(query.shape[0], -1, -1, -1)  # one head, whose keys are its values
+        return attention.attention(query[:, None], entries, entries, scale)[:, 0]
 
     def cached_attention(self, cache: Any, past: int, rows: int, device: torch.device) -> CachedAttention:
         if cache is None or cache.layers[0].keys.data.shape[-1] > attention.WIDEST:
@@ -129,24 +97,3 @@ class TritonOps(TritonState):
         mu = integrator.spread(mu, group, x.shape[-1])
         return integrator_kernel.integrate(x, context, self.whole(x, first), first_bias, self.whole(x, second),
                                            second_bias, mu, steps=steps, threshold=threshold, together=together)
-
-    def whole(self, x: Tensor, matrix: Matrix) -> Weights:
-        """A matrix copied beside x as its parts pass by, for a kernel that reads it more than once: int8 with a scale
-        for each row, or floats."""
-        like, shape = matrix.stored(), matrix.shape
-        by_row = like.scales is not None and like.scales.dim() == 1
-        data = x.new_empty(shape, dtype=torch.float32 if like.scales is not None and not by_row else like.data.dtype)
-        scales = x.new_empty(shape[0]) if by_row else None
-
-        def use(part: Part) -> None:
-            rows = slice(part.start, part.stop)
-            data[rows].copy_(part.data if part.scales is None or by_row else widen(part.data, part.scales, part.group))
-            if scales is not None:
-                scales[rows].copy_(part.scales)
-
-        self.each_part(matrix, use)
-        return Weights(data, scales)
-
-
-def _weights(part: Part) -> Weights:
-    return Weights(part.data, part.scales, part.group)

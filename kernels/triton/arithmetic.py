@@ -53,8 +53,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def product(w, x, acc, PRECISION: tl.constexpr):
-    """acc + w x for tiles of weights and activations, as `precision` says."""
-    if PRECISION == "direct":
+    """acc + w x for tiles of weights and activations, as `precision` says; "int8" of both, exactly."""
+    if PRECISION == "int8":
+        return tl.dot(w, x, acc, out_dtype=tl.int32)
+    elif PRECISION == "direct":
         return dot(widened(w, x.dtype), x, acc, "ieee")
     elif PRECISION == "split":
         w = widened(w, tl.bfloat16)
@@ -80,6 +82,11 @@ def tanh(x):
     square = x * x
     series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     return tl.where(tl.abs(x) < 0.25, series, 2 * tl.sigmoid(2 * x) - 1)
+
+
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""Products with int8 or float weights, with what often follows them: bias, gated activation, blend, residual.
+"""Products with int8 or float weights, with what often stands around them: SwiGLU before; bias, a low-rank addition,
+activation, blend and residual after.
 
 w [R, C]; int8 rows carry float32 scales [R], or [R, ceil(C / group)]. Two kernels: one streams the weights through the
 ordinary cores for few rows of activations, where reading them is all that takes time; one uses tensor cores.
@@ -7,39 +8,49 @@ ordinary cores for few rows of activations, where reading them is all that takes
 from math import prod
 from typing import NamedTuple
 
+import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from thl_engine.kernels.triton.arithmetic import capability, gelu_tanh, precision, product, silu
+from thl_engine.kernels.triton.arithmetic import ALL_REGISTERS, INTERPRETED, capability, precision
+from thl_engine.kernels.triton.elementwise import swiglu
+from thl_engine.kernels.triton.linear_streaming import gemv
+from thl_engine.kernels.triton.linear_tiled import gemm, quantize_activations
 
 FEW_ROWS = 8  # of activations, at most, for the streaming kernel
+PROGRAMS = 512  # of the streaming kernel, to be more than the multiprocessors of any card can hold in one go
+WIDEST_RANK = 64  # of a low-rank addition that goes with the product
 
 
 class Tile(NamedTuple):
-    """Sizes of one program: rows of activations, rows and columns of weights; warps and stages of loads."""
+    """Sizes of one program: rows of activations, rows and columns of weights; warps and stages of loads.
+
+    fold: rows of weights that the streaming kernel takes as one tile.
+    """
 
     batch: int
     rows: int
     columns: int
     warps: int
     stages: int = 1
+    fold: int = 1
 
 
-def streaming(batch: int, card: int) -> bool:
-    """Whether the streaming kernel is for `batch` rows of activations.
+def gemv_tile(batch: int, rows: int, columns: int, itemsize: int, gated: bool = False) -> tuple[Tile, int]:
+    """The streaming kernel's tile, and neighbouring columns that a thread takes of weights of `itemsize` bytes.
 
-    On cards whose memory outruns their ordinary cores from five rows on (A100, H100, H200), up to four.
+    Loads of activations come from the first cache, whose lines each warp's load touches all: `span` keeps their share
+    of its time below weights'. Only sizes of columns, batch and type decide in which order a row's products are added.
     """
-    return batch <= (4 if card in (80, 90) else FEW_ROWS)
-
-
-def gemv_tile(batch: int, columns: int, group: int | None) -> Tile:
-    """The streaming kernel's tile: as many columns as keep 16 to 32 accumulators a thread."""
-    batch = triton.next_power_of_2(min(batch, FEW_ROWS))
-    width = max(min(triton.next_power_of_2(columns), 1024 if batch < 4 else 256), group or 16)
-    rows = max(1, 4096 // (width * batch))
-    return Tile(batch, min(rows, 64), width, 4)
+    batch = min(batch, FEW_ROWS)
+    span = max(4, min(16 // itemsize, 16 if batch == 1 else 8 if batch <= 4 else 4))
+    lanes = min(max(triton.next_power_of_2(-(-columns // span)), 32), 128)
+    if INTERPRETED.value:
+        return Tile(batch, 64, lanes * span, lanes // 32, fold=64), span
+    held = (4 if batch <= 2 or itemsize > 1 else 8) // (2 if gated else 1)
+    while held > 1 and rows < held * PROGRAMS:
+        held //= 2
+    return Tile(batch, held, lanes * span, lanes // 32), span
 
 
 def gemm_tile(batch: int, how: str, card: int, gated: bool, group: int | None) -> Tile:
@@ -50,113 +61,10 @@ def gemm_tile(batch: int, how: str, card: int, gated: bool, group: int | None) -
     if how == "tf32x3":
         return Tile(16 if batch <= 16 or gated else 32, 32 if gated else 64, min(32, columns), 4, 2)
     if batch <= 16:
-        return Tile(8 if batch <= 8 else 16, 32, columns, 2 if batch <= 8 else 4, 4)
+        return Tile(16, 32, columns, 4, 4)
     if batch <= 32 or how == "split":  # three terms of the activations want registers
         return Tile(16 if gated else 32, 64, columns, 4, 3)
     return Tile(64, 128, columns, 8, 3) if card >= 90 and not gated else Tile(64, 64, columns, 4, 3)
-
-
-@triton.jit
-def _finish(acc, up, b, r, inside, bias, fast, blend, residual, out, fast_row, residual_row, out_row, rows,
-            ACTIVATION: tl.constexpr):
-    """Writes acc and what is made of it to rows b and columns r of out; b and r broadcast to acc's shape."""
-    if bias is not None:
-        acc += tl.load(bias + r, mask=r < rows, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        acc = silu(acc) * up
-    elif ACTIVATION == "gelu_tanh":
-        acc = gelu_tanh(acc) * up
-    b = b.to(tl.int64)
-    if fast is not None:
-        start = tl.load(fast + b * fast_row + r, mask=inside, other=0.0).to(tl.float32)
-        share = tl.sigmoid(tl.load(blend + r, mask=r < rows, other=0.0).to(tl.float32))
-        acc = start + share * (acc - start)
-    if residual is not None:
-        acc += tl.load(residual + b * residual_row + r, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + b * out_row + r, acc, mask=inside)
-
-
-@triton.jit
-def _gemv(x, w, scales, w_up, scales_up, bias, fast, blend, residual, out, batch, rows, columns, first, per_head,
-          x_row, x_head, w_row, scales_row, up_row, scales_up_row, fast_row, residual_row, out_row,
-          ACTIVATION: tl.constexpr, HEADS: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
-          GROUPS: tl.constexpr, GROUP: tl.constexpr, GROUPED: tl.constexpr):
-    # Tiles are [batch, rows, groups, columns of a group]; without scales by group there is one group.
-    b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)[:, None, None, None]
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None, None]
-    g = tl.arange(0, GROUPS)[None, None, :, None]
-    k = g * GROUP + tl.arange(0, GROUP)[None, None, None, :]
-    x_at = x + b.to(tl.int64) * x_row
-    if HEADS:
-        x_at += ((first + r) // per_head) * x_head
-    far = r.to(tl.int64)
-    acc = tl.zeros([BATCH, ROWS, GROUPS, GROUP], tl.float32)
-    up = tl.zeros([BATCH, ROWS, GROUPS, GROUP], tl.float32) if ACTIVATION is not None else None
-    for start in range(0, columns, GROUPS * GROUP):
-        seen = start + k < columns
-        held = seen & (r < rows)
-        known = (r < rows) & (start + g * GROUP < columns)
-        if HEADS:
-            values = tl.load(x_at + start + k, mask=held & (b < batch), other=0.0).to(tl.float32)
-        else:
-            values = tl.load(x_at + start + k, mask=seen & (b < batch), other=0.0).to(tl.float32)
-        weights = tl.load(w + far * w_row + start + k, mask=held, other=0).to(tl.float32)
-        if GROUPED:
-            weights *= tl.load(scales + far * scales_row + start // GROUP + g, mask=known, other=0.0)
-        acc += weights * values
-        if ACTIVATION is not None:
-            weights = tl.load(w_up + far * up_row + start + k, mask=held, other=0).to(tl.float32)
-            if GROUPED:
-                weights *= tl.load(scales_up + far * scales_up_row + start // GROUP + g, mask=known, other=0.0)
-            up += weights * values
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
-    b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)[:, None]
-    total = tl.sum(tl.sum(acc, axis=3), axis=2)
-    total_up = tl.sum(tl.sum(up, axis=3), axis=2) if ACTIVATION is not None else None
-    if scales is not None and not GROUPED:
-        total *= tl.load(scales + r, mask=r < rows, other=0.0)
-        if ACTIVATION is not None:
-            total_up *= tl.load(scales_up + r, mask=r < rows, other=0.0)
-    _finish(total, total_up, b, r, (b < batch) & (r < rows), bias, fast, blend, residual, out, fast_row, residual_row,
-            out_row, rows, ACTIVATION)
-
-
-@triton.jit
-def _gemm(x, w, scales, w_up, scales_up, bias, fast, blend, residual, out, batch, rows, columns,
-          x_row, w_row, scales_row, up_row, scales_up_row, fast_row, residual_row, out_row,
-          ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
-          COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    # Weights are the left operand: they are widened in registers, where tensor cores take that operand from.
-    b = tl.program_id(0) * BATCH + tl.arange(0, BATCH)[None, :]
-    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    far = r.to(tl.int64)
-    across, down = tl.arange(0, COLUMNS)[None, :], tl.arange(0, COLUMNS)[:, None]
-    x_at = x + b.to(tl.int64) * x_row + down
-    w_at = w + far * w_row + across
-    acc = tl.zeros([ROWS, BATCH], tl.float32)
-    up = tl.zeros([ROWS, BATCH], tl.float32) if ACTIVATION is not None else None
-    for start in range(0, columns, COLUMNS):
-        values = tl.load(x_at + start, mask=(start + down < columns) & (b < batch), other=0.0)
-        held = (start + across < columns) & (r < rows)
-        weights = tl.load(w_at + start, mask=held, other=0)
-        if GROUP is None:
-            acc = product(weights, values, acc, PRECISION)
-        else:
-            scale = tl.load(scales + far * scales_row + start // GROUP, mask=r < rows, other=0.0)
-            acc += scale * product(weights, values, tl.zeros([ROWS, BATCH], tl.float32), PRECISION)
-        if ACTIVATION is not None:
-            weights = tl.load(w_up + far * up_row + across + start, mask=held, other=0)
-            if GROUP is None:
-                up = product(weights, values, up, PRECISION)
-            else:
-                scale = tl.load(scales_up + far * scales_up_row + start // GROUP, mask=r < rows, other=0.0)
-                up += scale * product(weights, values, tl.zeros([ROWS, BATCH], tl.float32), PRECISION)
-    if scales is not None and GROUP is None:
-        acc *= tl.load(scales + r, mask=r < rows, other=0.0)
-        if ACTIVATION is not None:
-            up *= tl.load(scales_up + r, mask=r < rows, other=0.0)
-    _finish(acc, up, b, r, (b < batch) & (r < rows), bias, fast, blend, residual, out, fast_row, residual_row, out_row,
-            rows, ACTIVATION)
 
 
 class Weights(NamedTuple):
@@ -167,74 +75,114 @@ class Weights(NamedTuple):
     group: int | None = None
 
 
-def linear(x: Tensor, w: Weights, bias: Tensor | None = None, *, fast: Tensor | None = None,
-           blend: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+class LowRank(NamedTuple):
+    """What an adapter adds to a product: factor times low [..., r] times the transpose of lift [R, r]."""
+
+    low: Tensor
+    lift: Tensor
+    factor: float
+
+
+def linear(x: Tensor, w: Weights, bias: Tensor | None = None, *, up: Tensor | None = None,
+           low_rank: LowRank | None = None, gelu: bool = False, fast: Tensor | None = None,
+           blend: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None,
+           rounded: bool = False) -> Tensor:
     """x [..., C] times the transpose of w [R, C], plus bias [R]: [..., R] of x's type.
 
-    fast [..., R] with blend [R]: the product p becomes fast + sigmoid(blend) (p - fast), HIM's mix of two speeds.
-    residual [..., R] is added last. out: where to write, [n, R] with any row stride, n being all rows of x.
+    up [..., C]: the product is of silu(x) * up. low_rank: of rank WIDEST_RANK at most, added. gelu: by the normal
+    distribution function, after that. fast [..., R] with blend [R]: then p becomes fast + sigmoid(blend) (p - fast),
+    HIM's mix of two speeds. residual [..., R] is added last. out: where to write, [n, R] with any row stride, n being
+    all rows of x; it may be the residual. rounded: more than FEW_ROWS rows of x may be rounded to int8 where w is int8
+    and the card can multiply these; not the default, since the result is then no longer that of other backends.
     """
-    return _launch(x, w, None, bias, None, fast, blend, residual, out)
+    return _launch(x, w, bias=bias, x_up=up, low_rank=low_rank, activation="gelu" if gelu else None, fast=fast,
+                   blend=blend, residual=residual, out=out, rounded=rounded)
 
 
 def gated_linear(x: Tensor, gate: Weights, up: Weights, activation: str = "silu", out: Tensor | None = None) -> Tensor:
     """activation(x gateᵀ) * (x upᵀ) in one pass, activation "silu" (SwiGLU) or "gelu_tanh" (GeGLU): [..., R].
 
-    gate and up [R, C] are stored alike: of one type, and both with scales a row or both with scales by group.
+    gate and up [R, C] are stored alike: of one type, and both with scales a row or both with scales by group. For up to
+    FEW_ROWS rows of x, the bits are those of two products and the activation.
     """
-    return _launch(x, gate, up, None, activation, None, None, None, out)
+    return _launch(x, gate, w_up=up, activation=activation, out=out)
 
 
 def linear_heads(x: Tensor, w: Weights, rows: int, first: int = 0, out: Tensor | None = None) -> Tensor:
     """Each head's features through its own rows: x [B, H, C], w rows [first, first + n) of [rows, C] -> [B, n]."""
     x, data = _contiguous(x), _contiguous(w.data)
-    batch, heads, columns = x.shape
-    out = x.new_empty(batch, data.shape[0]) if out is None else out
-    tile = gemv_tile(batch, columns, _group(w))
-    _gemv[triton.cdiv(data.shape[0], tile.rows), triton.cdiv(batch, tile.batch)](
-        x, data, w.scales, None, None, None, None, None, None, out, batch, data.shape[0], columns, first,
-        rows // heads, x.stride(0), x.stride(1), data.stride(0), _stride(w.scales), 0, 0, 0, 0, out.stride(0),
-        ACTIVATION=None, HEADS=True, **_streaming_sizes(tile, _group(w)))
+    out = x.new_empty(x.shape[0], data.shape[0]) if out is None else out
+    if out.numel():
+        _stream(x, data, w, _Around(), out, per_head=rows // x.shape[1], first=first)
     return out
 
 
-def _launch(x: Tensor, w: Weights, w_up: Weights | None, bias: Tensor | None, activation: str | None,
-            fast: Tensor | None, blend: Tensor | None, residual: Tensor | None, out: Tensor | None) -> Tensor:
-    rows, columns = w.data.shape
-    lead = x.shape[:-1]
+class _Around(NamedTuple):
+    """What goes with a product; activations [n, ...]."""
+
+    w_up: Weights | None = None
+    x_up: Tensor | None = None
+    bias: Tensor | None = None
+    low: Tensor | None = None
+    lift: Tensor | None = None
+    factor: float = 0.0
+    activation: str | None = None
+    fast: Tensor | None = None
+    blend: Tensor | None = None
+    residual: Tensor | None = None
+    rounded: bool = False
+
+
+def _launch(x: Tensor, w: Weights, *, out: Tensor | None, low_rank: LowRank | None = None, x_up: Tensor | None = None,
+            fast: Tensor | None = None, residual: Tensor | None = None, **rest) -> Tensor:
+    rows, lead = w.data.shape[0], x.shape[:-1]
     batch = prod(lead)
     made = x.new_empty(batch, rows) if out is None else out
     if batch * rows:
-        _run(_matrix(x, batch), w, w_up, bias, activation, _matrix(fast, batch), blend, _matrix(residual, batch), made)
+        if low_rank is not None:
+            rest |= {"low": _matrix(low_rank.low, batch), "lift": _contiguous(low_rank.lift),
+                     "factor": low_rank.factor}
+        around = _Around(x_up=_matrix(x_up, batch), fast=_matrix(fast, batch), residual=_matrix(residual, batch),
+                         **rest)
+        (_stream if batch <= FEW_ROWS else _tile)(_matrix(x, batch), _contiguous(w.data), w, around, made)
     return made.view(*lead, rows) if out is None else out
 
 
-def _run(x: Tensor, w: Weights, w_up: Weights | None, bias: Tensor | None, activation: str | None, fast: Tensor | None,
-         blend: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    batch, columns = x.shape
-    data, up, group = _contiguous(w.data), None if w_up is None else _contiguous(w_up.data), _group(w)
-    rows, card = data.shape[0], capability(x)
-    scales_up = None if w_up is None else w_up.scales
-    operands = (x, data, w.scales, up, scales_up, bias, fast, blend, residual, out, batch, rows, columns)
-    strides = (data.stride(0), _stride(w.scales), _stride(up), _stride(scales_up), _stride(fast), _stride(residual),
-               out.stride(0))
-    if streaming(batch, card):
-        tile = gemv_tile(batch, columns, group)
-        _gemv[triton.cdiv(rows, tile.rows), triton.cdiv(batch, tile.batch)](
-            *operands, 0, 1, x.stride(0), 0, *strides, ACTIVATION=activation, HEADS=False,
-            **_streaming_sizes(tile, group))
-        return
-    how = precision(x.dtype, data.dtype, card)
-    tile = gemm_tile(batch, how, card, up is not None, group)
-    _gemm[triton.cdiv(batch, tile.batch), triton.cdiv(rows, tile.rows)](
-        *operands, x.stride(0), *strides, ACTIVATION=activation, PRECISION=how, BATCH=tile.batch, ROWS=tile.rows,
-        COLUMNS=tile.columns, GROUP=group, num_warps=tile.warps, num_stages=tile.stages)
+def _operands(data: Tensor, w: Weights, a: _Around, out: Tensor) -> tuple[list, list[int], int]:
+    """What both kernels take after x: tensors, strides of rows, and the rank."""
+    up, scales_up = (None, None) if a.w_up is None else (_contiguous(a.w_up.data), a.w_up.scales)
+    tensors = [a.x_up, data, w.scales, up, scales_up, a.bias, a.low, a.lift, a.fast, a.blend, a.residual, out, a.factor]
+    strides = [_stride(t) for t in (a.x_up, data, w.scales, up, scales_up, a.low, a.lift, a.fast, a.residual, out)]
+    return tensors, strides, 0 if a.lift is None else a.lift.shape[1]
 
 
-def _streaming_sizes(tile: Tile, group: int | None) -> dict:
-    width = group or tile.columns
-    return {"BATCH": tile.batch, "ROWS": tile.rows, "GROUPS": tile.columns // width, "GROUP": width,
-            "GROUPED": group is not None, "num_warps": tile.warps, "num_stages": tile.stages}
+def _stream(x: Tensor, data: Tensor, w: Weights, a: _Around, out: Tensor, per_head: int = 1, first: int = 0) -> None:
+    """x [n, C], or [B, H, C] of which rows of w take their head's."""
+    (batch, columns), rows = (x.shape[0], x.shape[-1]), data.shape[0]
+    tile, span = gemv_tile(batch, rows, columns, data.itemsize, a.w_up is not None)
+    tensors, strides, rank = _operands(data, w, a, out)
+    gemv[triton.cdiv(rows, tile.rows), triton.cdiv(batch, tile.batch)](
+        x, *tensors, batch, rows, columns, first, per_head, rank, x.stride(0), x.stride(1) if x.dim() == 3 else 0,
+        *strides, ACTIVATION=a.activation, GATED=a.w_up is not None, HEADS=x.dim() == 3, BATCH=tile.batch,
+        PADDED=triton.next_power_of_2(tile.batch), ROWS=tile.rows // tile.fold, FOLD=tile.fold,
+        LANES=tile.columns // span, SPAN=span, GROUP=_group(w), RANK=triton.next_power_of_2(max(rank, 1)),
+        EVEN=columns % tile.columns == 0, num_warps=tile.warps,
+        ptx_options=ALL_REGISTERS if tile.batch > 4 else None)
+
+
+def _tile(x: Tensor, data: Tensor, w: Weights, a: _Around, out: Tensor) -> None:
+    (batch, columns), rows, card = x.shape, data.shape[0], capability(x)
+    how, group, x_scales = precision(x.dtype, data.dtype, card), _group(w), None
+    if a.rounded and data.dtype == torch.int8 and card >= 80 and (group or 32) >= 32:
+        if a.x_up is not None:
+            x, a = swiglu(x, a.x_up), a._replace(x_up=None)
+        how, (x, x_scales) = "int8", quantize_activations(x)
+    tile = gemm_tile(batch, how, card, a.w_up is not None, group)
+    tensors, strides, rank = _operands(data, w, a, out)
+    gemm[triton.cdiv(batch, tile.batch), triton.cdiv(rows, tile.rows)](
+        x, x_scales, *tensors, batch, rows, columns, rank, x.stride(0), *strides, ACTIVATION=a.activation,
+        GATED=a.w_up is not None, PRECISION=how, BATCH=tile.batch, ROWS=tile.rows, COLUMNS=tile.columns, GROUP=group,
+        num_warps=tile.warps, num_stages=tile.stages, ptx_options=ALL_REGISTERS if how == "ieee" else None)
 
 
 def _group(w: Weights) -> int | None:

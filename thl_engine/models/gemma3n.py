@@ -22,7 +22,6 @@ from thl_engine.kernels.altup import magnitude, scaled_to
 from thl_engine.models import kv_cache as kv_caches
 from thl_engine.models.kv_cache import KVCache
 from thl_engine.schedule import Block, Walk
-from thl_engine.weights import Held
 
 Record = Callable[[str, Tensor], None]
 
@@ -403,34 +402,36 @@ def layer(c: Gemma3nConfig, weights: Any, ops: Any, i: int, streams: Tensor, own
     def linear(name: str, x: Tensor) -> Tensor:
         return ops.linear(x, weights[f"{prefix}{name}.weight"])
 
-    def coefficients(name: str, x: Tensor) -> Tensor:
+    def norm_add(name: str, x: Tensor, *addends: Tensor, scale: float = 1.0) -> Tensor:
+        return ops.rms_norm_add(x, weights[f"{prefix}{name}.weight"], c.rms_norm_eps, *addends, scale=scale)
+
+    def coefficients(name: str, x: Tensor, offset: float = 0.0) -> Tensor:
         """AltUp's, of what the router makes of x: [B, T, n] or [B, T, n * n]."""
-        routed = ops.linear(norm("altup.router_norm", x) / c.hidden_size,
-                            Held(weights[f"{prefix}altup.modality_router.weight"]))
-        return ops.linear(torch.tanh(routed), Held(weights[f"{prefix}altup.{name}.weight"]))
+        return ops.altup_coefficients(x, weights[f"{prefix}altup.router_norm.weight"], c.rms_norm_eps,
+                                      weights[f"{prefix}altup.modality_router.weight"],
+                                      weights[f"{prefix}altup.{name}.weight"], offset)
 
     n = c.altup_num_inputs
     predicted = ops.altup_predict(streams, coefficients("prediction_coefs", streams[a]).unflatten(-1, (n, n)))
     active = predicted[a]
     x = norm("input_layernorm", active)
-    laurel = x + norm("laurel.post_laurel_norm", linear("laurel.linear_right", linear("laurel.linear_left", x)))
-    attended = active + norm("post_attention_layernorm", attention(weights, ops, i, x))
-    x = (attended + laurel) * 2.0**-0.5
+    laurel = norm_add("laurel.post_laurel_norm", linear("laurel.linear_right", linear("laurel.linear_left", x)), x)
+    x = norm_add("post_attention_layernorm", attention(weights, ops, i, x), active, laurel, scale=2.0**-0.5)
     wide = norm("pre_feedforward_layernorm", x)
     share = c.activation_sparsity_pattern[i]
-    gate, up = weights[f"{prefix}mlp.gate_proj.weight"], weights[f"{prefix}mlp.up_proj.weight"]
+    gate, up, down = (weights[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
     if share > 0.0:
-        inner, down = ops.geglu_linear(ops.linear(wide, gate), wide, up, NormalDist().inv_cdf(share)), ops.linear_sparse
+        fed = ops.geglu_sparse(ops.linear(wide, gate), wide, up, down, NormalDist().inv_cdf(share))
     else:
-        inner, down = ops.geglu(*ops.linears(wide, [gate, up])), ops.linear
-    x = x + norm("post_feedforward_layernorm", down(inner, weights[f"{prefix}mlp.down_proj.weight"]))
-    streams = ops.altup_correct(predicted, x, a, coefficients("correction_coefs", x) + 1.0)
+        fed = ops.linear(ops.geglu_linears(wide, gate, up), down)
+    x = norm_add("post_feedforward_layernorm", fed, x)
+    streams = ops.altup_correct(predicted, x, a, coefficients("correction_coefs", x, 1.0))
     x = streams[a]
     if c.altup_correct_scale:
         x = x * weights[f"{prefix}altup.correct_output_scale"]
     x = linear("per_layer_projection", ops.geglu(linear("per_layer_input_gate", x), own_input))
     # Always the streams from 1 on, whichever is the active one.
-    return torch.cat([streams[:1], streams[1:] + norm("post_per_layer_input_norm", x)])
+    return ops.altup_spread(streams, x, weights[f"{prefix}post_per_layer_input_norm.weight"], c.rms_norm_eps)
 
 
 def _per_layer(c: Gemma3nConfig) -> int:

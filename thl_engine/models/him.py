@@ -414,8 +414,8 @@ def _two_speeds(weights: Any, ops: Any, prefix: str, x: Tensor, attended: Tensor
     prefix, norm = f"{prefix}multi_speed.", f"{prefix}norm2"
     x, fast = ops.add_layer_norm(x, attended, weights[f"{norm}.weight"], weights[f"{norm}.bias"])
     gate, up = ops.linears(fast, [weights[f"{prefix}slow_ffn.{name}.weight"] for name in ("w_gate", "w_up")])
-    slow = ops.swiglu_linear(gate, up, weights[f"{prefix}slow_ffn.w_down.weight"])
-    return ops.add_blend(x, fast, slow, weights[f"{prefix}gate"])
+    return ops.swiglu_linear(gate, up, weights[f"{prefix}slow_ffn.w_down.weight"],
+                             blend=(x, fast, weights[f"{prefix}gate"]))
 
 
 def _read_memory(c: HIMConfig, weights: Any, ops: Any, x: Tensor, memory: Tensor) -> Tensor:
