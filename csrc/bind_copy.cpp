@@ -30,7 +30,7 @@ std::unique_ptr<CopyEngine> make_engine(thl::Reader& reader, std::shared_ptr<Cop
                                         const py::object& memory, const std::vector<std::int64_t>& places,
                                         std::int64_t slot_bytes, int slots, CopyDevice::Stream compute,
                                         const std::optional<std::string>& cufile,
-                                        const std::vector<std::string>& files) {
+                                        const std::vector<std::string>& files, std::int64_t kept_bytes) {
     std::uint8_t* const begin = address(memory);
     const std::int64_t nbytes = size(memory);
     py::gil_scoped_release release;
@@ -39,7 +39,7 @@ std::unique_ptr<CopyEngine> make_engine(thl::Reader& reader, std::shared_ptr<Cop
         direct = std::make_unique<thl::DirectStorage>(*cufile, files, begin, static_cast<std::size_t>(nbytes));
     }
     return std::make_unique<CopyEngine>(reader, std::move(device), begin, nbytes, places, slot_bytes, slots, compute,
-                                        std::move(direct));
+                                        std::move(direct), kept_bytes);
 }
 
 }  // namespace
@@ -61,15 +61,15 @@ void bind_copy(py::module_& m) {
     py::class_<CopyEngine>(m, "CopyEngine")
         .def(py::init(&make_engine), py::arg("reader"), py::arg("device"), py::arg("memory"), py::arg("places"),
              py::arg("slot_bytes"), py::arg("slots"), py::arg("compute"), py::arg("cufile") = py::none(),
-             py::arg("files") = std::vector<std::string>(), py::keep_alive<1, 2>(), py::keep_alive<1, 4>())
+             py::arg("files") = std::vector<std::string>(), py::arg("kept_bytes") = 0, py::keep_alive<1, 2>(), py::keep_alive<1, 4>())
         .def(
             "start",
             [](CopyEngine& engine, std::int64_t file, std::int64_t offset, std::int64_t nbytes,
-               std::optional<std::uint32_t> crc, std::string label, std::int64_t place) {
-                engine.start({file, offset, nbytes, crc, std::move(label)}, place);
+               std::optional<std::uint32_t> crc, std::string label, std::int64_t place, std::int64_t home) {
+                engine.start({file, offset, nbytes, crc, std::move(label), home}, place);
             },
             py::arg("file"), py::arg("offset"), py::arg("nbytes"), py::arg("crc").none(true), py::arg("label"),
-            py::arg("place"), py::call_guard<py::gil_scoped_release>())
+            py::arg("place"), py::arg("home") = -1, py::call_guard<py::gil_scoped_release>())
         .def("finish", &CopyEngine::finish, py::arg("place"), py::arg("compute"),
              py::call_guard<py::gil_scoped_release>())
         .def("released", &CopyEngine::released, py::arg("place"), py::arg("compute"),

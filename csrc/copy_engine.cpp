@@ -41,9 +41,10 @@ CopyEngine::Staging::Staging(CopyDevice& device, std::size_t nbytes)
 
 CopyEngine::CopyEngine(Reader& reader, std::shared_ptr<CopyDevice> device, std::uint8_t* memory, std::int64_t nbytes,
                        const std::vector<std::int64_t>& places, std::int64_t slot_bytes, int slots,
-                       CopyDevice::Stream compute, std::unique_ptr<DirectStorage> direct)
+                       CopyDevice::Stream compute, std::unique_ptr<DirectStorage> direct, std::int64_t kept_bytes)
     : reader_(reader), device_(std::move(device)), memory_(memory), slot_bytes_(slot_bytes),
-      ring_bytes_(ring_size(slot_bytes, slots)), direct_(std::move(direct)) {
+      ring_bytes_(ring_size(slot_bytes, slots)), kept_bytes_(kept_bytes), direct_(std::move(direct)) {
+    if (kept_bytes < 0) refuse("kept_bytes must be at least 0, got " + std::to_string(kept_bytes));
     std::vector<std::int64_t> sorted(places);
     std::sort(sorted.begin(), sorted.end());
     for (std::size_t i = 0; i < sorted.size(); ++i) {
@@ -57,6 +58,7 @@ CopyEngine::CopyEngine(Reader& reader, std::shared_ptr<CopyDevice> device, std::
     flights_.reserve(kFlights);
     for (std::uint64_t i = 0; i < kFlights; ++i) flights_.push_back(Flight{OwnedEvent(*device_)});
     staging_ = std::make_unique<Staging>(*device_, static_cast<std::size_t>(ring_bytes_));
+    if (kept_bytes) kept_ = std::make_unique<Staging>(*device_, static_cast<std::size_t>(kept_bytes));
     // The memory may come from a pool, and what used it before may still run.
     device_->record_compute(flights_[0].copied, compute);
     device_->copies_wait(flights_[0].copied);
@@ -77,6 +79,7 @@ void CopyEngine::close() {
     if (!thread_.joinable()) return;
     thread_.join();
     staging_.reset();
+    kept_.reset();
     direct_.reset();
 }
 
@@ -95,6 +98,10 @@ void CopyEngine::start(CopyRequest request, std::int64_t place) {
     if (extent(request) > target.room) {
         refuse(request.label + ": " + std::to_string(extent(request)) + " bytes do not fit place " +
                std::to_string(place) + " of " + std::to_string(target.room));
+    }
+    if (request.home >= 0 && (request.home % kAlign || request.home > kept_bytes_ - extent(request))) {
+        refuse(request.label + ": " + std::to_string(extent(request)) + " bytes do not fit the host memory of " +
+               std::to_string(kept_bytes_) + " at " + std::to_string(request.home));
     }
     std::lock_guard<std::mutex> lock(mutex_);
     if (failure_) std::rethrow_exception(failure_);
@@ -161,15 +168,14 @@ void CopyEngine::run() {
 void CopyEngine::drain() {
     for (const Job& job : reading_) {
         try {
-            reader_.wait(job.ticket);
+            if (job.ticket) reader_.wait(*job.ticket);
         } catch (const std::exception&) {
             // nobody asks for this page any more
         }
     }
     try {
-        for (const Flight& one : flights_) {
-            if (one.has_copy) device_->host_waits(one.copied);
-        }
+        device_->record_copies(flights_[0].copied);
+        device_->host_waits(flights_[0].copied);
     } catch (const DeviceError&) {
         // a device that has failed copies nothing any more
     }
@@ -177,7 +183,7 @@ void CopyEngine::drain() {
 
 // Notes which flights have ended. Called on the thread with mutex_ held, while no read is between the queues.
 void CopyEngine::reclaim() {
-    while (freed_ < submitted_ - reading_.size()) {
+    while (freed_ < submitted_ - unread_) {
         Flight& oldest = flight(freed_);
         if (oldest.has_copy && !device_->passed(oldest.copied)) return;
         oldest.has_copy = false;
@@ -197,52 +203,71 @@ std::int64_t CopyEngine::room(std::int64_t nbytes) {
 // Starts reads, in order, as far as the ring is known to be free. Called with mutex_ held.
 void CopyEngine::submit_reads() {
     while (!waiting_.empty() && !goes_direct(waiting_.front())) {
-        const std::int64_t begin = room(extent(waiting_.front().request));
-        if (begin < 0) return;
+        const CopyRequest& next = waiting_.front().request;
+        const std::int64_t begin = next.home >= 0 ? -1 : room(extent(next));
+        if (next.home < 0 && begin < 0) return;
         Job job = std::move(waiting_.front());
         waiting_.pop_front();
+        const std::int64_t home = job.request.home;
         try {
-            job.ticket = reader_.submit(job.request.file, job.request.offset, job.request.nbytes, staging_->arena(),
-                                        begin % ring_bytes_, job.request.crc, job.request.label);
+            if (home < 0) read_into(job, *staging_, begin % ring_bytes_);
+            else if (homes_.insert(home).second) read_into(job, *kept_, home);
         } catch (const std::exception&) {
+            homes_.erase(home);
             end(*job.place, std::current_exception());
             continue;
         }
-        head_ = begin + extent(job.request);
-        job.number = submitted_++;
-        flight(job.number).begin = begin;
+        if (home < 0) {
+            head_ = begin + extent(job.request);
+            job.number = submitted_++;
+            flight(*job.number).begin = begin;
+            ++unread_;
+        }
         reading_.push_back(std::move(job));
     }
 }
 
-// Waits for the oldest read and issues its copy.
+void CopyEngine::read_into(Job& job, const Staging& target, std::int64_t at) {
+    job.ticket = reader_.submit(job.request.file, job.request.offset, job.request.nbytes, target.arena(), at,
+                                job.request.crc, job.request.label);
+}
+
+// Waits for the oldest read, if it was not made before, and issues its copy.
 void CopyEngine::copy_next(std::unique_lock<std::mutex>& lock) {
     const Job job = std::move(reading_.front());
     reading_.pop_front();
     Place& place = *job.place;
-    Flight& from = flight(job.number);
+    const CopyRequest& request = job.request;
+    Flight* const from = job.number ? &flight(*job.number) : nullptr;
+    if (from) --unread_;
+    const bool lost = !from && !homes_.count(request.home);
     lock.unlock();
 
     std::exception_ptr failure;
     try {
-        reader_.wait(job.ticket);
+        if (job.ticket) reader_.wait(*job.ticket);
+        if (lost) throw std::runtime_error(request.label + ": an earlier read of it failed");
     } catch (const std::exception&) {
         failure = std::current_exception();
     }
     if (!failure) {
-        const std::int64_t head = job.request.offset % kAlign;
-        const std::uint8_t* source = staging_->arena()->data() + from.begin % ring_bytes_ + head;
+        const std::int64_t head = request.offset % kAlign;
+        const std::uint8_t* source = from ? staging_->arena()->data() + from->begin % ring_bytes_
+                                          : kept_->arena()->data() + request.home;
         if (place.has_use) device_->copies_wait(place.used);
-        device_->copy(memory_ + job.offset + head, source, static_cast<std::size_t>(job.request.nbytes));
+        device_->copy(memory_ + job.offset + head, source + head, static_cast<std::size_t>(request.nbytes));
         device_->record_copies(place.copied);
-        device_->record_copies(from.copied);
-        bytes_copied_ += job.request.nbytes;
+        if (from) device_->record_copies(from->copied);
+        bytes_copied_ += request.nbytes;
     }
 
     lock.lock();
     if (!failure) {
-        place.has_copy = from.has_copy = true;
+        place.has_copy = true;
         place.has_use = false;
+        if (from) from->has_copy = true;
+    } else if (!from) {
+        homes_.erase(request.home);
     }
     end(place, failure);
 }

@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -21,11 +22,13 @@
 
 namespace thl {
 
-// File bytes [offset, offset + nbytes), with the checksum to verify, if any, and a name for errors.
+// File bytes [offset, offset + nbytes), with the checksum to verify, if any, and a name for errors. home: where in the
+// engine's host memory the page is kept, or -1; it is read from the file once.
 struct CopyRequest {
     std::int64_t file = 0, offset = 0, nbytes = 0;
     std::optional<std::uint32_t> crc;
     std::string label;
+    std::int64_t home = -1;
 };
 
 // Places are divisions of the device's memory, named by their offset in it, that hold a page each. `start` begins to
@@ -35,12 +38,12 @@ struct CopyRequest {
 class CopyEngine {
 public:
     // memory: nbytes on the device, whose earlier use is on `compute`. places: multiples of 4096, each up to the next
-    // one. The ring holds `slots` pages of slot_bytes, the longest, or up to kFlights shorter ones. direct, if any,
-    // serves requests without a checksum.
+    // one. The ring holds `slots` pages of slot_bytes, the longest, or up to kFlights shorter ones. kept_bytes: host
+    // memory for pages with a home. direct, if any, serves requests without checksum and home.
     // Throws std::invalid_argument, DeviceError where memory cannot be page-locked, ArenaError where there is none.
     CopyEngine(Reader& reader, std::shared_ptr<CopyDevice> device, std::uint8_t* memory, std::int64_t nbytes,
                const std::vector<std::int64_t>& places, std::int64_t slot_bytes, int slots,
-               CopyDevice::Stream compute, std::unique_ptr<DirectStorage> direct);
+               CopyDevice::Stream compute, std::unique_ptr<DirectStorage> direct, std::int64_t kept_bytes = 0);
     ~CopyEngine();
     CopyEngine(const CopyEngine&) = delete;
     CopyEngine& operator=(const CopyEngine&) = delete;
@@ -61,7 +64,7 @@ public:
     // the device, issued as an engine issues them: the ceiling for what it does.
     static double copy_seconds(CopyDevice& device, std::uint8_t* target, std::int64_t nbytes, int slots, int copies);
 
-    std::int64_t bytes_copied() const { return bytes_copied_.load(); }  // through the ring
+    std::int64_t bytes_copied() const { return bytes_copied_.load(); }  // over the link
     std::int64_t bytes_direct() const { return bytes_direct_.load(); }  // past the host's memory
 
 private:
@@ -114,18 +117,20 @@ private:
         CopyRequest request;
         std::int64_t offset = 0;  // of the place
         Place* place = nullptr;
-        std::uint64_t ticket = 0, number = 0;
+        std::optional<std::uint64_t> ticket;  // of its read; none where the page is at home already
+        std::optional<std::uint64_t> number;  // of its flight; none where it has a home
     };
 
     void run();
     void drain();
     void reclaim();
     void submit_reads();
+    void read_into(Job& job, const Staging& target, std::int64_t at);
     void copy_next(std::unique_lock<std::mutex>& lock);
     void await_room(std::unique_lock<std::mutex>& lock);
     void read_directly(std::unique_lock<std::mutex>& lock);
     void end(Place& place, std::exception_ptr failure);
-    bool goes_direct(const Job& job) const { return direct_ && !job.request.crc; }
+    bool goes_direct(const Job& job) const { return direct_ && !job.request.crc && job.request.home < 0; }
     std::int64_t room(std::int64_t nbytes);
     Flight& flight(std::uint64_t number) { return flights_[number % kFlights]; }
     Place& find(std::int64_t place);
@@ -133,9 +138,9 @@ private:
     Reader& reader_;
     const std::shared_ptr<CopyDevice> device_;
     std::uint8_t* const memory_;
-    const std::int64_t slot_bytes_, ring_bytes_;
+    const std::int64_t slot_bytes_, ring_bytes_, kept_bytes_;
     std::unique_ptr<DirectStorage> direct_;
-    std::unique_ptr<Staging> staging_;
+    std::unique_ptr<Staging> staging_, kept_;
     std::map<std::int64_t, Place> places_;
     std::vector<Flight> flights_;
     std::atomic<std::int64_t> bytes_copied_{0}, bytes_direct_{0};
@@ -143,7 +148,9 @@ private:
     std::mutex mutex_;  // guards everything below, and the state of places and flights
     std::condition_variable work_, arrived_;
     std::deque<Job> waiting_, reading_;
+    std::set<std::int64_t> homes_;  // that a read was submitted to: what is copied from them later comes behind it
     std::uint64_t submitted_ = 0, freed_ = 0;  // flights so far; they begin and end in order
+    std::uint64_t unread_ = 0;                 // of these in `reading_`
     std::int64_t head_ = 0;                    // of the ring, behind the last flight
     std::exception_ptr failure_;  // of the device: nothing works any more
     bool stop_ = false;

@@ -22,7 +22,16 @@ def sinusoid(positions: int, width: int, start: int | Tensor = 0, device: torch.
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
 
 
-@cache  # for good: captured steps read it where it lies
 def _rates(width: int, device: torch.device | str) -> Tensor:
+    """Kept on the CPU only: elsewhere a kept table would outlive the memory that it was made in, or a capture."""
+    return _kept_rates(width) if torch.device(device) == torch.device("cpu") else _new_rates(width, device)
+
+
+@cache  # for good: captured steps read it where it lies
+def _kept_rates(width: int) -> Tensor:
+    return _new_rates(width, "cpu")
+
+
+def _new_rates(width: int, device: torch.device | str) -> Tensor:
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) * (-log(10000.0) / width)
     return exponents.double().exp().float()

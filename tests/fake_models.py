@@ -36,6 +36,10 @@ class FakeMatrix:
             span = slice(first, min(first + rows, self.data.shape[0]))
             yield Part(span.start, span.stop, self.data[span], None if self.scales is None else self.scales[span])
 
+    def stored(self):
+        scales = None if self.scales is None else self.scales.to("meta")
+        return Part(0, self.data.shape[0], self.data.to("meta"), scales)
+
     def rows(self, ids):
         return torch.empty(*ids.shape, self.data.shape[1], device=self.data.device)
 
@@ -46,7 +50,7 @@ class FakeModel:
     def __init__(self, model_type, fields, int8=True, device=DEVICE):
         self.mode = FakeTensorMode()
         self.model, self.config, self.device = architecture(model_type), parse_config(fields, model_type), device
-        self.weights, self.pages = {}, 1
+        self.weights = {}
         with self.mode:
             for block in self.model.blocks(self.config):
                 if block.kind == "vector":
@@ -57,6 +61,21 @@ class FakeModel:
                                        dtype=torch.int8 if int8 else torch.float32, device=device)
                     scales = torch.empty(data.shape[0], device=device) if int8 else None
                     self.weights[block.name] = FakeMatrix(data, scales, by_columns)
+
+    @property
+    def _matrices(self):
+        names = [block.name for block in self.model.blocks(self.config) if block.kind == "matrix"]
+        return [self.weights[name] for name in names]
+
+    @property
+    def page_elements(self):
+        """Weights of the largest page."""
+        return max(part.data.numel() for matrix in self._matrices for part in matrix.parts())
+
+    @property
+    def columns(self):
+        """Of the widest matrix."""
+        return max(matrix.shape[1] for matrix in self._matrices)
 
     def tokens(self, batch, length):
         return torch.zeros(batch, length, dtype=torch.int64, device=self.device)
@@ -88,7 +107,7 @@ class HostReads(TorchDispatchMode):
         devices = {x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()}
         out = function(*args, **kwargs)
         devices |= {x.device for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.dim()}
-        if len(devices) > 1:
+        if len(devices) > 1 and torch.device("meta") not in devices:
             self._note()
         return out
 

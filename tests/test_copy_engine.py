@@ -40,8 +40,8 @@ class Bench:
         self.engine = _native.CopyEngine(reader.native, self.device, self.memory, [i * SLOT for i in range(places)],
                                          SLOT, slots, self.compute, **options)
 
-    def start(self, place, offset, nbytes, crc=None, label="page"):
-        self.engine.start(0, offset, nbytes, crc, label, place * SLOT)
+    def start(self, place, offset, nbytes, crc=None, label="page", home=-1):
+        self.engine.start(0, offset, nbytes, crc, label, place * SLOT, home)
 
     def finish(self, place):
         self.engine.finish(place * SLOT, self.compute)
@@ -98,6 +98,47 @@ def test_any_order_of_calls_moves_the_right_bytes(path, content, seed):
         assert bench.device.locked == 0 and bench.device.events > 0
         del bench.engine
         assert bench.device.events == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pages_with_a_home_are_read_once(path, content, seed):
+    """Between others that pass through the ring; the file's later content is never seen."""
+    choose = random.Random(seed)
+    copy = path.with_name(f"copy{seed}.bin")
+    copy.write_bytes(path.read_bytes())
+    spans = [(choose.randrange(SIZE - SLOT), choose.randrange(1, SLOT - 4096)) for _ in range(6)]
+    with Reader([copy], threads=3, direct=False) as reader:
+        bench = Bench(reader, seed=seed, delay=choose.choice([0, 200]), kept_bytes=6 * SLOT)
+        expected = []
+        for turn in range(60):
+            place, number = turn % 5, turn if turn < 6 else choose.randrange(6)
+            offset, nbytes = spans[number] if turn < 12 or choose.random() < 0.7 else span(choose)
+            home = number * SLOT if (offset, nbytes) == spans[number] else -1
+            if turn == 12:
+                with open(copy, "r+b") as file:
+                    file.write(bytes(SIZE))
+            bench.start(place, offset, nbytes, home=home)
+            bench.finish(place)
+            bench.use(place, offset, nbytes)
+            bench.released(place)
+            seen = content if home >= 0 or turn < 12 else torch.zeros_like(content)
+            expected.append(crc32c(seen[offset : offset + nbytes].numpy()))
+        assert bench.device.sums() == expected and bench.device.violations() == []
+        with pytest.raises(ValueError, match="do not fit the host memory of 98304 at 98304"):
+            bench.start(0, 0, 10, home=6 * SLOT)
+        bench.engine.close()
+        assert bench.device.locked == 0
+
+
+def test_a_page_that_could_not_be_read_is_not_at_home(path):
+    with Reader([path], direct=False) as reader:
+        bench = Bench(reader, kept_bytes=SLOT)
+        for _ in range(2):
+            bench.start(0, 0, 100, crc=1, home=0)
+            with pytest.raises(CheckpointError, match="checksum"):
+                bench.finish(0)
+        bench.start(0, 0, 100, home=0)
+        bench.finish(0)
 
 
 def test_the_host_device_sees_what_is_wrong(path):
@@ -229,7 +270,7 @@ def test_numbers_that_do_not_fit_are_refused(path):
             bench.finish(0)
         bench.start(0, 0, SLOT)
         with pytest.raises(ValueError, match="place 0 is being filled already"):
-            for _ in range(2):
+            for _ in range(1000):  # one that comes behind the copy is let through
                 bench.start(0, 0, SLOT)
         memory = torch.empty(2 * SLOT, dtype=torch.uint8)
 

@@ -107,7 +107,7 @@ def test_where_it_cannot_be_used_pages_go_through_the_host(path, content, librar
     if refusal == "missing":
         library = tmp_path / "nowhere.so"
     with Reader([path], direct=False) as reader, pytest.MonkeyPatch.context() as patch:
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO, "thl_engine"):
             bench = Bench(reader, library, patch)
         assert len(caplog.records) == 1 and caplog.text.count("\n") == 1
         assert re.search(f"GPUDirect Storage is not used: .*{reason}", caplog.text)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import SMALL, random_weights
 
-from thl_engine import Engine, native, pager, transfer
+from thl_engine import ConfigError, Engine, native, pager, resources, transfer
 from thl_engine.reader import Reader
 from thl_engine.transfer import STAGING_SLOTS, NativeTransfer, Request, TorchTransfer, _native
 
@@ -72,10 +72,11 @@ def test_pages_arrive_unharmed_through_a_short_staging_ring(tmp_path):
 class Settled(NativeTransfer):
     """The copy engine over the host device, for compute that runs at once: it waits where a stream would."""
 
-    def __init__(self, reader, places, nbytes, slot_bytes, device, direct_storage):
+    def __init__(self, reader, places, nbytes, slot_bytes, device, direct_storage, kept_bytes):
         assert not direct_storage
         self.host = _native.HostCopyDevice(seed=nbytes, delay=100)
-        super().__init__(reader, places, nbytes, slot_bytes, device, self.host, lambda: self.host.compute)
+        super().__init__(reader, places, nbytes, slot_bytes, device, self.host, lambda: self.host.compute,
+                         kept_bytes=kept_bytes)
 
     def finish(self, place):
         super().finish(place)
@@ -90,7 +91,7 @@ class Settled(NativeTransfer):
         assert self.host.violations() == [] and self.host.locked == 0
 
 
-def late(reader, places, nbytes, slot_bytes, device, direct_storage):
+def late(reader, places, nbytes, slot_bytes, device, direct_storage, kept_bytes):
     return TorchTransfer(reader, nbytes, slot_bytes, device, LateStreams())
 
 
@@ -123,3 +124,27 @@ def test_the_log_says_which_transfer_is_used(tmp_path, monkeypatch, caplog):
         assert not caplog.records
         transfer.open_transfer(reader, [0], 4096, 4096, torch.device("meta"))
     assert "through torch, slower" in caplog.text and "there is no CUDA device" in caplog.text
+
+
+@needs_native
+def test_pages_kept_in_host_memory_are_read_once(monkeypatch):
+    """As many of the streamed pages as there is room for; the plan names the disk where it is still needed."""
+    weights, tokens = random_weights(SMALL), torch.randint(0, 97, (1, 16))
+    expected, _ = Engine.from_state_dict("thl", SMALL.to_dict(), weights, quantize="int8").forward(tokens)
+    monkeypatch.setattr(pager, "open_transfer", Settled)
+    for room, part in ((10**9, 1.0), (60_000, 0.5)):
+        monkeypatch.setattr(resources, "host_room", lambda device, host_memory, room=room: room)
+        with Engine.from_state_dict("thl", SMALL.to_dict(), weights, quantize="int8", stream=True) as engine:
+            plan = engine.plan()
+            assert 0 < plan.kept_bytes <= min(room, plan.streamed_bytes)
+            assert (plan.kept_bytes == plan.streamed_bytes) == (part == 1.0)
+            assert torch.equal(engine.forward(tokens)[0], expected)
+            stats = engine.stats()
+            read = stats["bytes_streamed"] - stats["bytes_from_memory"]
+            assert stats["bytes_from_memory"] > 0 and (read == plan.streamed_bytes if part == 1.0
+                                                       else read > plan.streamed_bytes)
+
+
+def test_host_memory_is_for_devices():
+    with pytest.raises(ConfigError, match="host_memory is for pages on their way to a CUDA device"):
+        Engine.from_state_dict("thl", SMALL.to_dict(), random_weights(SMALL), host_memory="1GiB", device="cpu")

@@ -44,9 +44,9 @@ def state(batch, slots, seed=0):
     return torch.rand(batch, slots).to(DEVICE), torch.randint(0, 5, (batch, slots)).to(DEVICE)
 
 
-@pytest.mark.parametrize("capacity", [None, 1, 2])
+@pytest.mark.parametrize("capacity", [None, 1])
 @pytest.mark.parametrize("batch, heads, slots, width, k", [(1, 1, 1, 1, 1), (2, 3, 37, 70, 3), (1, 5, 9, 140, 9),
-                                                           (3, 2, 65, 16, 7), (1, 19, 9, 33, 2)])
+                                                           (3, 2, 33, 16, 5), (1, 19, 9, 33, 2)])
 def test_slot_read(batch, heads, slots, width, k, capacity):
     query, memory = device_randn(batch, heads + 1, width)[:, 1:], device_randn(batch, slots, width + 5)[..., :width]
     found, expected = read(query, memory, *state(batch, slots), k, capacity)
@@ -77,13 +77,13 @@ def test_ties_go_to_the_lowest_index(capacity):
 
 
 def test_many_slots(monkeypatch):
-    slots = 300
-    monkeypatch.setattr(slot_memory, "CHOICES", 1024)
+    slots = 150
+    monkeypatch.setattr(slot_memory, "CHOICES", 256)
     memory = torch.randint(-3, 4, (1, slots, 2)).float().to(DEVICE)  # full of ties
     query = torch.ones(1, 2, 2, device=DEVICE)
     ema, last = torch.zeros(1, slots, device=DEVICE), state(1, slots)[1]
     same(*read(query, memory, ema, last, 9))
-    monkeypatch.setattr(slot_memory, "CHUNK", 128)
+    monkeypatch.setattr(slot_memory, "CHUNK", 64)
     same(*read(query, memory, ema, last, 9, 3))
     with pytest.raises(ValueError, match="slots: expected at least the 4 that are chosen, found 3"):
         read(query[..., :1], memory[:, :3, :1], ema[:, :3], last[:, :3], 4)

@@ -106,7 +106,8 @@ def largest_matrix(store: Store) -> StoredTensor:
 def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: int = 0, device: str = "auto",
               backend: str = "auto", stream: bool | str = "auto", memory_budget: str | int | None = None,
               threads: int | None = None, batch_size: int = 1, context: int | None = None, kv_cache: str = "float32",
-              sliding_window: int | None = None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+              sliding_window: int | None = None, host_memory: str | int | None = None,
+              options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Decodes random tokens one at a time and compares with what the memory gives and the plan predicted.
 
     With a batch_size each step takes a token of each sequence, and tokens per second are those of all of them.
@@ -121,12 +122,13 @@ def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: in
     store = open_store(path)
     chosen, ops = choose_device(device), load_ops(backend, choose_device(device).type)
     cache = state_options(store.model_type, context, kv_cache, sliding_window)
-    schedule, plan = divide_memory(store, ops, chosen, stream, memory_budget, batch_size=batch_size, **cache)
+    schedule, plan = divide_memory(store, ops, chosen, stream, memory_budget, batch_size=batch_size,
+                                   host_memory=host_memory, **cache)
     rates, rows = _Rates(), rows_of_products(store, batch_size)
     rates.measure(store, ops, chosen, plan.streamed_pages > 0, rows)
     reset_peak()
     with Engine(store, device=str(chosen), backend=backend, stream=stream, memory_budget=memory_budget,
-                batch_size=batch_size, **cache) as engine:
+                batch_size=batch_size, host_memory=host_memory, **cache) as engine:
         plan = engine.plan()
         found = _decode(engine, tokens, warmup, seed, batch_size, options or {})
         found["peak_rss_bytes"] = peak_bytes()

@@ -1,8 +1,9 @@
 """The memory that an engine takes on its device: none of it beyond the budget.
 
-On CUDA the budget is one block from cudaMalloc, an arena (csrc/budget_arena.h). A pool of torch's caching allocator
-has that arena for its only source, and everything that is allocated inside `computing` comes from the pool: pages,
-vectors, state, activations, logits. So the budget cannot be passed; what does not fit is refused.
+On CUDA the budget is a block from cudaMalloc, an arena (csrc/budget_arena.h). A pool of torch's caching allocator has
+that arena for its only source, and everything that is allocated inside `computing` comes from the pool: pages, vectors,
+state, activations, logits. So the budget cannot be passed; what does not fit is refused. A part of it is an arena and a
+pool of their own, for captured steps, so that these two do not take each other's room.
 
 Beside it, and not counted: the CUDA context, loaded kernels, cuBLAS's workspace, which torch keeps for the process.
 
@@ -32,15 +33,17 @@ LINK_COPIES = 16  # of a page each: 128 MiB, some ten milliseconds
 
 
 class DeviceMemory:
-    """What one engine allocates. `pool_for_graphs`: a second pool over the same arena, for captures; None without one.
+    """What one engine allocates.
 
-    budget: bytes, or None to leave torch's own allocator to it. Raises BudgetError if the device has not as much free.
+    budget: bytes, or None to leave torch's own allocator to it. for_graphs: bytes of it for captured steps, 0 without.
+    Raises BudgetError if the device has not as much free.
     """
 
-    def __init__(self, device: torch.device, budget: int | None) -> None:
+    def __init__(self, device: torch.device, budget: int | None, for_graphs: int = 0) -> None:
         self._device, self._budget = device, budget
-        self._arena: int | None = None
-        self._pools: list[Any] = []  # shared with what `weakref.finalize` clears
+        # Numbers of the arenas, and a pool of each, for steps and for captured ones; what closes them has them too.
+        self._arenas: list[int] = []
+        self._pools: list[Any] = []
         self._lock = threading.RLock()  # of torch's pools, which one thread may be in at a time
         self._route = ExitStack()  # what sends allocations to the pool
         self._depth = 0
@@ -50,33 +53,35 @@ class DeviceMemory:
             _log.warning("the memory budget is planned but not enforced on %s: %s", device, cuda.reason())
             return
         with torch.cuda.device(device):
-            self._open(torch.cuda.current_device())
+            self._open(torch.cuda.current_device(), [budget - for_graphs, for_graphs] if for_graphs else [budget])
 
-    def _open(self, index: int) -> None:
+    def _open(self, index: int, sizes: list[int]) -> None:
         small = torch.zeros(16, 16, device="cuda")
         torch.mm(small, small)  # cuBLAS's workspace stays with the process: it must not lie in an engine's pool
-        try:
-            self._arena = cuda.open_arena(index, self._budget)
-        except RuntimeError:
-            gc.collect()
-            torch.cuda.empty_cache()  # what closed engines and other tensors have left
+        weakref.finalize(self, _close, self._pools, self._arenas)
+        for nbytes in sizes:
             try:
-                self._arena = cuda.open_arena(index, self._budget)
-            except RuntimeError as error:
-                free = torch.cuda.mem_get_info(index)[0]
-                raise BudgetError(f"memory budget {_size(self._budget)} ({self._budget} bytes): {self._device} has "
-                                  f"{free} bytes free ({error}); a budget below that can work") from None
-        self._pools += [torch.cuda.MemPool(_allocator().allocator()) for _ in range(2)]
-        weakref.finalize(self, _close, self._pools, self._arena)
+                self._arenas.append(cuda.open_arena(index, nbytes))
+            except RuntimeError:
+                gc.collect()
+                torch.cuda.empty_cache()  # what closed engines and other tensors have left
+                try:
+                    self._arenas.append(cuda.open_arena(index, nbytes))
+                except RuntimeError as error:
+                    free = torch.cuda.mem_get_info(index)[0] + sum(sizes[: len(self._arenas)])
+                    raise BudgetError(f"memory budget {_size(self._budget)} ({self._budget} bytes): {self._device} has "
+                                      f"{free} bytes free ({error}); a budget below that can work") from None
+            self._pools.append(torch.cuda.MemPool(_allocator().allocator()))
 
     @property
     def enforced(self) -> bool:
         """Whether allocations beyond the budget are refused."""
-        return self._arena is not None
+        return bool(self._arenas)
 
     @property
     def pool_for_graphs(self) -> Any:
-        return self._pools[1] if self._pools else None
+        """A torch.cuda.MemPool for what `capturing` captures; None where torch's own memory is to be taken."""
+        return self._pools[1] if len(self._pools) > 1 else None
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -105,13 +110,13 @@ class DeviceMemory:
     def capturing(self) -> Iterator[None]:
         """Inside `computing`, for captures of CUDA graphs into `pool_for_graphs`.
 
-        torch allocates from the pool that was made active first, so no other one may be; the arena stays the same.
+        torch allocates from the pool that was made active first, so no other one may be.
         """
-        if self._arena is None:
+        if self.pool_for_graphs is None:
             yield
             return
         self._route.close()
-        cuda.enter_arena(self._arena)
+        cuda.enter_arena(self._arenas[1])
         try:
             yield
         finally:
@@ -119,16 +124,16 @@ class DeviceMemory:
             self._enter()
 
     def _enter(self) -> None:
-        if self._arena is not None:
-            cuda.enter_arena(self._arena)
+        if self._arenas:
+            cuda.enter_arena(self._arenas[0])
             self._route.callback(cuda.leave_arena)
             self._route.enter_context(torch.cuda.use_mem_pool(self._pools[0], self._device))
 
     def _exhausted(self, reason: str) -> BudgetError:
-        if self._arena is None:
+        if not self._arenas:
             return BudgetError(f"{self._device} is out of memory: {reason.partition('. GPU')[0]}; a smaller memory "
                                "budget, batch size or context takes less")
-        counts = cuda.arena_counts(self._arena)
+        counts = cuda.arena_counts(self._arenas[0])
         asked = re.search(r"Tried to allocate ([0-9.]+ \w+)", reason)
         return BudgetError(f"memory budget {_size(self._budget)} ({self._budget} bytes): "
                            f"{asked[1] if asked else 'memory'} more on {self._device} does not fit beside "
@@ -142,11 +147,11 @@ class DeviceMemory:
         if self._device.type != "cuda":
             return out
         free, total = torch.cuda.mem_get_info(self._device)
-        if self._arena is None:
+        if not self._arenas:
             peak, held = torch.cuda.max_memory_allocated(self._device), torch.cuda.memory_reserved(self._device)
         else:
-            counts = cuda.arena_counts(self._arena)
-            peak, held = counts["peak"], counts["size"]
+            counts = [cuda.arena_counts(arena) for arena in self._arenas]
+            peak, held = (sum(own[name] for own in counts) for name in ("peak", "size"))
         return {**out, "peak_memory_bytes": peak, "peak_device_bytes": peak,
                 "device_bytes_besides": max(total - free - held, 0)}
 
@@ -170,9 +175,10 @@ def _allocator() -> Any:
     return torch.cuda.memory.CUDAPluggableAllocator(cuda.library(), "thl_arena_alloc", "thl_arena_free")
 
 
-def _close(pools: list[Any], arena: int) -> None:
-    pools.clear()  # gives free segments back to the arena
-    cuda.close_arena(arena)
+def _close(pools: list[Any], arenas: list[int]) -> None:
+    pools.clear()  # gives free segments back to the arenas
+    for arena in arenas:
+        cuda.close_arena(arena)
 
 
 def _size(count: int) -> str:

@@ -25,16 +25,16 @@ from thl_engine.memory import peak_bytes
 from thl_engine.models import architecture
 from thl_engine.ops import load_ops
 from thl_engine.paged_weights import load_vectors, paged_weights
-from thl_engine.pager import Pager
 from thl_engine.plan import Bandwidths, PageSchedule, Plan, size
-from thl_engine.reader import Reader
 from thl_engine.resources import (
     FORWARD_CHUNK,
     check_batch_size,
     choose_device,
     divide_memory,
+    for_graphs,
     needs,
     nominal,
+    open_pager,
     set_threads,
     state_options,
 )
@@ -71,7 +71,8 @@ class Engine:
 
     def __init__(self, store: Store, *, device: str = "auto", backend: str = "auto", stream: bool | str = "auto",
                  memory_budget: str | int | None = None, threads: int | None = None, batch_size: int = 1,
-                 context: int | None = None, kv_cache: str = "float32", sliding_window: int | None = None) -> None:
+                 context: int | None = None, kv_cache: str = "float32", sliding_window: int | None = None,
+                 host_memory: str | int | None = None) -> None:
         """Takes over `store`. Options as in `from_pretrained`."""
         set_threads(threads)
         self.device = choose_device(device)
@@ -83,18 +84,15 @@ class Engine:
         self._store = store
         self._options = state_options(store.model_type, context, kv_cache, sliding_window)
         schedule, self._plan = divide_memory(store, self.ops, self.device, stream, memory_budget,
-                                             batch_size=batch_size, **self._options)
+                                             batch_size=batch_size, host_memory=host_memory, **self._options)
         self._schedules: dict[tuple, PageSchedule] = {(): schedule}  # by the options that a state was made with
         self._streams = self._plan.streamed_pages > 0
 
         self._bandwidths = replace(nominal(self.device), link=link_bandwidth(self.device))
-        memory = DeviceMemory(self.device, self._plan.budget)
-        tables = [page.index for name in self._plan.resident_tables for page in store.tensors[name].pages]
-        reader = Reader(store.files, direct=store.descriptor is None or self._streams)
+        memory = DeviceMemory(self.device, self._plan.budget, for_graphs(self.ops, self.config, batch_size))
         with memory.computing():
             vectors = load_vectors(store, self.device)
-            self._pager = Pager(store, reader, vectors, (*self._plan.pinned, *tables), self._plan.slots,
-                                self._plan.slot_bytes, self._plan.horizon, self.device)
+            self._pager = open_pager(store, self._plan, vectors, self.device)
         self._weights = paged_weights(store, self._pager, vectors)
         if not self._streams and self._plan.resident_tables:
             self.close()  # all is in memory: nothing needs the file any more
@@ -109,15 +107,16 @@ class Engine:
     def from_pretrained(cls, path: str | os.PathLike, *, device: str = "auto", backend: str = "auto",
                         quantize: str = "auto", stream: bool | str = "auto",
                         memory_budget: str | int | None = None, threads: int | None = None, batch_size: int = 1,
-                        context: int | None = None, kv_cache: str = "float32",
-                        sliding_window: int | None = None) -> "Engine":
+                        context: int | None = None, kv_cache: str = "float32", sliding_window: int | None = None,
+                        host_memory: str | int | None = None) -> "Engine":
         """Opens a checkpoint: a .safetensors file, or a folder with config.json and *.safetensors.
 
         device: "auto", "cpu", "cuda", "cuda:N". backend: "auto", "reference" (torch), "native" (C++)
             or "triton" (CUDA).
         quantize: "auto" as stored, "int8", or "none" for float weights. stream: True pages weights by schedule, False
         keeps all resident, "auto" streams if they do not fit. memory_budget: "4GiB", bytes or None; bounds what the
-        engine keeps in memory, a state of `batch_size` sequences included.
+        engine keeps in memory, a state of `batch_size` sequences included. host_memory: with a CUDA device, how much of
+        what is streamed to it stays page-locked in the host's memory; None for half of what is free, 0 for none.
 
         Of models with a KV cache, context: positions that a sequence may grow to, None for the most the model has.
         kv_cache: "float32" or "int8", with a scale for each row. sliding_window: positions that attention sees; that
@@ -134,14 +133,16 @@ class Engine:
         if quantize == "int8" and not quantized:
             store = spool_store(store, "int8", in_memory=stream is not True and memory_budget is None)
         return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads,
-                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window)
+                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window,
+                   host_memory=host_memory)
 
     @classmethod
     def from_state_dict(cls, model_type: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *,
                         device: str = "auto", backend: str = "auto", quantize: str = "auto",
                         stream: bool | str = "auto", memory_budget: str | int | None = None,
                         threads: int | None = None, batch_size: int = 1, context: int | None = None,
-                        kv_cache: str = "float32", sliding_window: int | None = None) -> "Engine":
+                        kv_cache: str = "float32", sliding_window: int | None = None,
+                        host_memory: str | int | None = None) -> "Engine":
         """An engine over tensors in memory, by their published names; options as in `from_pretrained`.
 
         The tensors are copied, to a temporary file where they are to be streamed.
@@ -151,7 +152,8 @@ class Engine:
         store = spool_tensors(model_type, config, tensors, "int8" if quantize == "int8" else "none",
                                    in_memory=stream is not True and memory_budget is None)
         return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads,
-                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window)
+                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window,
+                   host_memory=host_memory)
 
     @property
     def model_type(self) -> str:

@@ -49,6 +49,7 @@ class ReferenceOps(StateOps):
     has_threads = False  # besides torch's
     sample: Callable[..., Tensor] | None = None  # the sampler's `Choose`, for logits on a device of its own
     sparse_share = 0.0  # up to which sparse products read no more of a matrix than they need
+    in_place = False  # whether state tensors are updated where they lie
 
     attention = staticmethod(attention_kernels.attention)
     rotary_attention = staticmethod(attention_kernels.rotary_attention)
@@ -199,7 +200,7 @@ class NativeOps(ReferenceOps):
     """Compiled C++ on CPU tensors, for inference; what is not overridden here is cheap in torch."""
 
     name = "native"
-    has_threads = True
+    has_threads = in_place = True
 
     window_append = staticmethod(window_attention.window_append_in_place)
     sparse_share = SPARSE_SHARE

@@ -126,13 +126,15 @@ class Ring:
 
 @dataclass
 class Traffic:
-    """Counters of a pager. Bytes are those read from files while serving, alignment included: by the ring, and for rows
-    of tables. A hit is a use of a page that was in memory already, pinned or kept from an earlier use. Bytes copied are
-    those that went over the link to a device, those of pinned pages included."""
+    """Counters of a pager. Bytes are those brought from files while serving, alignment included: by the ring, and for
+    rows of tables; of those streamed, `bytes_from_memory` had been kept in the host's and were not read again. A hit is
+    a use of a page that was in memory already, pinned or kept from an earlier use. Bytes copied are those that went
+    over the link to a device, those of pinned pages included."""
 
     bytes_streamed: int = 0
     bytes_gathered: int = 0
     bytes_copied: int = 0
+    bytes_from_memory: int = 0
     page_hits: int = 0
     page_misses: int = 0
     stall_seconds: float = 0.0
@@ -149,12 +151,12 @@ class Pager:
     """Serves the pages of a store from memory that is allocated once: pinned pages, then the ring's slots.
 
     pinned: pages that are read at the start and stay. slots, slot_bytes, horizon: the ring for all others.
-    scales: the scales of int8 tensors, by the name of the tensor of scales, on the device. direct_storage: as in
-    `open_transfer`.
+    scales: the scales of int8 tensors, by the name of the tensor of scales, on the device. kept: pages for a device
+    that stay in the host's memory once they were read. direct_storage: as in `open_transfer`, for the others.
     """
 
     def __init__(self, store: Store, reader: Reader, scales: Mapping[str, Tensor], pinned: Iterable[int], slots: int,
-                 slot_bytes: int, horizon: int, device: torch.device | str = "cpu",
+                 slot_bytes: int, horizon: int, device: torch.device | str = "cpu", kept: Iterable[int] = (),
                  direct_storage: bool = False) -> None:
         self._store, self._reader, self._scales = store, reader, scales
         places, size = {}, 0
@@ -165,7 +167,12 @@ class Pager:
         nbytes = max(size + slots * slot_bytes, ALIGNMENT)
         longest = max([slot_bytes, ALIGNMENT, *(extent(store.pages[index])[1] for index in places)])
         every = [*places.values(), *(size + i * slot_bytes for i in range(slots))]
-        self._transfer = open_transfer(reader, every, nbytes, longest, torch.device(device), direct_storage)
+        self._homes: dict[int, int] = {}
+        home = 0
+        for index in kept:
+            self._homes[index] = home
+            home += extent(store.pages[index])[1]
+        self._transfer = open_transfer(reader, every, nbytes, longest, torch.device(device), direct_storage, home)
         self._ring = Ring(slots, horizon)
         self._coming: dict[int, int] = {}  # page on its way -> place
         self._fresh: set[int] = set()  # fetched and not used yet
@@ -312,7 +319,8 @@ class Pager:
         page = self._store.pages[index]
         crc = None if index in self._checked else page.crc
         self._checked.add(index)
-        self._transfer.start(Request(page.file, page.offset, page.nbytes, crc, label(page)), place)
+        self._transfer.start(Request(page.file, page.offset, page.nbytes, crc, label(page), self._homes.get(index)),
+                             place)
 
     def _finish(self, place: int) -> None:
         try:
@@ -324,9 +332,12 @@ class Pager:
     def _prefetch(self) -> None:
         for index, slot in self._ring.fetches():
             self._coming[index] = self._ring_base + slot * self._slot_bytes
+            nbytes = extent(self._store.pages[index])[1]
+            self.traffic.bytes_streamed += nbytes
+            if index in self._homes and index in self._checked:
+                self.traffic.bytes_from_memory += nbytes
             self._start(index, self._coming[index])
             self._fresh.add(index)
-            self.traffic.bytes_streamed += extent(self._store.pages[index])[1]
 
     def _land(self) -> None:
         """Waits for everything on its way. Once the schedule changes, such a page may lose its slot to another."""

@@ -136,6 +136,8 @@ class Plan:
     slot_bytes: int
     streamed_pages: int
     streamed_bytes: int  # pages that are not pinned, each counted once
+    kept: tuple[int, ...]  # of these, the ones for a device that stay in the host's memory once they were read
+    kept_bytes: int
     bytes_per_token: float  # that products read, wherever from; of sparse ones, only what they need
     bytes_streamed_per_token: float
     seconds_per_token: float
@@ -160,7 +162,9 @@ class Plan:
         if self.stall_per_token < 0.1 * self.seconds_per_token:
             return "memory"
         link = self.bandwidths.link
-        return "link" if link is not None and link < self.bandwidths.disk else "disk"
+        if link is None or self.kept_bytes == 0:
+            return "link" if link is not None and link < self.bandwidths.disk else "disk"
+        return "link" if self.kept_bytes == self.streamed_bytes else "disk"
 
     def at(self, bandwidths: Bandwidths, store: Store, schedule: PageSchedule,
            state_traffic: int | None = None) -> "Plan":
@@ -184,6 +188,7 @@ class Plan:
             "resident_tables": list(self.resident_tables), "table_bytes": self.table_bytes,
             "ring_slots": self.slots, "ring_bytes": self.slots * self.slot_bytes,
             "streamed_pages": self.streamed_pages, "streamed_bytes": self.streamed_bytes,
+            "host_memory_bytes": self.kept_bytes,
             "bytes_per_token": self.bytes_per_token, "bytes_streamed_per_token": self.bytes_streamed_per_token,
             "seconds_per_token": self.seconds_per_token, "stall_seconds_per_token": self.stall_per_token,
             "tokens_per_second": self.tokens_per_second, "limited_by": self.limited_by,
@@ -211,6 +216,7 @@ class Plan:
             *([("  for torch's allocator", f"{size(self.reserve_bytes)}, which it rounds up by and leaves in pieces")]
               if self.reserve_bytes else []),
             ("streamed pages", f"{size(self.streamed_bytes)} in {self.streamed_pages} pages"),
+            *([] if link is None else [("  kept in host memory", size(self.kept_bytes))]),
             ("bytes per token", size(self.bytes_per_token)),
             ("  of these streamed", size(self.bytes_streamed_per_token)),
             ("disk, memory bandwidth", f"{self.bandwidths.disk / 1e9:.2f}, {self.bandwidths.memory / 1e9:.2f} GB/s"),
@@ -233,13 +239,15 @@ def size(count: float) -> str:
 
 def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, stream: bool, state_bytes: int,
               workspace_bytes: int, reserve_bytes: int = 0, batch_size: int = 1, state_traffic: int | None = None,
+              host_room: int = 0,
               nominal: Bandwidths = NOMINAL) -> Plan:
     """Divides `budget` bytes among pinned pages, tables and the ring.
 
     Without a budget everything is resident, or, when `stream` asks for paging, nothing but the least ring is.
     Raises BudgetError, naming the least budget that runs, when even that does not fit. `schedule` is left with
     the pages that the plan pins removed from its futures. state_traffic: bytes of the state that a token reads or
-    writes; four times the state unless given. nominal: bandwidths by which the ring's size is chosen.
+    writes; four times the state unless given. host_room: bytes of host memory that pages streamed to a device may stay
+    in. nominal: bandwidths by which the ring's size is chosen.
     """
     pages = {index: extent(store.pages[index])[1] for index in schedule.uses()}
     slot_bytes = max(pages.values())
@@ -265,12 +273,15 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
         resident = tuple(tables) if room is None or room - pinned_bytes >= sum(tables.values()) else ()
         if len(pinned) < len(pages):
             resident = ()  # a table's rows cost a few KiB a token: any page is worth more
+        streamed = {page: count for page, count in schedule.uses().items() if page not in pinned}
+        kept = pins(streamed, {page: pages[page] for page in streamed}, host_room)
         return _predict(Plan(
             batch_size=batch_size, budget=budget, fixed_bytes=fixed, state_bytes=state_bytes,
             state_traffic=4 * state_bytes if state_traffic is None else state_traffic, workspace_bytes=workspace_bytes,
             reserve_bytes=reserve_bytes, pinned=pinned, pinned_bytes=pinned_bytes, resident_tables=resident,
             table_bytes=sum(tables.values()) if resident else 0, slots=slots, slot_bytes=slot_bytes,
             streamed_pages=len(pages) - len(pinned), streamed_bytes=sum(pages.values()) - pinned_bytes,
+            kept=kept, kept_bytes=sum(pages[page] for page in kept),
             bytes_per_token=0.0, bytes_streamed_per_token=0.0, seconds_per_token=1.0, stall_per_token=0.0,
             bandwidths=nominal, least_budget=least), store, schedule)
 
@@ -322,7 +333,7 @@ def _predict(plan: Plan, store: Store, schedule: PageSchedule) -> Plan:
     schedule.pin(frozenset(plan.pinned))
     ring = Ring(plan.slots, plan.horizon)
     ring.follow(schedule.decode(0))
-    clock = _Clock(plan.bandwidths)
+    clock = _Clock(plan.bandwidths, frozenset(plan.kept))
     overhead = schedule.products_per_token * READ_SECONDS + plan.state_traffic / plan.bandwidths.memory
     stretch = min(schedule.period, LONGEST_STRETCH)
     runs: dict[tuple[int, ...], list[tuple[float, float, int | None]]] = {}
@@ -368,6 +379,7 @@ class _Clock:
     """Resources that pages pass in order: the disk, the link to the device if there is one, and what computes."""
 
     rates: Bandwidths
+    kept: frozenset[int]  # pages that need no disk
     now: float = 0.0
     stalled: float = 0.0
     streamed: int = 0
@@ -378,10 +390,12 @@ class _Clock:
 
     def fetch(self, ring: Ring, pages: dict[int, int]) -> None:
         for page, _ in ring.fetches():
-            self.disk_free = max(self.disk_free, self.now + LEAD_SECONDS) + pages[page] / self.rates.disk
-            self.landed[page] = self.disk_free
+            ready = self.now
+            if page not in self.kept:
+                ready = self.disk_free = max(self.disk_free, ready + LEAD_SECONDS) + pages[page] / self.rates.disk
+            self.landed[page] = ready
             if self.rates.link is not None:  # a page is copied once it has been read, and others meanwhile
-                self.link_free = max(self.link_free, self.disk_free) + pages[page] / self.rates.link
+                self.link_free = max(self.link_free, ready) + pages[page] / self.rates.link
                 self.landed[page] = self.link_free
             self.streamed += pages[page]
 

@@ -1,6 +1,6 @@
 """What an engine runs on: device, threads, and the division of its memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from inspect import signature
 from math import prod
@@ -15,16 +15,22 @@ from thl_engine.errors import ConfigError
 from thl_engine.memory import available_memory, parse_bytes
 from thl_engine.models import architecture
 from thl_engine.ops import ReferenceOps
+from thl_engine.pager import Pager
 from thl_engine.plan import NOMINAL, NOMINAL_CUDA, Bandwidths, PageSchedule, Plan, make_plan
+from thl_engine.reader import Reader
 from thl_engine.store import Store
+from thl_engine.transfer import keeps_pages
 
 FORWARD_CHUNK = 64  # rows of `forward` whose logits share one pass over the head
 WORKSPACE_LOGITS = 4  # rows of logits alive at once for each sequence: as computed, and float64 while one is chosen
-GRAPHS_BYTES = 32 * MIB  # for the pool of captured steps, which shares no memory with what is launched anew
+HOST_SHARE = 0.5  # of free host memory: page-locked, it is lost to everything else
+# Of captured steps, which share no memory with what is launched anew: what one step leaves in pieces, and rows of
+# logits that captures keep for each sequence. Further captures are refused, and their steps launched.
+GRAPHS_BYTES, GRAPHS_LOGITS = 32 * MIB, 8
 
 
 def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream: bool | str = "auto",
-                  memory_budget: str | int | None = None, *, batch_size: int = 1,
+                  memory_budget: str | int | None = None, *, batch_size: int = 1, host_memory: str | int | None = None,
                   **options: Any) -> tuple[PageSchedule, Plan]:
     """What an engine pins and streams for states of `batch_size` with these options; none of the weights is read."""
     if stream not in (True, False, "auto"):
@@ -35,12 +41,14 @@ def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream:
     schedule = PageSchedule(store, model.walk(config), model.head(config), products,
                             touched(store, ops, batch_size))
     limit = None if memory_budget is None else parse_bytes(memory_budget)
+    room = host_room(device, host_memory)
     needed = needs(store, ops, device, batch_size, options)
 
     def plan(limit: int | None, stream: bool) -> Plan:
         return make_plan(store, schedule, budget=limit, stream=stream, batch_size=batch_size,
                          state_bytes=needed.state, workspace_bytes=needed.workspace, reserve_bytes=needed.reserve,
-                         state_traffic=state_traffic(store, batch_size, options), nominal=nominal(device))
+                         state_traffic=state_traffic(store, batch_size, options), nominal=nominal(device),
+                         host_room=room)
 
     if stream != "auto":
         return schedule, plan(limit, stream)
@@ -69,32 +77,47 @@ def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int
     """What a state of `batch_size` sequences takes on a device."""
     config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
     state = model.init_state(config, batch_size, "meta", **options)
-    largest = max(page.nbytes // tensor.dtype.itemsize for tensor in store.tensors.values()
-                  if tensor.kind == "matrix" for page in tensor.pages)
-    reused = model.reused(config) if hasattr(model, "reused") else 0
-    rows = max(WORKSPACE_LOGITS * batch_size, 0 if hasattr(model, "forward") else FORWARD_CHUNK)
-    activations, scores = model.workspace(config, state)
-    inputs = (batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config))
-              * max(tensor.shape[1] for tensor in store.tensors.values() if tensor.kind == "matrix"))
-    widened = state.cache.widened_bytes if hasattr(state, "cache") else 0
-    scratch = ops.scratch_bytes(largest, reused, scores, inputs, widened)
-    passing = 4 * rows * config.vocab_size + activations
-    reserve = _reserve(store, ops, state, passing, scratch) if device.type == "cuda" else 0
+    matrices = [tensor for tensor in store.tensors.values() if tensor.kind == "matrix"]
+    largest = max(page.nbytes // tensor.dtype.itemsize for tensor in matrices for page in tensor.pages)
+    passing, scratch = workspace(model, config, ops, state, largest, max(tensor.shape[1] for tensor in matrices))
+    reserve = 0
+    if device.type == "cuda":
+        kept = [4 * prod(tensor.shape) for tensor in store.tensors.values() if tensor.kind == "vector"]
+        kept += [tensor.nbytes for tensor in tensors(state)]
+        reserve = reserved(kept) - sum(kept) + fragments(passing, scratch)
+        reserve += LARGE_ROUNDING + for_graphs(ops, config, batch_size)  # of the pager's one block
     return Needs(state.nbytes, passing + scratch, reserve)
 
 
-def _reserve(store: Store, ops: ReferenceOps, state: Any, passing: int, scratch: int) -> int:
-    """What torch's allocator may take beyond its tensors: segments that vectors and state do not fill, the last bytes
-    of the pager's, one begun segment of each kind, and the pieces that activations and scratch leave between them.
+def workspace(model: Any, config: Any, ops: ReferenceOps, state: Any, page_elements: int,
+              columns: int) -> tuple[int, int]:
+    """Bytes of activations and logits, and of what the ops take beside them.
 
-    The shares of the last were found by running recorded steps of all architectures through a model of the allocator
-    (tests/test_workspace.py): activations of all sizes leave up to half of theirs, page-sized scratch as much as it is.
+    page_elements: weights of the largest page. columns: of the widest matrix.
     """
-    kept = [4 * prod(tensor.shape) for tensor in store.tensors.values() if tensor.kind == "vector"]
-    kept += [tensor.nbytes for tensor in tensors(state)]
-    graphs = GRAPHS_BYTES if hasattr(ops, "recorder") else 0
-    return (reserved(kept) - sum(kept) + LARGE_ROUNDING + SMALL_SEGMENT + LARGE_SEGMENT + passing // 2 + scratch
-            + graphs)
+    reused = model.reused(config) if hasattr(model, "reused") else 0
+    rows = max(WORKSPACE_LOGITS * state.batch_size, 0 if hasattr(model, "forward") else FORWARD_CHUNK)
+    activations, scores = model.workspace(config, state)
+    inputs = (state.batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config))
+              * columns)
+    if not ops.in_place:  # all but a cache is written anew
+        activations += state.nbytes - (state.cache.nbytes if hasattr(state, "cache") else 0)
+    widened = state.cache.widened_bytes if hasattr(state, "cache") else 0
+    return (4 * rows * config.vocab_size + activations,
+            ops.scratch_bytes(page_elements, reused, scores, inputs, widened))
+
+
+def for_graphs(ops: ReferenceOps, config: Any, batch_size: int) -> int:
+    """Bytes that are kept for captured steps, where ops are captured."""
+    return GRAPHS_BYTES + 4 * GRAPHS_LOGITS * batch_size * config.vocab_size if hasattr(ops, "recorder") else 0
+
+
+def fragments(passing: int, scratch: int) -> int:
+    """What torch's allocator may take beyond activations and scratch: a begun segment of each kind, and what lies in
+    pieces between them. Found by running recorded steps of all architectures through a model of the allocator
+    (tests/test_workspace.py): of tensors of all sizes half of theirs, of page-sized scratch as much as it is.
+    """
+    return SMALL_SEGMENT + LARGE_SEGMENT + passing // 2 + scratch
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -151,6 +174,32 @@ def check_batch_size(batch_size: int) -> None:
     """Raises ConfigError for a batch size that is none."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
+
+
+def host_room(device: torch.device, host_memory: str | int | None) -> int:
+    """Bytes of host memory that pages streamed to a device may stay in: as given, or a share of what is free now.
+
+    None without the copy engine. Raises ConfigError on the CPU, where memory_budget bounds it.
+    """
+    if device.type == "cpu":
+        if host_memory is not None:
+            raise ConfigError("host_memory is for pages on their way to a CUDA device; on the CPU, memory_budget "
+                              "bounds what is kept")
+        return 0
+    if torch.cuda.is_available() and not keeps_pages(device):
+        return 0
+    if host_memory is None:
+        return int(available_memory(torch.device("cpu")) * HOST_SHARE)
+    return 0 if host_memory in (0, "0") else parse_bytes(host_memory)
+
+
+def open_pager(store: Store, plan: Plan, vectors: Mapping[str, torch.Tensor], device: torch.device) -> Pager:
+    """What serves the pages as the plan says; pinned ones are read now."""
+    tables = [page.index for name in plan.resident_tables for page in store.tensors[name].pages]
+    streams = plan.streamed_pages > 0
+    reader = Reader(store.files, direct=store.descriptor is None or streams)
+    return Pager(store, reader, vectors, (*plan.pinned, *tables), plan.slots, plan.slot_bytes, plan.horizon, device,
+                 plan.kept, direct_storage=device.type == "cuda" and plan.kept_bytes < plan.streamed_bytes)
 
 
 def nominal(device: torch.device) -> Bandwidths:

@@ -39,13 +39,17 @@ _log = logging.getLogger("thl_engine")
 
 @dataclass(frozen=True)
 class Request:
-    """Bytes [offset, offset + nbytes) of file number `file`, with the checksum to verify, if any, and a name."""
+    """Bytes [offset, offset + nbytes) of file number `file`, with the checksum to verify, if any, and a name.
+
+    home: where the page is kept in host memory on its way to a device, so that it is read once; None if it is not kept.
+    """
 
     file: int
     offset: int
     nbytes: int
     crc: int | None
     label: str
+    home: int | None = None
 
 
 class Transfer(Protocol):
@@ -92,11 +96,17 @@ class HostTransfer:
         """Reads end with the reader."""
 
 
+def keeps_pages(device: torch.device) -> bool:
+    """Whether pages for a device may have a home in host memory: through the copy engine alone."""
+    return device.type == "cuda" and _native is not None and cuda.available()
+
+
 def open_transfer(reader: Reader, places: Sequence[int], nbytes: int, slot_bytes: int, device: torch.device,
-                  direct_storage: bool = False) -> Transfer:
+                  direct_storage: bool = False, kept_bytes: int = 0) -> Transfer:
     """The best transfer to a device that this installation has; where there is a choice the log names it.
 
     places: offsets of all places in the memory of `nbytes`. slot_bytes: the longest page, alignment included.
+    kept_bytes: page-locked host memory for pages with a home, where `keeps_pages`.
     direct_storage: pages whose checksum is verified are read past the host's memory where GPUDirect Storage can.
     """
     if device.type == "cpu":
@@ -104,7 +114,8 @@ def open_transfer(reader: Reader, places: Sequence[int], nbytes: int, slot_bytes
     missing = cuda.reason() if reader.native is not None else "the C++ extension is not built"
     if missing is None:
         _log.info("pages reach %s through the native copy engine", device)
-        return NativeTransfer(reader, places, nbytes, slot_bytes, device, direct_storage=direct_storage)
+        return NativeTransfer(reader, places, nbytes, slot_bytes, device, direct_storage=direct_storage,
+                              kept_bytes=kept_bytes)
     _log.warning("pages reach %s through torch, slower than through the native copy engine: %s", device, missing)
     return TorchTransfer(reader, nbytes, slot_bytes, device)
 
@@ -117,20 +128,21 @@ class NativeTransfer:
 
     def __init__(self, reader: Reader, places: Sequence[int], nbytes: int, slot_bytes: int, device: torch.device,
                  copies: "_native.CopyDevice | None" = None, compute: Callable[[], int] | None = None,
-                 direct_storage: bool = False, cufile: str = CUFILE) -> None:
+                 direct_storage: bool = False, cufile: str = CUFILE, kept_bytes: int = 0) -> None:
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._compute = compute or (lambda: torch.cuda.current_stream(device).cuda_stream)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             copies = copies or cuda.copy_device(self.memory.device.index)
             make = [reader.native, copies, self.memory, list(places), slot_bytes, STAGING_SLOTS, self._compute()]
-            self._engine = self._with_direct_storage(make, cufile, reader) if direct_storage else None
-            self._engine = self._engine or _native.CopyEngine(*make)
+            self._engine = self._with_direct_storage(make, cufile, reader, kept_bytes) if direct_storage else None
+            self._engine = self._engine or _native.CopyEngine(*make, kept_bytes=kept_bytes)
 
-    def _with_direct_storage(self, make: list[Any], cufile: str, reader: Reader) -> "_native.CopyEngine | None":
+    def _with_direct_storage(self, make: list[Any], cufile: str, reader: Reader,
+                             kept_bytes: int) -> "_native.CopyEngine | None":
         try:
-            engine = _native.CopyEngine(*make, cufile, list(reader.paths))
+            engine = _native.CopyEngine(*make, cufile, list(reader.paths), kept_bytes)
         except OSError as error:
-            _log.warning("GPUDirect Storage is not used: %s", error)
+            _log.info("GPUDirect Storage is not used: %s", error)
             return None
         _log.info("verified pages reach %s by GPUDirect Storage", self.memory.device)
         return engine
@@ -145,7 +157,8 @@ class NativeTransfer:
         return self._engine.bytes_direct
 
     def start(self, request: Request, place: int) -> None:
-        self._engine.start(request.file, request.offset, request.nbytes, request.crc, request.label, place)
+        self._engine.start(request.file, request.offset, request.nbytes, request.crc, request.label, place,
+                           -1 if request.home is None else request.home)
 
     def finish(self, place: int) -> None:
         self._engine.finish(place, self._compute())

@@ -28,6 +28,7 @@ class TritonOps(TritonState):
     """Kernels read the stored weights; state tensors are updated in place. For inference."""
 
     name = "triton"
+    in_place = True
     recorder: Any = None  # of graphs.py, while a step is captured
 
     sample = staticmethod(sampling.sample)

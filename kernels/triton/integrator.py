@@ -117,7 +117,7 @@ def integrate(x: Tensor, context: Tensor, first: Weights, first_bias: Tensor, se
               mu: Tensor, *, steps: int, threshold: float | None = None, together: bool = False) -> Integration:
     """As the reference, float32: x and context [N, D], controller first [C, 3 D] and second [3 D, C], C up to WIDEST.
 
-    Matrices are floats or int8 with one scale a row. Waits for the device where `threshold` is given, to tell `steps`.
+    Matrices are floats or int8 with one scale a row. Where `threshold` is given, `steps` is on the device, int32 [].
     """
     rows, width = x.shape
     units = first.data.shape[0]

@@ -35,7 +35,7 @@ def run(arguments: Namespace) -> None:
             arguments.model, device=arguments.device, backend=arguments.backend, quantize=arguments.quantize,
             stream="auto" if arguments.stream is None else arguments.stream,
             memory_budget=arguments.memory_budget, threads=arguments.threads, batch_size=len(prompts),
-            **cache_options(arguments)) as engine:
+            host_memory=arguments.host_memory, **cache_options(arguments)) as engine:
         if arguments.stats:
             print(f"thl: model {engine.model_type}, {_backend(engine)}", file=sys.stderr)
         if arguments.input is not None:

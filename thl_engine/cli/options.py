@@ -111,6 +111,9 @@ def _engine(parser: argparse.ArgumentParser) -> None:
                              "do not fit)")
     engine.add_argument("--memory-budget", metavar="SIZE",
                         help="bound on what the engine keeps in memory, for example 4GiB (default: what is free)")
+    engine.add_argument("--host-memory", metavar="SIZE",
+                        help="with a CUDA device, how much of what is streamed to it stays in the host's memory "
+                             "(default: half of what is free)")
     engine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     engine.add_argument("--backend", default="auto",
                         help="native (C++, for the CPU), triton (for CUDA), reference (torch), or auto: the first of "
@@ -198,6 +201,9 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="reports.plan")
     parser.add_argument("path", metavar="PATH", help="a checkpoint: file or folder")
     parser.add_argument("--memory-budget", metavar="SIZE", help="for example 4GiB (default: what is free)")
+    parser.add_argument("--host-memory", metavar="SIZE",
+                        help="with a CUDA device, how much of what is streamed to it stays in the host's memory "
+                             "(default: half of what is free)")
     parser.add_argument("--disk-bandwidth", type=_rate, metavar="GB/s",
                         help="what reading pages achieves (default: measured on the file itself)")
     parser.add_argument("--memory-bandwidth", type=_rate, metavar="GB/s",

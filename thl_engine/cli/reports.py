@@ -27,7 +27,7 @@ def plan(arguments: Namespace) -> None:
     with open_store(arguments.path) as store:
         modes = mode_options(store.model_type, arguments.mode)
         schedule, division = divide_memory(store, ops, device, memory_budget=arguments.memory_budget,
-                                           batch_size=arguments.batch_size,
+                                           batch_size=arguments.batch_size, host_memory=arguments.host_memory,
                                            **state_options(store.model_type, **cache_options(arguments)))
         bandwidths = Bandwidths(
             disk=arguments.disk_bandwidth or measure.disk_bandwidth(store),
@@ -67,7 +67,7 @@ def bench(arguments: Namespace) -> None:
         arguments.path, tokens=arguments.tokens, warmup=arguments.warmup, seed=arguments.seed, device=arguments.device,
         backend=arguments.backend, stream="auto" if arguments.stream is None else arguments.stream,
         memory_budget=arguments.memory_budget, threads=arguments.threads, batch_size=arguments.batch_size,
-        options=options, **cache_options(arguments))
+        host_memory=arguments.host_memory, options=options, **cache_options(arguments))
     print(json.dumps(found) if arguments.json else _bench_table(found))
 
 

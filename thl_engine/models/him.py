@@ -206,7 +206,7 @@ def initial(config: HIMConfig, block: Block, rows: slice, generator: torch.Gener
     """
     shape = (len(range(*rows.indices(block.shape[0]))), *block.shape[1:])
     if block.name == "pos_encoder.pe":
-        return _positions(config.embed_dim)[None][rows].clone()
+        return _table(config.embed_dim)[None][rows].clone()
     if block.name == TIED:
         return torch.randn(shape, generator=generator)
     if block.name in ("decoder_query", "reasoning_module.reasoning_embeddings"):
@@ -370,7 +370,7 @@ def _encode(c: HIMConfig, weights: Any, ops: Any, tokens: Tensor, memory: Tensor
     """All encoder blocks over tokens [B, L]: (x [B, L, D], memory [B, m, D], reasoning buffer [R, D])."""
     batch, length = tokens.shape
     x = ops.gather(weights[TIED], tokens.flatten()).view(batch, length, c.embed_dim)
-    x = x * sqrt(c.embed_dim) + _positions(c.embed_dim)[:length].to(x.device)
+    x = x * sqrt(c.embed_dim) + _positions(length, c.embed_dim, x.device)
     for i in range(c.num_encoder_layers):
         prefix = f"transformer_encoder.{i}."
         normed = ops.layer_norm(x, weights[f"{prefix}norm1.weight"], weights[f"{prefix}norm1.bias"])
@@ -437,6 +437,11 @@ def _read_reasoning(weights: Any, ops: Any, mean: Tensor, reasoning: Tensor) -> 
     return ops.linear(content, weights["reasoning_module.project_from_reasoning.weight"])
 
 
+def _positions(length: int, width: int, device: torch.device) -> Tensor:
+    """[length, width]. Kept on the CPU only: elsewhere a table would outlive the memory that it was made in."""
+    return _table(width)[:length] if device == torch.device("cpu") else sinusoid(length, width, 0, device)
+
+
 @lru_cache(maxsize=4)
-def _positions(width: int) -> Tensor:
+def _table(width: int) -> Tensor:
     return sinusoid(HIM_POSITIONS, width)

@@ -235,8 +235,9 @@ def state_from_dict(config: HRMConfig, values: Mapping[str, Tensor], ops: Any = 
 def workspace(config: HRMConfig, state: State) -> tuple[int, int]:
     """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
     rows = state.batch_size * WINDOW
-    # Tokens, both states, their sum and one layer's residual, beside its attention or feed-forward part.
-    floats = 6 * config.hidden_size + max(8 * config.hidden_size, 4 * config.inner_size)
+    # Tokens, both states before and after a segment, what rows that halted keep, their sum and one layer's residual,
+    # beside its attention or feed-forward part.
+    floats = 8 * config.hidden_size + max(8 * config.hidden_size, 4 * config.inner_size)
     return 4 * rows * floats, rows * config.num_heads * WINDOW
 
 
@@ -369,10 +370,14 @@ def _module(c: HRMConfig, weights: Any, ops: Any, module: str, x: Tensor, inputs
         mixed = _attention(c, weights, ops, f"{prefix}attention.", x, inputs, wanted)
         x = x if wanted is None else x[:, -wanted:]
         x = ops.add_rms_norm(x, mixed, weights[f"{prefix}norm1.weight"], RMS_EPS)
-        gate, up = ops.linear(x, weights[f"{prefix}feed_forward.gate_up_proj.weight"]).chunk(2, dim=-1)
-        inner = ops.swiglu_linear(gate, up, weights[f"{prefix}feed_forward.down_proj.weight"])
-        x = ops.add_rms_norm(x, inner, weights[f"{prefix}norm2.weight"], RMS_EPS)
+        x = ops.add_rms_norm(x, _feed_forward(weights, ops, f"{prefix}feed_forward.", x),
+                             weights[f"{prefix}norm2.weight"], RMS_EPS)
     return x
+
+
+def _feed_forward(weights: Any, ops: Any, prefix: str, x: Tensor) -> Tensor:
+    gate, up = ops.linear(x, weights[f"{prefix}gate_up_proj.weight"]).chunk(2, dim=-1)
+    return ops.swiglu_linear(gate, up, weights[f"{prefix}down_proj.weight"])
 
 
 def _attention(c: HRMConfig, weights: Any, ops: Any, prefix: str, x: Tensor, inputs: Inputs,
