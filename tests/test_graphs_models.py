@@ -28,7 +28,8 @@ def small(name: str):
     """Two tiers, or one or two layers of a recorded configuration."""
     if name == "thl":
         return replace(SMALL, embedding_dim=8, num_tiers=2, tier_dims=(12, 9), tier_timescales=(1, 1 + GPU),
-                       local_window=3, memory_slots=5, memory_dim=7, query_dim=4, value_dim=8, num_heads=2, head_dim=4, read_topk=2)
+                       local_window=3, memory_slots=5, memory_dim=7, query_dim=4, value_dim=8, num_heads=2, head_dim=4,
+                       read_topk=2)
     fields = load_case(FIXTURES / name / {"inl": "greedy", "gemma3n": "greedy16"}[name]).config
     change = {"num_layers": 1} if name == "inl" else {"num_hidden_layers": 2, "num_kv_shared_layers": 0, **{
         field: fields[field][1:3] for field in ("layer_types", "intermediate_size", "activation_sparsity_pattern")}}
