@@ -75,6 +75,9 @@ class OnePass:
         self.logits, state = him.forward(self.config, self._weights, self._ops, tokens, state, **inputs)
         return self.logits, state
 
+    def sample(self, sampler, logits, history):
+        return sampler.sample(logits, history)
+
 
 def test_recorded_generation(backend):
     case = load_case(GENERATION)
