@@ -64,8 +64,8 @@ def spread(t, like):
     return t if isinstance(t, int) else t.expand(like.shape)
 
 
-HOOKS = {"counter", "gather", "each_part", "scratch_bytes"}
-for name in set(vars(ReferenceOps)) & set(vars(TritonOps)) - set(vars(HostOps)) - HOOKS:
+HOOKS = {"counter", "gather", "each_part", "scratch_bytes", "in_place"}
+for name in {name for name in vars(ReferenceOps) if name[:2] != "__"} - set(vars(HostOps)) - HOOKS:
     setattr(HostOps, name, vars(ReferenceOps)[name])
 for name in ("product", "linear_heads", "linear_transposed", "linear_transposed_heads"):
     setattr(HostOps, name, lambda self, x, matrix, *args, name=name: getattr(ReferenceOps, name)(
