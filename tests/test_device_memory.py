@@ -38,7 +38,8 @@ class Stage:
                 stage.log.append("pool gone")
 
         @contextmanager
-        def use_mem_pool(pool, device):
+        def use_mem_pool(pool, device=None):
+            assert device is None, "torch refuses a device without its number"
             assert not stage.active, "torch refuses to enter a pool twice, and uses the first of several"
             stage.active.append(pool)
             try:
@@ -252,7 +253,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @needs_cuda
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_nothing_on_the_device_passes_the_budget(backend):
-    budget, free = parse_bytes("96MiB"), torch.cuda.mem_get_info()[0]
+    budget, before = parse_bytes("96MiB"), torch.cuda.memory_reserved()
     with Engine.from_state_dict("thl", SMALL.to_dict(), random_weights(SMALL), quantize="int8", stream=True,
                                 device="cuda", backend=backend, memory_budget=budget, batch_size=3) as engine:
         outside = torch.cuda.memory_stats()["reserved_bytes.all.current"]
@@ -273,7 +274,7 @@ def test_nothing_on_the_device_passes_the_budget(backend):
     assert logits.isfinite().all()  # it holds its part of the budget
     del logits
     torch.cuda.empty_cache()
-    assert free - torch.cuda.mem_get_info()[0] < budget
+    assert torch.cuda.memory_reserved() - before < budget  # other processes may share the device: no matter of its own
 
 
 @needs_cuda

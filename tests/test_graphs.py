@@ -402,7 +402,7 @@ def test_rows_from_the_disk_are_read_at_each_replay():
         recorder.end()
     for ids in (torch.tensor([[2], [3]]), torch.tensor([[4], [1]])):
         own.copy_(ids)
-        recorder.ids = ids
+        recorder.fed.ids = ids
         asked.clear()
         for entry in recorder.entries:
             entry()

@@ -94,9 +94,9 @@ class DeviceMemory:
             return
         with self._lock, torch.cuda.device(self._device):
             self._depth += 1
-            if self._depth == 1:
-                self._enter()
             try:
+                if self._depth == 1:
+                    self._enter()
                 yield
             except torch.OutOfMemoryError as error:
                 traceback.clear_frames(error.__traceback__)  # they would keep what was computed alive
@@ -127,7 +127,7 @@ class DeviceMemory:
         if self._arenas:
             cuda.enter_arena(self._arenas[0])
             self._route.callback(cuda.leave_arena)
-            self._route.enter_context(torch.cuda.use_mem_pool(self._pools[0], self._device))
+            self._route.enter_context(torch.cuda.use_mem_pool(self._pools[0]))  # on the current device
 
     def _exhausted(self, reason: str) -> BudgetError:
         if not self._arenas:

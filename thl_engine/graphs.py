@@ -12,12 +12,14 @@ Models without a key are launched anew: HRM and HRM-Gemma decide after each segm
 was the last; of HIM each step's context is longer than the one before.
 """
 
+import gc
 import logging
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, is_dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -59,22 +61,30 @@ class CudaCaptures:
         self._apart = apart
         with torch.cuda.device(device):
             self._pool = torch.cuda.MemPool() if pool is None else pool
-            self._stream = torch.cuda.Stream()
-            with torch.cuda.stream(self._stream):
-                small = torch.zeros(16, 16, device=device)
-                torch.mm(small, small)  # cuBLAS's workspace for this stream must not lie in the pool
+            self._stream = _capture_stream(torch.cuda.current_device())
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        with self._apart(), torch.cuda.stream(self._stream):
-            try:
-                yield
-            finally:
-                if self._graph is not None:  # an error: the stream must not go on capturing
-                    with suppress(RuntimeError):
-                        self._graph.capture_end()
-                    self._graph = None
+        collects = gc.isenabled()
+        gc.disable()  # an engine that is collected frees memory, which this thread must not do while it captures
+        try:
+            with self._apart(), torch.cuda.stream(self._stream):
+                try:
+                    yield
+                finally:
+                    self._abandon()
+        finally:
+            if collects:
+                gc.enable()
+
+    def _abandon(self) -> None:
+        """After an error the stream must not go on capturing."""
+        if self._graph is not None:
+            with suppress(RuntimeError):
+                self._graph.capture_end()
+            _abandoned.append(self._graph)
+            self._graph = None
 
     def begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -88,6 +98,19 @@ class CudaCaptures:
         graph, self._graph = self._graph, None
         empty = any("CUDA Graph is empty" in str(warning.message) for warning in found)
         return None if empty else CudaGraph(graph, self._pool)
+
+
+_abandoned: list[Any] = []  # captures that failed: torch's allocator may go on asking them what belongs to them
+
+
+@cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """One for the process on each device: torch keeps a workspace of cuBLAS for every stream, outside of the pools."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        small = torch.zeros(16, 16, device="cuda")
+        torch.mm(small, small)
+    return stream
 
 
 @dataclass(frozen=True)
@@ -155,13 +178,20 @@ class Rehearsal:
         return table.rows(ids) if rows is None else rows
 
 
+@dataclass
+class Fed:
+    """Tokens of the step being replayed, as they were given."""
+
+    ids: Tensor | None = None
+
+
 class Recorder:
     """Captures a step. Entries of the tape: captured stretches, and what is done anew at each replay between them."""
 
     def __init__(self, captures: Captures, ports: Ports, timestep: int, tokens: Tensor) -> None:
         self.entries: list[Callable[[], None]] = []
         self.uses = 0  # of pinned pages
-        self.ids: Tensor | None = None  # tokens of the step being replayed, as they were given
+        self.fed = Fed()  # apart, so that entries do not hold the recorder that holds them
         self._captures, self._ports, self._timestep, self._tokens = captures, ports, timestep, tokens
 
     def counter(self, value: int) -> Tensor:
@@ -187,7 +217,8 @@ class Recorder:
             return rows
         out = torch.empty(*ids.shape, table.shape[1], device=ids.device)
         if ids.data_ptr() == self._tokens.data_ptr() and ids.numel() == self._tokens.numel():
-            self._anew(lambda: out.copy_(table.rows(self.ids.cpu().view(ids.shape))))
+            fed, shape = self.fed, ids.shape
+            self._anew(lambda: out.copy_(table.rows(fed.ids.cpu().view(shape))))
         else:  # made of them on the device, which the host then waits for
             self._anew(lambda: out.copy_(table.rows(ids)))
         return out
@@ -217,7 +248,7 @@ class Tape:
     used: int = 0  # last, in steps of the engine
 
     def replay(self, tokens: Tensor, own: list[Leaf]) -> Tensor:
-        self.recorder.ids = tokens
+        self.recorder.fed.ids = tokens
         for entry in self.recorder.entries:
             entry()
         grow(own, self.growth)

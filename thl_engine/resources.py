@@ -198,8 +198,11 @@ def open_pager(store: Store, plan: Plan, vectors: Mapping[str, torch.Tensor], de
     tables = [page.index for name in plan.resident_tables for page in store.tensors[name].pages]
     streams = plan.streamed_pages > 0
     reader = Reader(store.files, direct=store.descriptor is None or streams)
-    return Pager(store, reader, vectors, (*plan.pinned, *tables), plan.slots, plan.slot_bytes, plan.horizon, device,
-                 plan.kept, direct_storage=device.type == "cuda" and plan.kept_bytes < plan.streamed_bytes)
+    pager = Pager(store, reader, vectors, (*plan.pinned, *tables), plan.slots, plan.slot_bytes, plan.horizon, device,
+                  plan.kept, direct_storage=device.type == "cuda" and plan.kept_bytes < plan.streamed_bytes)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # later steps may be on another stream than the one that awaits pinned pages
+    return pager
 
 
 def nominal(device: torch.device) -> Bandwidths:

@@ -284,6 +284,7 @@ def link_bandwidth(device: torch.device, nbytes: int = 8 << 20, copies: int = 12
     """
     target = torch.empty(nbytes, dtype=torch.uint8, device=device)
     if _native is not None and cuda.available():
+        torch.cuda.synchronize(device)  # the target may be memory that work on its way still reads
         return copies * nbytes / _native.copy_seconds(cuda.copy_device(target.device.index), target, STAGING_SLOTS,
                                                       copies)
     streams, ring = CudaStreams(device), Arena(STAGING_SLOTS * nbytes).tensor()

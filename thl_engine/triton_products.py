@@ -143,9 +143,11 @@ class TritonProducts(ReferenceOps):
             sparse.multiply(inner, alive, flat, weights(part), part.start, added)
 
         self.each_part(base, multiply)
+        # Several rows have survivors of their own: read by those of all, a row's sums would depend on its neighbours.
+        read = alive if flat.shape[0] == 1 else None
         out = x.new_empty(flat.shape[0], 1, down_base.shape[1])
         self.each_part(down_base, lambda part: linear_transposed(
-            inner[:, None], weights(part), 1, down_base.shape[0], part.start, out, part.start > 0, alive))
+            inner[:, None], weights(part), 1, down_base.shape[0], part.start, out, part.start > 0, read))
         made = out[:, 0]
         if down is not down_base:
             low = self._product(inner, down.down).mul_(down.scale)

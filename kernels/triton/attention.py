@@ -77,7 +77,7 @@ def _attend(query, key, value, key_scales, value_scales, blocked, weight, query_
             NORM: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
             KEYS: tl.constexpr, WIDTH: tl.constexpr):
     """Position p of the keys is in row p mod capacity; column `hidden` + j of positions is column j of `blocked`."""
-    first, head_batch, cut = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
+    first, head_batch, cut = tl.program_id(1) * ROWS, tl.program_id(0), tl.program_id(2)
     b, shared = (head_batch // key_heads).to(tl.int64), head_batch % key_heads
     past = counted(past, ON_DEVICE).to(tl.int32)
     m = first + tl.arange(0, ROWS)
@@ -159,7 +159,7 @@ def _join(parts, highest, total, out, count, rows, past, window, piece, width, g
           ON_DEVICE: tl.constexpr, WINDOW: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """Pieces [B * A_k, count, rows * group, d] of a softmax over keys, joined for one row; those behind the last key
     hold nothing."""
-    m, head_batch = tl.program_id(0), tl.program_id(1)
+    m, head_batch = tl.program_id(1), tl.program_id(0)
     b, head, t = (head_batch // key_heads).to(tl.int64), head_batch % key_heads * group + m // rows, m % rows
     past = counted(past, ON_DEVICE).to(tl.int32)
     lowest = tl.maximum(past - window + 1, 0) if WINDOW else 0
@@ -246,7 +246,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
             ptx_options=ALL_REGISTERS)
     else:
         key_cos, key_sin = (None, None) if key_tables is None else (x.contiguous() for x in key_tables)
-        _attend[triton.cdiv(rows * group, sizes.rows), batch * key_heads, count](
+        _attend[batch * key_heads, triton.cdiv(rows * group, sizes.rows), count](
             query, key, value, key_scales, value_scales, blocked, weight, query_cos, query_sin, key_cos, key_sin, made,
             highest, total, scale, eps, rows, past, window or 0, capacity, piece, hidden, width, group, key_heads,
             *strides, **sees, DTYPE=TYPES[query.dtype if half else torch.float32],
@@ -254,7 +254,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
             KEYS=sizes.keys, WIDTH=padded, num_warps=sizes.warps, num_stages=sizes.stages, ptx_options=ALL_REGISTERS)
     if count > 1:
         features = min(padded, JOINED)
-        _join[rows * group, batch * key_heads, triton.cdiv(width, features)](
+        _join[batch * key_heads, rows * group, triton.cdiv(width, features)](
             made, highest, total, out, count, rows, past, window or 0, piece, width, group, key_heads,
             *out.stride()[:3], ON_DEVICE=not known, WINDOW=window is not None,
             COUNT=triton.next_power_of_2(triton.cdiv(cuttable, piece)), WIDTH=features, num_warps=4)

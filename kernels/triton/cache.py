@@ -35,7 +35,7 @@ def _keep(at, weight, eps, cos, sin, rows, scales, width, NORM: tl.constexpr, WI
 def _append(key, value, keys, values, key_scales, value_scales, weight, cos, sin, key_eps, value_eps, past, heads,
             capacity, width, k_batch, k_row, k_head, v_batch, v_row, v_head, c_batch, c_head, c_row, s_batch, s_head,
             ON_DEVICE: tl.constexpr, KEY_NORM: tl.constexpr, VALUE_NORM: tl.constexpr, WIDTH: tl.constexpr):
-    t, b, h = tl.program_id(0).to(tl.int64), (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    t, b, h = tl.program_id(1).to(tl.int64), (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     row = (counted(past, ON_DEVICE) + t) % capacity
     kept, scale = b * c_batch + h * c_head + row * c_row, b * s_batch + h * s_head + row
     if tl.program_id(2) == 0:
@@ -65,7 +65,7 @@ def append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, key_scales:
     weight, key_eps = (None, 0.0) if key_norm is None else key_norm
     if not key.numel():
         return
-    _append[rows, batch * heads, 2](
+    _append[batch * heads, rows, 2](
         key, value, keys, values, key_scales, value_scales, weight, cos, sin, key_eps, value_eps or 0.0, past, heads,
         keys.shape[2], width, *key.stride()[:3], *value.stride()[:3], *keys.stride()[:3],
         *((0, 0) if key_scales is None else key_scales.stride()[:2]), ON_DEVICE=isinstance(past, Tensor),

@@ -78,7 +78,8 @@ def _integrate(x, context, w1, scales1, bias1, w2, scales2, bias2, mu, xs, vs, i
                          FEATURES)
         if scales1 is not None:
             hidden *= tl.load(scales1 + c, mask=c < units, other=0.0)
-        hidden = tl.maximum(hidden + tl.load(bias1 + c, mask=c < units, other=0.0), 0.0)
+        hidden = tl.maximum(hidden + tl.load(bias1 + c, mask=c < units, other=0.0), 0.0,
+                            propagate_nan=tl.PropagateNan.ALL)
         tl.debug_barrier()
         square = tl.zeros([FEATURES, ROWS], tl.float32)
         for start in range(0, width, FEATURES):

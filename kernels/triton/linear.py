@@ -64,7 +64,7 @@ def gemm_tile(batch: int, how: str, card: int, gated: bool, group: int | None) -
         return Tile(16, 32, columns, 4, 4)
     if batch <= 32 or how == "split":  # three terms of the activations want registers
         return Tile(16 if gated else 32, 64, columns, 4, 3)
-    return Tile(64, 128, columns, 8, 3) if card >= 90 and not gated else Tile(64, 64, columns, 4, 3)
+    return Tile(64, 128, columns, 8, 3) if 90 <= card < 120 and not gated else Tile(64, 64, columns, 4, 3)
 
 
 class Weights(NamedTuple):

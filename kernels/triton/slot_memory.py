@@ -78,8 +78,9 @@ def write_tile(slots: int, width: int) -> Tile:
     columns = min(triton.next_power_of_2(width), 4096 // rows)
     while columns > LANES and triton.cdiv(width, columns) * columns > width + width // 8:
         columns //= 2
-    # As many warps as the launch that renews single norms has.
-    return Tile(rows, columns, choice_sizes(slots, CHUNK // 2)["num_warps"])
+    warps = choice_sizes(slots, CHUNK // 2)["num_warps"]  # as many as the launch that renews single norms has
+    # An element for every thread: where two hold the same, one may read it again when the other has written it.
+    return Tile(rows, max(columns, 32 * warps // rows), warps)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ def _gate(gate, up, out, width, quantile, gate_row, up_row, WIDTH: tl.constexpr)
     mean = tl.sum(values, axis=0) / width
     apart = tl.where(inside, values - mean, 0.0)
     bound = mean + quantile * tl.sqrt_rn(tl.sum(apart * apart, axis=0) / width)
-    values = gelu_tanh(tl.maximum(values - bound, 0.0))
+    values = gelu_tanh(tl.maximum(values - bound, 0.0, propagate_nan=tl.PropagateNan.ALL))
     if up is not None:
         values *= tl.load(up + b * up_row + f, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + b * width + f, values, mask=inside)
