@@ -65,8 +65,9 @@ def spread(t, like):
 
 
 HOOKS = {"counter", "gather", "each_part", "scratch_bytes", "in_place"}
-for name in {name for name in vars(ReferenceOps) if name[:2] != "__"} - set(vars(HostOps)) - HOOKS:
-    setattr(HostOps, name, vars(ReferenceOps)[name])
+PLAIN = {name: value for kind in reversed(ReferenceOps.__mro__[:-1]) for name, value in vars(kind).items()}
+for name in {name for name in PLAIN if name[:2] != "__"} - set(vars(HostOps)) - HOOKS:
+    setattr(HostOps, name, PLAIN[name])
 for name in ("product", "linear_heads", "linear_transposed", "linear_transposed_heads"):
     setattr(HostOps, name, lambda self, x, matrix, *args, name=name: getattr(ReferenceOps, name)(
         self, x, self.whole(matrix), *args))
@@ -464,6 +465,7 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "MemPool", Pool)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "side")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     zeros = torch.zeros

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thl_engine.kernels.triton.arithmetic import ALL_REGISTERS, tanh
+from thl_engine.kernels.triton.arithmetic import ALL_REGISTERS, capability, tanh
 from thl_engine.kernels.triton.linear import Tile, Weights
 
 PLACES = 3  # at most, that an input lies in
@@ -32,9 +32,9 @@ def joined_tile(batch: int, widths: Sequence[int]) -> Tile:
 
 @triton.jit
 def _place(acc, x, addend, x_row, addend_row, w, scales, first, width, group, n, r, batch, rows, w_row, scales_row,
-           GROUPED: tl.constexpr, COLUMNS: tl.constexpr):
+           GROUPED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
     """acc [BATCH, ROWS, COLUMNS] and the products of one place with the columns of w from `first`."""
-    for start in tl.range(0, width, COLUMNS, num_stages=3):
+    for start in tl.range(0, width, COLUMNS, num_stages=STAGES):
         c = start + tl.arange(0, COLUMNS)[None, None, :]
         values = tl.load(x + n * x_row + c, mask=(n < batch) & (c < width), other=0.0).to(tl.float32)
         if addend is not None:
@@ -50,18 +50,18 @@ def _place(acc, x, addend, x_row, addend_row, w, scales, first, width, group, n,
 @triton.jit
 def _joined(x, y, z, addend, w, scales, bias, gate, state, out, batch, rows, x_width, y_width, z_width, group, x_row,
             y_row, z_row, addend_row, w_row, scales_row, gate_row, state_row, out_row, GROUPED: tl.constexpr,
-            GATE: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+            GATE: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
     n = tl.arange(0, BATCH)[:, None, None].to(tl.int64)
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]).to(tl.int64)
     acc = tl.zeros([BATCH, ROWS, COLUMNS], tl.float32)
     acc = _place(acc, x, None, x_row, 0, w, scales, 0, x_width, group, n, r, batch, rows, w_row, scales_row, GROUPED,
-                 COLUMNS)
+                 COLUMNS, STAGES)
     if y is not None:
         acc = _place(acc, y, None, y_row, 0, w, scales, x_width, y_width, group, n, r, batch, rows, w_row, scales_row,
-                     GROUPED, COLUMNS)
+                     GROUPED, COLUMNS, STAGES)
     if z is not None:
         acc = _place(acc, z, addend, z_row, addend_row, w, scales, x_width + y_width, z_width, group, n, r, batch, rows,
-                     w_row, scales_row, GROUPED, COLUMNS)
+                     w_row, scales_row, GROUPED, COLUMNS, STAGES)
     n = tl.arange(0, BATCH)[:, None].to(tl.int64)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     inside = (n < batch) & (r < rows)
@@ -150,13 +150,14 @@ def joined_linear(places: Sequence[Tensor], w: Weights, bias: Tensor | None, out
     batch, widths = places[0].shape[0], [x.shape[1] for x in places]
     data = _rows(w.data)
     rows, tile = data.shape[0], joined_tile(batch, widths)
+    stages = 3 if tile.batch < 8 or capability(data) in (80, 90) else 2  # others have 99 KiB of shared memory
     grouped = w.scales is not None and w.scales.dim() == 2
     places = [_rows(x) for x in places] + [None] * (PLACES - len(places))
     addend = None if addend is None else _rows(addend)
     _joined[(triton.cdiv(rows, tile.rows),)](
         *places, addend, data, w.scales, bias, update, state, out, batch, rows, *widths, *[0] * (PLACES - len(widths)),
         w.group or 1, *map(_stride, (*places, addend, data, w.scales, update, state, out)), GROUPED=grouped, GATE=gate,
-        BATCH=tile.batch, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+        BATCH=tile.batch, ROWS=tile.rows, COLUMNS=tile.columns, STAGES=stages, num_warps=tile.warps,
         ptx_options=ALL_REGISTERS)
 
 
