@@ -36,6 +36,9 @@ class FakeMatrix:
             span = slice(first, min(first + rows, self.data.shape[0]))
             yield Part(span.start, span.stop, self.data[span], None if self.scales is None else self.scales[span])
 
+    def resident(self):
+        """As if streamed, which takes more memory."""
+
     def stored(self):
         scales = None if self.scales is None else self.scales.to("meta")
         return Part(0, self.data.shape[0], self.data.to("meta"), scales)
