@@ -11,7 +11,7 @@ dev: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
-	@$(BIN)/python -c "from thl_engine import native; print('native kernels:', native.isa() if native.available() else native.reason())"
+	@$(BIN)/python -c "from thl_engine.ops import native; print('native kernels:', native.isa() if native.available() else native.reason())"
 	@touch $@
 
 run: dev
@@ -31,13 +31,13 @@ SANITIZED := $(patsubst %,csrc/%.cpp,arena crc32c reader gds host_copy_device co
 sanitize:  # the reader and the copy engine under the sanitizers for threads and for memory
 	@mkdir -p build
 	set -e; for kind in thread address,undefined; do \
-		$(CXX) -std=c++20 -O1 -g -fsanitize=$$kind -fno-sanitize-recover=all -pthread -Icsrc tests/copy_engine_stress.cpp \
+		$(CXX) -std=c++20 -O1 -g -fsanitize=$$kind -fno-sanitize-recover=all -pthread -Icsrc tests/native/copy_engine_stress.cpp \
 			$(SANITIZED) -ldl -o build/copy_engine_stress; \
 		for seed in 1 2 3 4; do build/copy_engine_stress $(MODEL) $$seed; done; \
 	done
 
 gpu-compile: dev  # every triton kernel for each supported card, without a GPU; minutes the first time
-	$(BIN)/python tests/compile_triton.py 75,80,86,89,90
+	$(BIN)/python tests/kernels/compile_triton.py 75,80,86,89,90
 
 # On a machine with a GPU, network or not: with .venv where there is one, else with the python3 that has torch for it.
 gpu-check:  # builds, tests and measures; STAGES="kernels pager" runs some

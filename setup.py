@@ -7,7 +7,7 @@ torch version. Where one cannot be built the package installs without it.
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 try:
     import pybind11
@@ -73,8 +73,8 @@ def extensions():
 ext_modules, cmdclass = extensions()
 
 setup(
-    packages=["thl_engine", "thl_engine.cli", "thl_engine.models", "thl_engine.train", "thl_engine.kernels",
-              "thl_engine.kernels.triton", "thl_engine.kernels.tuned"],
+    packages=[*find_packages(include=["thl_engine", "thl_engine.*"]), "thl_engine.kernels", "thl_engine.kernels.triton",
+              "thl_engine.kernels.tuned"],
     package_dir={"thl_engine.kernels": "kernels", "thl_engine.kernels.triton": "kernels/triton",
                  "thl_engine.kernels.tuned": "kernels/tuned"},
     package_data={"thl_engine.kernels.tuned": ["*.json"]},

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from thl_engine import native
-from thl_engine.convert import init_checkpoint
+from thl_engine.checkpoint.convert import init_checkpoint
+from thl_engine.ops import native
 
 MODELS = {
     "thl": {"vocab_size": 8000, "tier_dims": [1024, 1024, 1024], "embedding_dim": 1024, "value_dim": 1024},
@@ -29,7 +29,7 @@ RUN = """
 import json, sys
 import torch
 from thl_engine import Engine, memory
-from thl_engine.ops import load_ops
+from thl_engine.ops.reference import load_ops
 path, options, sequences = json.loads(sys.argv[1])
 torch.nn.functional.softmax(torch.randn(64, 64) @ torch.randn(64, 64), dim=-1)  # loads what torch loads late
 with Engine.from_pretrained(path, device="cpu", stream=True, batch_size=sequences, **options) as engine:

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from thl_engine import Engine, native
-from thl_engine.convert import init_checkpoint
-from thl_engine.reader import Arena
+from thl_engine import Engine
+from thl_engine.checkpoint.convert import init_checkpoint
+from thl_engine.ops import native
+from thl_engine.paging.reader import Arena
 
 INL = {"vocab_size": 50000, "d_model": 512, "num_layers": 6, "num_heads": 8, "num_iterations_per_layer": 5,
        "feedforward_dim": 2048, "max_seq_len": 2048, "lowrank_ratio": 0.125, "adaptive_convergence_threshold": 0.001,

@@ -13,8 +13,8 @@ import time
 import pytest
 import torch
 
-from thl_engine import native
-from thl_engine.reader import Arena
+from thl_engine.ops import native
+from thl_engine.paging.reader import Arena
 
 WORKING_SET = 600 << 20
 ROUNDS = 9

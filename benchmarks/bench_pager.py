@@ -1,6 +1,6 @@
 """Streaming a whole model each token: how the page size changes the rate, against the plan and the bare reader.
 
-The page size in `thl_engine/pack.py` was chosen with this.
+The page size in `thl_engine/checkpoint/pack.py` was chosen with this.
 """
 
 import statistics
@@ -9,12 +9,13 @@ import time
 import pytest
 import torch
 
-from thl_engine import Engine, pack
-from thl_engine.bench import disk_bandwidth, largest_matrix, product_bandwidth
+from thl_engine import Engine
+from thl_engine.checkpoint import pack
+from thl_engine.checkpoint.convert import init_checkpoint
+from thl_engine.checkpoint.store import open_store
 from thl_engine.config import THLConfig
-from thl_engine.convert import init_checkpoint
-from thl_engine.plan import Bandwidths
-from thl_engine.store import open_store
+from thl_engine.paging.plan import Bandwidths
+from thl_engine.report.bench import disk_bandwidth, largest_matrix, product_bandwidth
 
 MIB = 1 << 20
 CONFIG = THLConfig(vocab_size=4096, embedding_dim=4096, num_tiers=2, tier_dims=(4096, 4096), tier_timescales=(1, 1),

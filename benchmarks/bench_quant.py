@@ -14,8 +14,8 @@ import time
 import pytest
 import torch
 
-from thl_engine import native
-from thl_engine.quant import GROUP, dequantize_rows, quantize_rows, scale_shape
+from thl_engine.checkpoint.quant import GROUP, dequantize_rows, quantize_rows, scale_shape
+from thl_engine.ops import native
 
 ROWS, COLUMNS = 16384, 12288  # 201 MB of int8; two copies are read in turn, so that no cache holds either
 LAYOUTS = {"row": None, f"groups of {GROUP}": GROUP}

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from thl_engine.checksum import crc32c
-from thl_engine.reader import CHUNK_BYTES, THREADS, Arena, Reader
+from thl_engine.checkpoint.checksum import crc32c
+from thl_engine.paging.reader import CHUNK_BYTES, THREADS, Arena, Reader
 
 MIB = 1 << 20
 FILE_BYTES = 1024 * MIB

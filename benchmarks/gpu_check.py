@@ -136,8 +136,8 @@ class Check:
             return [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", *where,
                     "."]
         if stage == "tests":
-            chosen = ["tests/test_triton_elementwise.py"] if self.rehearse else [
-                "tests", "--ignore=tests/test_triton_compile.py", "--ignore=tests/test_gpu_check.py", *workers()]
+            chosen = ["tests/kernels/test_triton_elementwise.py"] if self.rehearse else [
+                "tests", "--ignore=tests/kernels/test_triton_compile.py", "--ignore=tests/benchmarks/test_gpu_check.py", *workers()]
             return [sys.executable, "-c", PYTEST, "-q", "-rs", "-p", "no:cacheprovider", f"--junitxml={report}",
                     *chosen]
         if stage == "tune" and self.rehearse:
@@ -150,7 +150,7 @@ class Check:
 
     def _built(self) -> list[Row]:
         """Which extensions the build has brought, and the mark by which later calls know it."""
-        program = ("from thl_engine import native, cuda\n"
+        program = ("from thl_engine.ops import native; from thl_engine.device import cuda\n"
                    "print(native.isa() if native.available() else native.reason())\nprint(cuda.reason() or 'built')")
         found = subprocess.run([sys.executable, "-c", program], cwd=self.work, env=self._environment("build"),
                                capture_output=True, text=True)

@@ -25,16 +25,17 @@ from gpu_timing import Timer
 from record import ROOT
 from thl_as_published import PublishedTHL
 
-from thl_engine import Engine, bench
+from thl_engine import Engine
+from thl_engine.checkpoint.convert import init_checkpoint
+from thl_engine.checkpoint.store import open_store
 from thl_engine.config import parse_config
-from thl_engine.convert import init_checkpoint
+from thl_engine.engine.resources import divide_memory
 from thl_engine.models import architecture
-from thl_engine.ops import load_ops
-from thl_engine.paged_weights import load_vectors
-from thl_engine.pager import Pager, extent
-from thl_engine.reader import Reader
-from thl_engine.resources import divide_memory
-from thl_engine.store import open_store
+from thl_engine.ops.reference import load_ops
+from thl_engine.paging.paged_weights import load_vectors
+from thl_engine.paging.pager import Pager, extent
+from thl_engine.paging.reader import Reader
+from thl_engine.report import bench
 
 PAGER_MODEL = {"vocab_size": 8192, "embedding_dim": 8192, "tier_dims": [8192] * 3, "value_dim": 8192}  # 2 GB
 PAGER_SLOTS, PAGER_PASSES = 16, 5

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from thl_engine.kernels.triton import attention, linear
 from thl_engine.models import inl
-from thl_engine.ops import ReferenceOps, load_ops
-from thl_engine.weights import Held
+from thl_engine.ops.reference import ReferenceOps, load_ops
+from thl_engine.ops.weights import Held
 
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # of the norm of the reference
 GEMV_SHAPES = [(4096, 4096), (11008, 4096), (12288, 12288), (12288, 36864)]

@@ -15,7 +15,7 @@ from gpu_report import Row, Rows, check, failure
 from record import ROOT
 
 TOOL = "compute-sanitizer"
-TESTS = "tests/test_cuda_kernels.py"
+TESTS = "tests/native/test_cuda_kernels.py"
 FOUND = 9  # exit code for what the tool has found
 SECONDS = 250.0  # for each of the two
 # What pytest is run with: the folder that it starts in holds the sources, which are not what was built.
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     rows = Rows(given.rows, given.rehearse)
     if given.rehearse:
-        rows.add(sanitize("rehearsal", [], "tests/test_ops_signatures.py"))
+        rows.add(sanitize("rehearsal", [], "tests/ops/test_ops_signatures.py"))
         return 0
     found = shutil.which(TOOL) or shutil.which(TOOL, path="/usr/local/cuda/bin")
     if found is None:

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from thl_engine import Engine
-from thl_engine.quant import GROUP
-from thl_engine.spool import spool_tensors
+from thl_engine.checkpoint.quant import GROUP
+from thl_engine.checkpoint.spool import spool_tensors
 
 FIXTURES = ROOT / "tests" / "fixtures"
 CASES = {

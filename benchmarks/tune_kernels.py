@@ -21,12 +21,12 @@ import triton
 from gpu_timing import Timer
 from torch import Tensor
 
-from thl_engine import cuda
-from thl_engine.cuda import GemvShape
+from thl_engine.checkpoint.pack import PAGE_BYTES, replacing
+from thl_engine.device import cuda
+from thl_engine.device.cuda import GemvShape
 from thl_engine.kernels import tuned
 from thl_engine.kernels.triton import linear
 from thl_engine.kernels.tuned import Choice
-from thl_engine.pack import PAGE_BYTES, replacing
 
 # Two octaves apart, so that every size between has one within an octave.
 ROWS, COLUMNS = (256, 1024, 4096, 16384, 65536), (512, 2048, 8192, 32768)

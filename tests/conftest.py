@@ -10,11 +10,11 @@ import torch
 import triton_device  # noqa: F401  before anything else imports triton
 from safetensors.torch import load_file, save_file
 
-from thl_engine import native
+from thl_engine.checkpoint.convert import quantize_checkpoint
 from thl_engine.cli import main
 from thl_engine.config import THLConfig, parse_config
-from thl_engine.convert import quantize_checkpoint
 from thl_engine.models import hrm_gemma3n, thl
+from thl_engine.ops import native
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = Path(__file__).parents[2] / "shared" / "parity"  # more cases may lie here than in the repository
@@ -168,3 +168,40 @@ def fails(capsys) -> Callable[..., str]:
         return lines[0]
 
     return run
+
+
+TIE_ORDER = {"slots256": {"router_indices", "router_alpha"}}
+
+
+def prefix(case: Case) -> str:
+    """Keys of the lowest-index tie rule; a case without ties records only one run."""
+    return "lowest_index." if any(key.startswith("lowest_index.") for key in case.io) else ""
+
+
+MODELS = {"thl": "batch3", "inl": "full_forward_early", "him": "encode3", "hrm": "forward_n2t2", "gemma3n": "forward48",
+          "hrm_gemma3n": None}  # has no recording
+
+
+def configured(model: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Configuration and weights: of a recorded case, where there is one."""
+    if MODELS[model] is None:
+        return reasoning_case()
+    case = load_case(next(folder for folder in cases(model) if folder.name == MODELS[model]))
+    return case.config, case.weights
+
+
+CONFIGS = {
+    "inl": {"d_model": 24, "num_layers": 2, "num_heads": 2, "num_iterations_per_layer": 6, "feedforward_dim": 40,
+            "max_seq_len": 40, "hierarchical_group_size": 7},
+    "him": {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "num_encoder_layers": 3, "dim_feedforward": 40,
+            "max_answer_len": 5, "mem_slots": 3, "mem_rank": 8, "reasoning_tokens": 6, "max_seq_len": 20},
+    "hrm": {"hidden_size": 24, "num_heads": 2, "L_layers": 1, "H_layers": 1, "halt_max_steps": 3},
+}
+
+
+def entries(text: str) -> dict[str, int]:
+    """The published numbering: four special tokens, then characters by first appearance."""
+    out = {"<PAD>": 0, "<UNK>": 1, "<BOS>": 2, "<EOS>": 3}
+    for char in text:
+        out.setdefault(char, len(out))
+    return out

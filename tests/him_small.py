@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from thl_engine.checkpoint.quant import quantize_rows
 from thl_engine.config import HIMConfig
 from thl_engine.kernels.linear import widen
 from thl_engine.models import him
-from thl_engine.quant import quantize_rows
-from thl_engine.weights import Held
+from thl_engine.ops.weights import Held
 
 TOLERANCE = 2e-5  # relative to the largest magnitude of the tensor
 SMALL = HIMConfig(vocab_size=51, embed_dim=66, num_heads=6, num_kv_heads=2, num_encoder_layers=4, dim_feedforward=37,

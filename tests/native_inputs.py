@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ISAS
 
-from thl_engine import native
+from thl_engine.ops import native
 
 needs_native = pytest.mark.skipif(not native.available(), reason=str(native.reason()))
 BATCHES = [1, 2, 3, 7, 8, 17]

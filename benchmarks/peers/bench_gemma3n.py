@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from thl_engine.convert import init_checkpoint, quantize_checkpoint
+from thl_engine.checkpoint.convert import init_checkpoint, quantize_checkpoint
 
 BUDGET = 512 << 20
 TOKENS = 8

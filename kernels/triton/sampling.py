@@ -1,4 +1,4 @@
-"""The next token chosen where its logits are; the definition is `Sampler` in thl_engine/sampler.py.
+"""The next token chosen where its logits are; the definition is `Sampler` in thl_engine/text/sampler.py.
 
 Nothing is sorted. Both filters and the draw ask for the token at which a measure, summed over tokens in descending
 order of their logits, first exceeds a limit. It is found digit by digit of its logit's bits: a launch adds up the

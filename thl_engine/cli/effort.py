@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from thl_engine.engine import Engine
+from thl_engine.engine.engine import Engine
+from thl_engine.engine.trace import Trace
 from thl_engine.errors import ConfigError
 from thl_engine.models import ARCHITECTURES, architecture, hrm, hrm_gemma3n
-from thl_engine.trace import Trace
 
 REASONING = ("cycles_used", "L_steps", "L_residual", "q_values")  # of HRM-Gemma's traces
 

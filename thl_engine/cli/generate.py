@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-from thl_engine import hrm_chat, native
-from thl_engine.cli import batch, interrupt
+from thl_engine.cli import interrupt
 from thl_engine.cli.effort import described, effort, mode_options, open_state, traced
 from thl_engine.cli.options import cache_options
 from thl_engine.cli.progress import progress_bar
 from thl_engine.cli.reports import on_device
-from thl_engine.engine import Engine, Piece
+from thl_engine.engine import hrm_chat
+from thl_engine.engine.engine import Engine, Piece, him_batch
 from thl_engine.errors import ConfigError, TokenizerError
-from thl_engine.plan import size
-from thl_engine.sampler import Sampling
+from thl_engine.ops import native
+from thl_engine.paging.plan import size
+from thl_engine.text.sampler import Sampling
 
 
 def run(arguments: Namespace) -> None:
@@ -64,7 +65,7 @@ def _answer(engine: Engine, arguments: Namespace) -> None:
     """Answers a file of prompts."""
     started = time.perf_counter()
     with progress_bar("answering", "prompts") as progress:
-        count = batch.answer_file(engine, arguments.input, arguments.output, _sampling(arguments, batch.PUBLISHED),
+        count = him_batch.answer_file(engine, arguments.input, arguments.output, _sampling(arguments, him_batch.PUBLISHED),
                                   progress=progress)
     print(f"thl: {count} prompts answered in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     if arguments.stats:

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from thl_engine.checkpoint.pack import Progress
 from thl_engine.cli import interrupt
-from thl_engine.pack import Progress
 
 LIVE_SECONDS = 0.1  # between rewrites of the line on a terminal
 LINE_SECONDS = 10.0  # between lines elsewhere; what takes less is silent there

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thl_engine.cached_attention import bucket
 from thl_engine.config import FULL, SLIDING, Gemma3nConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.altup import magnitude, scaled_to
 from thl_engine.models import kv_cache as kv_caches
 from thl_engine.models.kv_cache import KVCache
+from thl_engine.ops.cached_attention import bucket
 from thl_engine.schedule import Block, Walk
 
 Record = Callable[[str, Tensor], None]

@@ -37,8 +37,8 @@ from torch import Tensor
 from thl_engine.config import LARGEST_CYCLES, HRMGemma3nConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.models import gemma3n, hrm, low_rank
+from thl_engine.ops.weights import Held
 from thl_engine.schedule import Block, Walk
-from thl_engine.weights import Held
 
 Record = Callable[[str, Tensor], None]
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thl_engine.cached_attention import CachedAttention, bucket
 from thl_engine.config import INLConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.attention import causal
@@ -29,6 +28,7 @@ from thl_engine.kernels.sinusoid import sinusoid
 from thl_engine.models import kv_cache as kv_caches
 from thl_engine.models.inl_modules import CONTROLLER, SharedController
 from thl_engine.models.kv_cache import KVCache
+from thl_engine.ops.cached_attention import CachedAttention, bucket
 from thl_engine.schedule import Block, Walk
 
 Record = Callable[[str, Tensor], None]

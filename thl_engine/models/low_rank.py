@@ -11,8 +11,8 @@ from typing import Any
 
 from thl_engine.config import HRMGemma3nConfig
 from thl_engine.models import gemma3n
+from thl_engine.ops.weights import Adapted
 from thl_engine.schedule import Block
-from thl_engine.weights import Adapted
 
 TARGETS = {"L": ("q_proj", "k_proj", "v_proj"), "H": ("gate_proj", "up_proj", "down_proj")}
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thl_engine.errors import ConfigError
-from thl_engine.tokenizer import Tokenizer
+from thl_engine.text.tokenizer import Tokenizer
 
 LARGEST_VOCABULARY = 1 << 31
 BYTES = 256  # alphabet of a byte-level tokenizer: every text can be encoded, whatever it was trained on

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from thl_engine.config import parse_config
 from thl_engine.errors import CheckpointError, ConfigError, EngineError
-from thl_engine.sampler import Sampler, Sampling
-from thl_engine.tokenizer import Tokenizer, load_tokenizer
+from thl_engine.text.sampler import Sampler, Sampling
+from thl_engine.text.tokenizer import Tokenizer, load_tokenizer
 from thl_engine.train import checkpoint, data
 from thl_engine.train.modules import TrainableModel
 from thl_engine.train.objectives import Objective, objective_of

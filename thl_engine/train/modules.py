@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from thl_engine.kernels import slot_memory
 from thl_engine.models import architecture
-from thl_engine.ops import ReferenceOps
+from thl_engine.ops.reference import ReferenceOps
+from thl_engine.ops.weights import Matrix, trainable
 from thl_engine.schedule import Block
-from thl_engine.weights import Matrix, trainable
 
 
 class TrainingOps(ReferenceOps):

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from thl_engine.errors import ConfigError
-from thl_engine.hrm_tokenizer import vocabulary_of_texts
 from thl_engine.models import him, hrm, inl
+from thl_engine.text.hrm_tokenizer import vocabulary_of_texts
 from thl_engine.train import data
 from thl_engine.train.hrm_losses import Carry, deep_supervision, simple_loss
 from thl_engine.train.inl_losses import IntegratorLoss, cycle_schedule

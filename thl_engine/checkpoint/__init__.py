@@ -1,0 +1,1 @@
+"""Bytes on disk: reading, checking, packing, converting and growing checkpoints."""

@@ -1,0 +1,149 @@
+"""The folder of an HRM-Gemma: what it adds to a base that lies elsewhere.
+
+  config.json                  model_type "hrm_gemma3n"; base_model, the base's checkpoint, relative to this folder or
+                               absolute; hrm, the fields of `ReasoningConfig`. Fields of the base may be repeated.
+  l_adapter/, h_adapter/       adapter_config.json and adapter_model.safetensors as PEFT writes and loads them
+  hrm.safetensors              the recurrent modules
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from thl_engine.checkpoint.index import (
+    CheckpointIndex,
+    TensorInfo,
+    config_beside,
+    parse_json,
+    read_index,
+    read_text,
+    shown,
+)
+from thl_engine.checkpoint.pack import Progress, Source, replacing, write_tensors
+from thl_engine.config import Gemma3nConfig, HRMGemma3nConfig, parse_config
+from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.models import hrm_gemma3n, low_rank
+from thl_engine.published_config import hrm_gemma3n_fields
+
+FOLDERS = {"L": "l_adapter", "H": "h_adapter"}
+RECURRENT = "hrm.safetensors"
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+# What changes the arithmetic of an adapter elsewhere, and is not computed here unless it is absent or says no.
+UNSUPPORTED = ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern",
+               "alpha_pattern", "modules_to_save", "layer_replication", "alora_invocation_tokens", "target_parameters",
+               "trainable_token_indices")
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether any part of an HRM-Gemma is there. Raises ConfigError for a config.json that cannot be read."""
+    if not path.is_dir():
+        return False
+    if any((path / name).exists() for name in FOLDERS.values()):
+        return True
+    given = (config_beside(path) if (path / RECURRENT).exists() else None) or ({}, "")  # the file may be any model's
+    return "base_model" in given[0] or given[0].get("model_type") == "hrm_gemma3n"
+
+
+def base_of(folder: Path) -> tuple[Path, dict[str, Any], str]:
+    """The base's path, the fields of config.json, and where they stand. Raises ConfigError."""
+    found = config_beside(folder)
+    if found is None:
+        raise ConfigError(f"{folder / 'config.json'}: no such file; the folder of an hrm_gemma3n model needs it, with "
+                          "base_model, the path of its base")
+    given, where = found
+    base = given.get("base_model")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise ConfigError(f"{where}: base_model is {shown(base)}; it must be the path of the base's checkpoint, "
+                          f"absolute or relative to {folder}")
+    return folder / base, given, where
+
+
+def adapted_config(given: Mapping[str, Any], base: Mapping[str, Any], where: str) -> HRMGemma3nConfig:
+    """The whole configuration of what `given` adds to a base of that configuration.
+
+    Raises ConfigError, also where `given` repeats one of the base's fields with another value.
+    """
+    if base["model_type"] != "gemma3n":
+        raise ConfigError(f"{where}: the base is a {base['model_type']} model; it must be a gemma3n checkpoint")
+    stated = {"model_type": given["model_type"]} if "model_type" in given else {}
+    own = hrm_gemma3n_fields({name: value for name, value in given.items() if name != "model_type"}, where)
+    config = parse_config({**base, "model_type": "hrm_gemma3n", **own, **stated}, "hrm_gemma3n", where)
+    whole = config.to_dict()
+    for field in fields(Gemma3nConfig):
+        if whole[field.name] != base[field.name]:
+            raise ConfigError(f"{where}: {field.name} is {shown(whole[field.name])}, but the base has "
+                              f"{shown(base[field.name])}; leave it out")
+    return config
+
+
+def read_adapters(folder: Path, config: HRMGemma3nConfig) -> CheckpointIndex:
+    """The tensors of the folder's three files, by the names of the model's blocks."""
+    files: dict[Path, dict[str, TensorInfo]] = {}
+    for side, name in FOLDERS.items():
+        _check_adapter(folder / name / ADAPTER_CONFIG, config, side)
+        files[folder / name / ADAPTER_TENSORS] = {}
+    files[folder / RECURRENT] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_index(file).tensors.items():
+            stored = hrm_gemma3n.stored_name(config, name)
+            if stored in tensors:
+                raise CheckpointError(f"{file}: tensor {shown(name)} is in {tensors[stored].file} as well")
+            if stored is not None:
+                tensors[stored] = info
+    return CheckpointIndex(tensors, {}, tuple(files), folder)
+
+
+def _check_adapter(file: Path, config: HRMGemma3nConfig, side: str) -> None:
+    """Whether PEFT's description of an adapter is of what is computed here; the tensors are checked by themselves."""
+    given = parse_json(read_text(file), str(file))
+    rank, alpha = low_rank.rank_and_alpha(config, side)
+    for name, own, expected in (("peft_type", "", "LORA"), ("r", f"{side}_rank", rank),
+                                ("lora_alpha", f"{side}_alpha", alpha)):
+        if given.get(name) != expected or isinstance(given.get(name), bool):
+            source = f", as config.json's hrm has it ({own})" if own else ""
+            raise CheckpointError(f"{file}: {name} is {shown(given.get(name))}; it must be {expected!r}{source}")
+    if given.get("bias", "none") != "none":
+        raise CheckpointError(f"{file}: bias is {shown(given['bias'])}; supported is 'none'")
+    for name in UNSUPPORTED:
+        if given.get(name):
+            raise CheckpointError(f"{file}: {name} is {shown(given[name])}; adapters with it are not supported")
+
+
+def adapter_config(config: HRMGemma3nConfig, side: str, base: str) -> dict[str, Any]:
+    """PEFT's description of the adapter "L" or "H" of a base at the path `base`."""
+    rank, alpha = low_rank.rank_and_alpha(config, side)
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0,
+            "target_modules": list(low_rank.TARGETS[side]), "bias": "none", "fan_in_fan_out": False,
+            "inference_mode": True, "init_lora_weights": True, "modules_to_save": None, "use_dora": False,
+            "use_rslora": False}
+
+
+def write_adapters(folder: Path, config: HRMGemma3nConfig, base: str, sources: Mapping[str, Source],
+                   progress: Progress | None = None) -> None:
+    """Writes a folder that `read_adapters` reads, config.json last.
+
+    base: the path of the base as config.json is to have it. sources: the tensors by the names of the model's blocks.
+    """
+    names = {RECURRENT: {block.name: block.name for block in hrm_gemma3n.reasoning_blocks(config)}}
+    texts = {}
+    for side, name in FOLDERS.items():
+        names[f"{name}/{ADAPTER_TENSORS}"] = {low_rank.PEFT_PREFIX + block.name: block.name
+                                              for block in low_rank.side_blocks(config, side)}
+        texts[f"{name}/{ADAPTER_CONFIG}"] = adapter_config(config, side, base)
+    own = {"model_type": config.model_type, "base_model": base, "hrm": config.to_dict()["hrm"]}
+    texts["config.json"] = own
+    try:
+        for name in ("", *FOLDERS.values()):
+            (folder / name).mkdir(exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot make the folder: {error.strerror}") from None
+    for file, tensors in names.items():
+        write_tensors(folder / file, {name: sources[block] for name, block in tensors.items()}, progress)
+    for file, content in texts.items():
+        text = json.dumps(content, indent=1).encode() + b"\n"
+        with replacing(folder / file, len(text)) as descriptor, open(descriptor, "wb", closefd=False) as out:
+            out.write(text)

@@ -1,0 +1,323 @@
+"""Checkpoints to packed files: `thl quantize`, `thl convert` (from torch.save files) and `thl init`.
+
+All three go through the one writer, chunk by chunk, so memory does not grow with the checkpoint.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thl_engine.checkpoint.adapter_folder import FOLDERS, adapted_config, write_adapters
+from thl_engine.checkpoint.index import PICKLE_SUFFIXES, config_beside, read_config, shown
+from thl_engine.checkpoint.pack import Progress, Source, replacing, write_store
+from thl_engine.checkpoint.spool import tensor_sources
+from thl_engine.checkpoint.store import open_store, tokenizer_files
+from thl_engine.config import named_config, parse_config
+from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.models import architecture
+from thl_engine.models.hrm_gemma3n import reasoning_blocks
+from thl_engine.models.low_rank import side_blocks
+from thl_engine.schedule import Block
+from thl_engine.text.chat_template import join_files
+from thl_engine.text.hrm_tokenizer import CONTINUAL_FILE, find_vocabulary
+
+_log = logging.getLogger("thl_engine")
+CONFIGS_INSIDE = ("config", "model_config", "model_args")  # keys under which they keep the configuration
+WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training scripts keep the weights
+PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
+DRAW_ELEMENTS = 1 << 20  # drawn from one random stream; part of what `thl init --seed` means
+
+
+def quantize_checkpoint(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    bits: int = 8,
+    group: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the int8 packed file of a float checkpoint, with its configuration and tokenizer.
+
+    group is the number of inputs that share a scale, 128; None means one scale a row.
+    """
+    if bits != 8:
+        raise ConfigError(f"bits is {bits}, only 8 is supported")
+    with open_store(src) as store:
+        _refuse_overwriting(Path(dst), store.files)
+        write_store(
+            dst,
+            store.config,
+            store.sources(),
+            quantize="int8",
+            group=group,
+            tokenizer=store.tokenizer_json,
+            progress=progress,
+        )
+
+
+def convert_checkpoint(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    progress: Progress | None = None,
+    config: str | os.PathLike | Mapping | None = None,
+) -> None:
+    """Converts a published folder (config.json + pytorch_model.bin) or a torch.save file to safetensors.
+
+    config, as for `init_checkpoint`, takes the place of what is beside the file or in it. dst is one .safetensors
+    file that holds configuration and tokenizer too, or else a folder for model.safetensors, config.json and the
+    tokenizer's files. Matrices keep their dtype, except that float64 becomes float32; vectors become float32. Nothing
+    in the file is run: it is read with weights_only=True. An HRM checkpoint brings the vocabulary that it holds or
+    that fits it; TokenizerError where there are only others.
+    """
+    file, dst = _pickled_checkpoint(Path(src)), Path(dst)
+    _refuse_overwriting(dst, (file,))
+    loaded = _load(file)
+    parsed = parse_config(*_configuration(file, loaded)) if config is None else _open_config(config, None)
+    sources = tensor_sources(_adopted(file, parsed, _state_dict(file, loaded)), str(file))
+    files = _tokenizer_files(file, parsed, loaded)
+    tokenizer = join_files(files) if files else None
+    config = parsed.to_dict()
+    if dst.suffix == ".safetensors":
+        write_store(dst, config, sources, tokenizer=tokenizer, progress=progress)
+        return
+    created = not dst.exists()
+    try:
+        dst.mkdir(exist_ok=True)
+        write_store(dst / "model.safetensors", config, sources, tokenizer=tokenizer, progress=progress)
+        for name, text in {"config.json": json.dumps(config, indent=1) + "\n", **files}.items():
+            if (dst / name).exists() and (file.parent / name).exists() and (dst / name).samefile(file.parent / name):
+                continue  # converted in place
+            with replacing(dst / name, len(text)) as descriptor, open(descriptor, "wb", closefd=False) as out:
+                out.write(text.encode())
+    except BaseException as error:
+        if created and dst.is_dir() and not os.listdir(dst):
+            dst.rmdir()
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{dst}: cannot write: {error.strerror}") from error
+        raise
+
+
+def init_checkpoint(
+    model_type: str | None,
+    config: str | os.PathLike | Mapping,
+    dst: str | os.PathLike,
+    seed: int = 0,
+    quantize: str = "none",
+    group: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a freshly initialised model of any size; config is a JSON file, its fields, or a published size's name.
+
+    The weights depend on model_type, config and seed alone.
+    """
+    parsed = _open_config(config, model_type)
+    with _fresh_sources(parsed, architecture(parsed.model_type).blocks(parsed), seed) as sources:
+        write_store(dst, parsed.to_dict(), sources, quantize=quantize, group=group, progress=progress)
+
+
+def init_adapters(
+    base: str | os.PathLike,
+    dst: str | os.PathLike,
+    config: str | os.PathLike | Mapping | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the folder of a fresh HRM-Gemma on an existing base, which it equals until it is trained.
+
+    config is a JSON file, or fields, with "hrm"; None for the defaults. A relative path of the base is kept relative to
+    the folder.
+    """
+    given, where = {}, "config"
+    if config is not None:
+        given, where = (config, where) if isinstance(config, Mapping) else read_config(Path(config))
+    base, dst = Path(base), Path(dst)
+    with open_store(base) as store:
+        parsed = adapted_config(given, store.config, where)
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise CheckpointError(f"{dst}: exists and is not an empty folder; adapters are written to a new one")
+    blocks = [block for side in FOLDERS for block in side_blocks(parsed, side)] + [*reasoning_blocks(parsed)]
+    path = str(base) if base.is_absolute() else os.path.relpath(base, dst)
+    with _fresh_sources(parsed, blocks, seed) as sources:
+        write_adapters(dst, parsed, path, sources, progress)
+
+
+@contextmanager
+def _fresh_sources(config: Any, blocks: Iterable[Block], seed: int) -> Iterator[dict[str, Source]]:
+    """Freshly initialised tensors of a model, drawn as their rows are asked for.
+
+    Stretches are drawn side by side, so torch shares none of its operations among threads meanwhile: those that wait
+    for work take the processors from those that draw.
+    """
+    module = architecture(config.model_type)
+    with ThreadPoolExecutor(os.cpu_count() or 1, "init") as pool, _one_thread():
+        sources = {}
+        for block in blocks:
+
+            def draw(rows: slice, generator: torch.Generator, block: Block = block) -> torch.Tensor:
+                return module.initial(config, block, rows, generator)
+
+            sources[block.name] = Source("F32", block.shape, RandomRows(block, seed, draw, pool))
+        yield sources
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _open_config(config: str | os.PathLike | Mapping, model_type: str | None) -> Any:
+    if isinstance(config, Mapping):
+        return parse_config(config, model_type)
+    name = os.fspath(config)
+    if not os.path.exists(name) and not os.path.dirname(name) and not os.path.splitext(name)[1]:
+        return named_config(name, model_type)
+    fields, where = read_config(Path(config))
+    return parse_config(fields, model_type, where)
+
+
+@dataclass
+class RandomRows:
+    """Rows of a freshly initialised tensor, the same however they are asked for.
+
+    The tensor is drawn in fixed stretches of rows of about DRAW_ELEMENTS elements, each from a random stream
+    of its own, seeded by (seed, tensor name, stretch). So they can be drawn in parallel and in any order.
+    """
+
+    block: Block
+    seed: int
+    draw: Callable[[slice, torch.Generator], torch.Tensor]
+    pool: ThreadPoolExecutor
+    last: dict[int, torch.Tensor] = field(default_factory=dict)  # a stretch that the next rows may begin in
+
+    def __call__(self, start: int, stop: int) -> torch.Tensor:
+        shape = self.block.shape
+        if not shape:
+            return self._stretch(0, slice(0, 1))
+        size = max(1, DRAW_ELEMENTS // max(1, prod(shape[1:])))
+        numbers = range(start // size, -(-stop // size))
+        spans = {n: slice(n * size, min((n + 1) * size, shape[0])) for n in numbers}
+        missing = [n for n in numbers if n not in self.last]
+        stretches = self.pool.map(self._stretch, missing, [spans[n] for n in missing])
+        drawn = self.last | dict(zip(missing, stretches, strict=True))
+        self.last = {numbers[-1]: drawn[numbers[-1]]}
+        rows = torch.empty(stop - start, *shape[1:])
+        for n, span in spans.items():
+            low, high = max(start, span.start), min(stop, span.stop)
+            rows[low - start : high - start] = drawn[n][low - span.start : high - span.start]
+        return rows
+
+    def _stretch(self, number: int, span: slice) -> torch.Tensor:
+        key = f"{self.seed}/{self.block.name}/{number}".encode()
+        stream = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+        return self.draw(span, torch.Generator().manual_seed(stream))
+
+
+def _refuse_overwriting(dst: Path, sources: tuple[Path, ...]) -> None:
+    for file in sources:
+        if dst.exists() and dst.samefile(file):
+            raise CheckpointError(f"{dst}: is the file being read; write to another name")
+
+
+def _pickled_checkpoint(src: Path) -> Path:
+    """The torch.save file that `src` is or holds."""
+    if not src.exists():
+        raise CheckpointError(f"{src}: no such file or folder")
+    if src.is_file():
+        if src.suffix == ".safetensors":
+            raise CheckpointError(f"{src}: is a safetensors file already; it needs no conversion")
+        return src
+    try:
+        names = sorted(name for name in os.listdir(src) if name.endswith(PICKLE_SUFFIXES))
+    except OSError as error:
+        raise CheckpointError(f"{src}: cannot list the folder: {error.strerror}") from error
+    if "pytorch_model.bin" in names:
+        return src / "pytorch_model.bin"
+    if len(names) == 1:
+        return src / names[0]
+    found = f"{len(names)} ({shown(', '.join(names))}); name one of them" if names else "none"
+    raise CheckpointError(
+        f"{src}: expected pytorch_model.bin or one file of {' '.join(PICKLE_SUFFIXES)}, found {found}"
+    )
+
+
+def _load(file: Path) -> object:
+    try:
+        with open(file, "rb") as opened:
+            archive = opened.read(4) == b"PK\x03\x04"
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot read the file: {error.strerror or error}") from error
+    except Exception as error:  # damaged files make torch.load raise nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        if "weights_only" in str(error) or "WeightsUnpickler" in str(error):
+            reason = "holds more than tensors and plain values, which may run code when loaded; it is refused"
+        raise CheckpointError(f"{file}: not a usable torch.save file: {reason}") from error
+
+
+def _configuration(file: Path, loaded: object) -> tuple[dict, None, str]:
+    """From config.json beside the checkpoint, or else from the checkpoint itself, as `parse_config` takes it."""
+    found = config_beside(file.parent)
+    if found is not None:
+        return found[0], None, found[1]
+    for key in CONFIGS_INSIDE:
+        inside = loaded.get(key) if isinstance(loaded, dict) else None
+        if isinstance(inside, dict):
+            return inside, None, f"{file}: {key!r}"
+    raise ConfigError(
+        f"{file.parent / 'config.json'}: no such file, and the checkpoint holds no configuration; put the model's "
+        "there, a JSON object of its fields, or name one with --config"
+    )
+
+
+def _tokenizer_files(file: Path, config: Any, loaded: object) -> dict[str, str]:
+    """Name -> text of the tokenizer's files that go with a checkpoint."""
+    files = tokenizer_files(file.parent)
+    if config.model_type != "hrm" or "tokenizer.json" in files:
+        return files
+    found = find_vocabulary(config.vocab_size, file.parent, str(file), loaded)
+    if found is None:
+        _log.warning("%s: no vocabulary in it or beside it; text needs its %s", file, CONTINUAL_FILE)
+        return {}
+    if found.where != str(file.parent / CONTINUAL_FILE):
+        _log.warning("%s: the vocabulary is %s", file, found.where)
+    return {CONTINUAL_FILE: found.text}
+
+
+def _adopted(file: Path, config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights as the model defines them, where published checkpoints have them otherwise."""
+    adopt = getattr(architecture(config.model_type), "adopt", None)
+    adopted = tensors if adopt is None else adopt(config, tensors)
+    for name in [name for name in tensors if adopted[name] is not tensors[name]][:1]:
+        _log.warning("%s: %s was saved in use, of shape %s, and is emptied", file, name, list(tensors[name].shape))
+    return adopted
+
+
+def _state_dict(file: Path, loaded: object) -> dict[str, torch.Tensor]:
+    """The weights under their published names."""
+    for key in WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    values = loaded.values() if isinstance(loaded, dict) else ()
+    if not values or not all(isinstance(value, torch.Tensor) for value in values):
+        raise CheckpointError(
+            f"{file}: expected a state dict of tensors, or one under {' '.join(map(repr, WRAPPERS))}"
+        )
+    names = {str(name): tensor for name, tensor in loaded.items()}
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in names)), None):
+        names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
+    return names

@@ -1,0 +1,126 @@
+"""Growing HRM models: more tokens or more layers, of a state dict or of a checkpoint.
+
+What works on state dicts returns new ones and leaves the given ones as they are; tensors that do not change are
+shared, not copied.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thl_engine.checkpoint.pack import Progress, write_store
+from thl_engine.checkpoint.spool import tensor_sources
+from thl_engine.checkpoint.store import Store, open_store
+from thl_engine.config import HRMConfig, parse_config
+from thl_engine.errors import CheckpointError, ConfigError, TokenizerError
+from thl_engine.models import hrm
+from thl_engine.schedule import Block
+from thl_engine.text.hrm_tokenizer import extended
+
+VOCABULARY_TABLES = ("input_embedding.embedding_weight", "output_head.weight")
+
+
+def grow_checkpoint(src: str | os.PathLike, dst: str | os.PathLike, *, vocab_size: int | None = None,
+                    text: str | None = None, layers: int | None = None, seed: int = 0,
+                    progress: Progress | None = None) -> HRMConfig:
+    """Writes a float checkpoint with more tokens, more layers or both to the file `dst`; returns its configuration.
+
+    vocab_size: tokens afterwards. text: in place of it, the vocabulary that goes with the checkpoint is extended by the
+    characters of this text. layers: those that each of the two modules has afterwards. What the model had is kept bit
+    for bit. Raises ConfigError for sizes that are no growth, CheckpointError for another kind of checkpoint,
+    TokenizerError where there is no character vocabulary to extend.
+    """
+    with open_store(src) as store:
+        tensors = _float_tensors(store)
+        if Path(dst).exists() and any(Path(dst).samefile(file) for file in store.files):
+            raise CheckpointError(f"{dst}: is the file being read; write to another name")
+        config, tokenizer = parse_config(store.config, store.model_type), store.tokenizer_json
+        if text is not None:
+            if tokenizer is None:
+                raise TokenizerError(f"{store.path}: no vocabulary in or beside the checkpoint that could be extended; "
+                                     "put its continual_tokenizer.json there, or say how many tokens to have")
+            tokenizer, size = extended(tokenizer, text, str(store.path))
+            vocab_size = max(size, config.vocab_size)
+        if vocab_size is not None:
+            config, tensors = expand_vocabulary(config, tensors, vocab_size, seed)
+        if layers is not None:
+            _grown(config, L_layers=layers, H_layers=layers)
+            config, tensors = expand_layers(config, tensors, layers - config.L_layers, layers - config.H_layers, seed)
+        write_store(dst, config.to_dict(), tensor_sources(tensors, str(src)), tokenizer=tokenizer, progress=progress)
+    return config
+
+
+def _float_tensors(store: Store) -> dict[str, Tensor]:
+    if store.model_type != "hrm":
+        raise ConfigError(f"{store.path}: {store.model_type} models do not grow; hrm models do")
+    if any(tensor.scales for tensor in store.tensors.values()):
+        raise CheckpointError(f"{store.path}: is stored as int8; grow the checkpoint it was made from")
+    return {name: store.read(name) for name in store.tensors}
+
+
+def expand_vocabulary(config: HRMConfig, tensors: Mapping[str, Tensor], vocab_size: int,
+                      seed: int = 0) -> tuple[HRMConfig, dict[str, Tensor]]:
+    """The model with `vocab_size` tokens, at least as many as it has.
+
+    Old rows of both tables are kept bit for bit, and so are the logits of old tokens, all states and every decision to
+    halt. New rows are as a fresh model's.
+    """
+    grown = _grown(config, vocab_size=vocab_size)
+    before, after = _shapes(config), _shapes(grown)
+    _check(tensors, before)
+    generator = torch.Generator().manual_seed(seed)
+    out = dict(tensors)
+    for name in VOCABULARY_TABLES:
+        old = tensors[name]
+        new = hrm.initial(grown, after[name], slice(config.vocab_size, vocab_size), generator)
+        out[name] = torch.cat([old, new.to(old)])
+    return grown, out
+
+
+def expand_layers(config: HRMConfig, tensors: Mapping[str, Tensor], more_L: int = 0, more_H: int = 0,
+                  seed: int = 0) -> tuple[HRMConfig, dict[str, Tensor]]:
+    """The model with that many blocks appended to its modules, initialised as a fresh model's.
+
+    New blocks are no identity: the model's function changes and needs further training. They have the inner width of
+    the old ones. (The published helper derives it from a rounded ratio, which gives another width for some sizes.)
+    """
+    for name, more in (("more_L", more_L), ("more_H", more_H)):
+        if isinstance(more, bool) or not isinstance(more, int) or more < 0:
+            raise ConfigError(f"{name} is {more!r}; it must be a whole number of layers to add, 0 or more")
+    grown = _grown(config, L_layers=config.L_layers + more_L, H_layers=config.H_layers + more_H)
+    before, after = _shapes(config), _shapes(grown)
+    _check(tensors, before)
+    generator = torch.Generator().manual_seed(seed)
+    like = tensors[VOCABULARY_TABLES[0]]
+    added = {name: hrm.initial(grown, block, slice(None), generator).to(like)
+             for name, block in after.items() if name not in before}
+    return grown, {**tensors, **added}
+
+
+def _grown(config: HRMConfig, **sizes: int) -> HRMConfig:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < getattr(config, name):
+            raise ConfigError(f"{name} is {size!r}; a model grows to a whole number of at least the "
+                              f"{getattr(config, name)} that it has")
+    return replace(config, **sizes)
+
+
+def _shapes(config: HRMConfig) -> dict[str, Block]:
+    return {block.name: block for block in hrm.blocks(config)}
+
+
+def _check(tensors: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> None:
+    for name, block in blocks.items():
+        if name not in tensors and block.kind == "unused":
+            continue
+        if name not in tensors:
+            raise CheckpointError(f"tensor {name!r} is missing; growing needs the whole model")
+        if tuple(tensors[name].shape) != block.shape or not tensors[name].is_floating_point():
+            raise CheckpointError(f"tensor {name!r} is {tensors[name].dtype} {list(tensors[name].shape)}; the "
+                                  f"configuration says floats {list(block.shape)}")
+    for name in tensors.keys() - blocks.keys():
+        raise CheckpointError(f"tensor {name!r} is none of the model's; the configuration is of another model")

@@ -1,0 +1,97 @@
+"""Packed stores without a name: copies in memory or on disk that vanish when they are closed.
+
+They carry what does not come from a packed file into the engine: a state dict, or a float checkpoint to be
+run in int8. The writer is that of `thl quantize`, so the pages are the same.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from thl_engine.checkpoint.index import DTYPE_NAMES, shown
+from thl_engine.checkpoint.pack import Source, plan_pack, shown_size
+from thl_engine.checkpoint.store import Store, open_store
+from thl_engine.config import parse_config
+from thl_engine.errors import CheckpointError
+
+
+def spool_store(
+    store: Store, quantize: str = "int8", group: int | None = None, in_memory: bool = False
+) -> Store:
+    """A packed copy of a float store; `quantize` and `group` as in `write_store`."""
+    copy = _spool(store.config, store.sources(), quantize, group, in_memory, str(store.path))
+    copy.tokenizer_json = store.tokenizer_json
+    return copy
+
+
+def spool_tensors(
+    model_type: str,
+    config: Mapping,
+    tensors: Mapping[str, torch.Tensor],
+    quantize: str = "none",
+    group: int | None = None,
+    in_memory: bool = True,
+) -> Store:
+    """A packed store of a state dict, independent of `tensors`.
+
+    in_memory keeps it in RAM, outside of what the process counts as resident; otherwise it is a temporary
+    file on disk.
+    """
+    fields = parse_config(config, model_type, "config").to_dict()
+    return _spool(fields, tensor_sources(tensors, "state dict"), quantize, group, in_memory, "state dict")
+
+
+def tensor_sources(tensors: Mapping[str, torch.Tensor], where: str) -> dict[str, Source]:
+    """Sources of a state dict on any device; each must be an ordinary dense tensor."""
+    sources = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{where}: {shown(name)} is a {type(tensor).__name__}, expected a tensor")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise CheckpointError(f"{where}: tensor {shown(name)} is sparse, quantised or without data")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{where}: tensor {shown(name)} has unsupported dtype {tensor.dtype}")
+        rows = partial(_rows, tensor.detach())
+        sources[name] = Source(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), rows)
+    return sources
+
+
+def _rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return (tensor[start:stop] if tensor.dim() else tensor).cpu()
+
+
+def _spool(
+    config: Mapping,
+    sources: Mapping[str, Source],
+    quantize: str,
+    group: int | None,
+    in_memory: bool,
+    where: str,
+) -> Store:
+    plan = plan_pack(config, sources, quantize=quantize, group=group, tokenizer=None, where=where)
+    descriptor = None
+    try:
+        if in_memory:
+            descriptor = os.memfd_create("thl_engine")
+        else:
+            with tempfile.TemporaryFile() as file:
+                descriptor = os.dup(file.fileno())
+        plan.write(descriptor)
+        # The file has no name, but its descriptor has: readers open it as they would any other.
+        store = open_store(Path(f"/proc/self/fd/{descriptor}"))
+    except BaseException as error:
+        if descriptor is not None:
+            os.close(descriptor)
+        if not isinstance(error, OSError):
+            raise
+        place = "memory" if in_memory else tempfile.gettempdir()
+        size = shown_size(plan.file_bytes)
+        raise CheckpointError(
+            f"{where}: cannot write a copy of {size} to {place}: {error.strerror}"
+        ) from error
+    store.descriptor = descriptor
+    return store

@@ -1,0 +1,1 @@
+"""The token loop: step(), forward(), generate(), and the published ways of answering."""

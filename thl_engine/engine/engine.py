@@ -1,0 +1,499 @@
+"""The engine: a checkpoint, a budget and a backend brought together, and the token loop over them."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from thl_engine.checkpoint.spool import spool_store, spool_tensors
+from thl_engine.checkpoint.store import Store, open_store
+from thl_engine.config import parse_config
+from thl_engine.device.device_memory import DeviceMemory, link_bandwidth
+from thl_engine.engine.generation import Piece, Row, generate
+from thl_engine.engine.graphs import Compute, step_graphs
+from thl_engine.engine.resources import (
+    FORWARD_CHUNK,
+    check_batch_size,
+    choose_device,
+    divide_memory,
+    for_graphs,
+    needs,
+    nominal,
+    open_pager,
+    set_threads,
+    state_options,
+)
+from thl_engine.engine.trace import Trace
+from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
+from thl_engine.memory import peak_bytes
+from thl_engine.models import architecture
+from thl_engine.ops.reference import load_ops
+from thl_engine.paging.paged_weights import load_vectors, paged_weights
+from thl_engine.paging.plan import Bandwidths, PageSchedule, Plan, size
+from thl_engine.text.sampler import Sampler, Sampling, StopStrings
+from thl_engine.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+_log = logging.getLogger("thl_engine")
+
+
+def _computing(method: Callable) -> Callable:
+    """Runs a method without gradients and on the engine's device, its memory included; leaves the processors to the
+    backend: after an operation that torch shares among threads, those spin for milliseconds on the cores that native
+    kernels need next."""
+
+    @wraps(method)
+    def run(self: "Engine", *args: Any, **inputs: Any) -> Any:
+        threads = torch.get_num_threads()
+        if self.ops.has_threads:
+            torch.set_num_threads(1)
+        try:
+            with torch.no_grad(), self._memory.computing():
+                return method(self, *args, **inputs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+class Engine:
+    """Runs one model. It holds no context: all that a sequence needs is in its state."""
+
+    def __init__(self, store: Store, *, device: str = "auto", backend: str = "auto", stream: bool | str = "auto",
+                 memory_budget: str | int | None = None, threads: int | None = None, batch_size: int = 1,
+                 context: int | None = None, kv_cache: str = "float32", sliding_window: int | None = None,
+                 host_memory: str | int | None = None) -> None:
+        """Takes over `store`. Options as in `from_pretrained`."""
+        set_threads(threads)
+        self.device = choose_device(device)
+        self.ops = load_ops(backend, self.device.type)
+        self.config = parse_config(store.config, store.model_type)
+        self.tokenizer = None if store.tokenizer_json is None else load_tokenizer(
+            store.tokenizer_json, self.config.vocab_size, str(store.path))
+        self._model = architecture(store.model_type)
+        self._store = store
+        self._options = state_options(store.model_type, context, kv_cache, sliding_window)
+        schedule, self._plan = divide_memory(store, self.ops, self.device, stream, memory_budget,
+                                             batch_size=batch_size, host_memory=host_memory, **self._options)
+        self._schedules: dict[tuple, PageSchedule] = {(): schedule}  # by the options that a state was made with
+        self._streams = self._plan.streamed_pages > 0
+
+        self._bandwidths = replace(nominal(self.device), link=link_bandwidth(self.device))
+        memory = DeviceMemory(self.device, self._plan.budget, for_graphs(self.ops, self.config, batch_size))
+        with memory.computing():
+            vectors = load_vectors(store, self.device)
+            self._pager = open_pager(store, self._plan, vectors, self.device)
+        self._weights = paged_weights(store, self._pager, vectors)
+        if not self._streams and self._plan.resident_tables:
+            self.close()  # all is in memory: nothing needs the file any more
+        self._graphs = step_graphs(self._model, self.ops, self.device, self._pager.count_uses,
+                                   pool=memory.pool_for_graphs, apart=memory.capturing)
+        self._trace: Trace | None = None
+        self._tokens = 0
+        self._seconds = 0.0
+        self._memory = memory  # last: what lies in it goes first when the engine does
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, *, device: str = "auto", backend: str = "auto",
+                        quantize: str = "auto", stream: bool | str = "auto",
+                        memory_budget: str | int | None = None, threads: int | None = None, batch_size: int = 1,
+                        context: int | None = None, kv_cache: str = "float32", sliding_window: int | None = None,
+                        host_memory: str | int | None = None) -> "Engine":
+        """Opens a checkpoint: a .safetensors file, or a folder with config.json and *.safetensors.
+
+        device: "auto", "cpu", "cuda", "cuda:N". backend: "auto", "reference" (torch), "native" (C++)
+            or "triton" (CUDA).
+        quantize: "auto" as stored, "int8", or "none" for float weights. stream: True pages weights by schedule, False
+        keeps all resident, "auto" streams if they do not fit. memory_budget: "4GiB", bytes or None; bounds what the
+        engine keeps in memory, a state of `batch_size` sequences included. host_memory: with a CUDA device, how much of
+        what is streamed to it stays page-locked in the host's memory; None for half of what is free, 0 for none.
+
+        Of models with a KV cache, context: positions that a sequence may grow to, None for the most the model has.
+        kv_cache: "float32" or "int8", with a scale for each row. sliding_window: positions that attention sees; that
+        changes the model's results, since tokens further back are no longer seen.
+
+        Raises EngineError with one line that says what to mend.
+        """
+        store = open_store(path)
+        quantized = any(tensor.scales for tensor in store.tensors.values())
+        if quantize not in ("auto", "int8", "none"):
+            raise ConfigError(f"quantize is {quantize!r}; it must be 'auto', 'int8' or 'none'")
+        if quantize == "none" and quantized:
+            raise ConfigError(f"{store.path}: is stored as int8; float weights need the checkpoint it was made from")
+        if quantize == "int8" and not quantized:
+            store = spool_store(store, "int8", in_memory=stream is not True and memory_budget is None)
+        return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads,
+                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window,
+                   host_memory=host_memory)
+
+    @classmethod
+    def from_state_dict(cls, model_type: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *,
+                        device: str = "auto", backend: str = "auto", quantize: str = "auto",
+                        stream: bool | str = "auto", memory_budget: str | int | None = None,
+                        threads: int | None = None, batch_size: int = 1, context: int | None = None,
+                        kv_cache: str = "float32", sliding_window: int | None = None,
+                        host_memory: str | int | None = None) -> "Engine":
+        """An engine over tensors in memory, by their published names; options as in `from_pretrained`.
+
+        The tensors are copied, to a temporary file where they are to be streamed.
+        """
+        if quantize not in ("auto", "int8", "none"):
+            raise ConfigError(f"quantize is {quantize!r}; it must be 'auto', 'int8' or 'none'")
+        store = spool_tensors(model_type, config, tensors, "int8" if quantize == "int8" else "none",
+                                   in_memory=stream is not True and memory_budget is None)
+        return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads,
+                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window,
+                   host_memory=host_memory)
+
+    @property
+    def model_type(self) -> str:
+        """One of the architectures' names."""
+        return self._store.model_type
+
+    @_computing
+    def new_state(self, batch_size: int = 1, **options: Any) -> Any:
+        """The empty state of `batch_size` sequences, with the options that the model has (HRM: `cycles`).
+
+        Raises BudgetError if the memory budget has no room for it at its full context.
+        """
+        check_batch_size(batch_size)
+        self._check_budget(batch_size)
+        try:
+            return self._model.init_state(self.config, batch_size, self.device, self._weights,
+                                          **{**self._options, **options})
+        except TypeError:
+            if not options:
+                raise
+            raise ConfigError(f"new_state: {self.model_type} models have no option {', '.join(options)}") from None
+
+    def _check_budget(self, batch_size: int) -> None:
+        plan = self._plan
+        if plan.budget is None:
+            return
+        own = needs(self._store, self.ops, self.device, batch_size, self._options)
+        needed = plan.peak_memory_bytes - plan.state_bytes - plan.workspace_bytes - plan.reserve_bytes + own.total
+        if needed > plan.budget:
+            raise BudgetError(f"a state of batch_size {batch_size} takes {size(own.state)}; with it the memory budget "
+                              f"must be at least {needed} bytes, and is {plan.budget}; an engine that is opened with "
+                              f"batch_size={batch_size} leaves room for it")
+
+    @_computing
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Feeds one token to each sequence of the batch.
+
+        tokens: int64 [B] or [B, 1]. Returns the next token's logits, float32 [B, vocab_size], and the given state,
+        which is updated in place; `state.clone()` first keeps a copy.
+        """
+        started = time.perf_counter()
+        if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[1] == 1:
+            tokens = tokens[:, 0]
+        tokens = self._check_tokens(tokens, 1, state.batch_size)
+        self._check_room(state, 1)
+        self._begin(state, 1)
+        logits = self._pass(self._advance_to_logits, tokens[:, None], state)
+        self._end(state)
+        self._count(tokens.shape[0], started)
+        return logits, state
+
+    @_computing
+    def prefill(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Feeds int64 [B, T] and returns the logits after the last token only, float32 [B, vocab_size]."""
+        started = time.perf_counter()
+        tokens = self._check_tokens(tokens, 2, state.batch_size)
+        self._check_room(state, tokens.shape[1])
+        for hidden in self._run(tokens, state):
+            last = hidden[:, -1]
+        logits = self._logits(last)
+        self._end(state)
+        self._count(tokens.numel(), started)
+        return logits, state
+
+    @_computing
+    def forward(self, tokens: Tensor, state: Any = None, **inputs: Any) -> tuple[Tensor, Any]:
+        """A whole sequence: int64 [B, T] -> logits float32 [B, T, vocab_size] after every token, and the state.
+
+        `state` defaults to a fresh one. Further inputs by model, INL: attention_mask; HRM: cycles; HIM: mask and
+        reconstruction (without which its logits are those of the answer, [B, max_answer_len, vocab_size]).
+        """
+        started = time.perf_counter()
+        if state is None:
+            state = self.new_state(tokens.shape[0] if isinstance(tokens, Tensor) and tokens.dim() == 2
+                                   and tokens.shape[0] else 1)
+        whole = hasattr(self._model, "forward")  # such a model knows which batches its state takes
+        tokens = self._check_tokens(tokens, 2, None if whole else state.batch_size)
+        self._check_room(state, tokens.shape[1])
+        if whole:
+            logits = self._forward_whole(tokens, state, inputs)
+        elif inputs:
+            raise ConfigError(f"forward: {self.model_type} models have no input {', '.join(inputs)}")
+        else:
+            logits = self._forward_chained(tokens, state)
+        self._count(tokens.numel(), started)
+        return logits, state
+
+    def _forward_whole(self, tokens: Tensor, state: Any, inputs: dict[str, Any]) -> Tensor:
+        inputs = {**getattr(state, "options", {}), **inputs}
+        try:
+            walk = self._model.forward_walk(self.config, tuple(tokens.shape), **inputs)
+        except TypeError:
+            raise ConfigError(f"forward: {self.model_type} models have no input {', '.join(inputs)}") from None
+        names = walk.reads(0)
+        self._pager.begin(None, lambda: self._schedules[()].once(names), walk.may_stop)
+        logits, following = self._model.forward(self.config, self._weights, self.ops, tokens.to(self.device), state,
+                                                self._recorder(), **inputs)
+        state.become(following)
+        self._pager.end(None)
+        return logits
+
+    def _forward_chained(self, tokens: Tensor, state: Any) -> Tensor:
+        batch, length = tokens.shape
+        out = torch.empty(batch, length, self.config.vocab_size, device=self.device)
+        span = max(1, FORWARD_CHUNK // batch)
+        for first in range(0, length, span):
+            hidden = torch.cat(list(self._run(tokens[:, first : first + span], state)), dim=1)
+            count = hidden.shape[1]
+            out[:, first : first + count] = self._logits(hidden.flatten(0, 1)).view(batch, count, -1)
+            self._end(state)
+        return out
+
+    def _run(self, tokens: Tensor, state: Any) -> list[Tensor]:
+        """Feeds [B, n] in as many passes as the model needs; the hidden states of each. Logits are to follow."""
+        self._begin(state, tokens.shape[1])
+        return [self._pass(self._advance, part, state)
+                for part in tokens.split(self._model.chunk(self.config), dim=1)]
+
+    def _pass(self, compute: Compute, tokens: Tensor, state: Any) -> Tensor:
+        """What `compute` makes of tokens [B, n] that the model takes at once; the state follows."""
+        out = None
+        if self._graphs is not None and self._trace is None and tokens.shape[1] == 1:
+            out = self._graphs.step(self._model.graph_key(self.config, state), tokens, state, compute)
+        if out is None:
+            out, following = compute(tokens.to(self.device), state)
+            state.become(following)  # ops update tensors in place: the caller's object must not lag behind them
+        return out
+
+    def _advance(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self._model.advance(self.config, self._weights, self.ops, tokens, state, self._recorder())
+
+    def _advance_to_logits(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        hidden, following = self._advance(tokens, state)
+        return self._logits(hidden[:, -1]), following
+
+    def _begin(self, state: Any, count: int) -> None:
+        """Tells the pager which passes over the weights `count` tokens take."""
+        passes = -(-count // self._model.chunk(self.config))
+        schedule, t = self._schedule(state), self._starts_at(state, count)
+        if passes == 1:
+            self._pager.begin(self._key(state, t), lambda: schedule.decode(t), schedule.may_stop)
+        else:
+            self._pager.begin(("prompt", t, passes), lambda: schedule.prompt(t, passes), schedule.may_stop)
+
+    def _end(self, state: Any) -> None:
+        """Announces the next step."""
+        self._pager.end(self._key(state, self._starts_at(state, 1)))
+
+    def _starts_at(self, state: Any, count: int) -> int:
+        """Step of the schedule at which the next `count` tokens begin."""
+        starts_at = getattr(self._model, "starts_at", None)
+        return state.timestep if starts_at is None else starts_at(self.config, state, count)
+
+    def _schedule(self, state: Any) -> PageSchedule:
+        options = getattr(state, "options", {})
+        key = tuple(sorted(options.items()))
+        if key not in self._schedules:
+            walk = self._model.walk(self.config, **options)
+            self._schedules[key] = PageSchedule(self._store, walk, self._model.head(self.config))
+            self._schedules[key].pin(frozenset(self._plan.pinned))
+        return self._schedules[key]
+
+    def _key(self, state: Any, t: int) -> tuple:
+        schedule = self._schedule(state)
+        return "decode", id(schedule), t % schedule.period
+
+    def _recorder(self) -> Any:
+        if self._trace is None:
+            return None
+        self._trace.steps.append({})
+        return self._trace.record
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self._model.logits(self.config, self._weights, self.ops, hidden)
+        if self._trace is not None:
+            self._trace.record("logits", logits)
+        return logits
+
+    def _check_tokens(self, tokens: Tensor, rank: int, batch: int | None) -> Tensor:
+        form = "[B] or [B, 1]" if rank == 1 else "[B, T] with T of at least 1"
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.dim() != rank or not tokens.numel():
+            found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ConfigError(f"tokens: expected an int64 tensor {form}, found {found}")
+        if batch is not None and tokens.shape[0] != batch:
+            raise ConfigError(f"tokens: batch of {tokens.shape[0]}, but the state holds {batch} sequences")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise TokenizerError(f"tokens: id {low if low < 0 else high} is outside the vocabulary of "
+                                 f"{self.config.vocab_size}")
+        return tokens
+
+    def _check_room(self, state: Any, count: int) -> None:
+        """Refuses more tokens than the state has room for, before anything is computed."""
+        if hasattr(self._model, "check_room"):
+            self._model.check_room(self.config, state, count)
+
+    def _check_prompt(self, state: Any, length: int, count: int) -> None:
+        """The same for a prompt of `length` tokens and `count` new ones, the last of which is not read."""
+        try:
+            self._check_room(state, length + max(count - 1, 0))
+        except ConfigError as error:
+            raise ConfigError(f"a prompt of {length} tokens and {count} new ones: {error}") from None
+
+    def _count(self, tokens: int, started: float) -> None:
+        self._tokens += tokens
+        self._seconds += time.perf_counter() - started
+
+    def generate(self, prompt: str | Sequence[int], *, max_new_tokens: int = 128, temperature: float = 1.0,
+                 top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
+                 seed: int | None = None, stop: Sequence[str] = (), state: Any = None) -> Iterator[Piece]:
+        """Continues a prompt, token by token. Temperature 0 takes the likeliest token.
+
+        `stop` strings end the text before they appear. A `state` carries an earlier context on and follows along: after
+        n pieces it has read the prompt and the first n - 1 of them. A character comes with the piece that completes
+        it. Joined, the texts are the text of the ids. Raises ConfigError if the context has no room for all of it.
+        """
+        row = self._row(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, repetition_penalty, seed), stop)
+        state = self.new_state() if state is None else state
+        self._check_prompt(state, len(row.prompt), max_new_tokens)
+        return (piece for _, piece in generate(self, [row], state))
+
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 128,
+                       temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                       repetition_penalty: float = 1.0, seed: int | None = None,
+                       stop: Sequence[str] = (),
+                       state_options: Mapping[str, Any] | None = None) -> Iterator[tuple[int, Piece]]:
+        """Continues several prompts with one pass over the weights for each token of all: (prompt's index, its piece).
+
+        Options as in `generate`, those of `new_state` in `state_options`. Each prompt has a sampler of its own, so its
+        text is what it gives alone with the same seed. An engine with a memory budget is opened with
+        batch_size=len(prompts), which leaves room for their states. Where the sequences of a batch share their memory
+        (HIM), prompts are answered one after the other.
+        """
+        if isinstance(prompts, str) or not len(prompts):
+            raise ConfigError(f"prompts is {prompts!r}; it must be a list of at least one prompt")
+        sampling, options = Sampling(temperature, top_k, top_p, repetition_penalty, seed), dict(state_options or {})
+        rows = [self._row(prompt, max_new_tokens, sampling, stop) for prompt in prompts]
+        if getattr(self._model, "ROWS_MEET", False):
+            return ((i, piece) for i, row in enumerate(rows)
+                    for _, piece in generate(self, [row], self.new_state(**options)))
+        state = self.new_state(len(rows), **options)
+        self._check_prompt(state, max(len(row.prompt) for row in rows), max_new_tokens)
+        return generate(self, rows, state)
+
+    def _row(self, prompt: str | Sequence[int], count: int, sampling: Sampling, stop: Sequence[str]) -> Row:
+        """A prompt with what it takes to continue it by `count` tokens."""
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ConfigError(f"max_new_tokens is {count!r}; it must be a whole number, 0 or more")
+        sampler = Sampler(sampling)
+        tokenizer = self._text_tokenizer() if isinstance(prompt, str) else self.tokenizer
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not ids:
+            raise TokenizerError("the prompt is empty; give at least one token to start from")
+        return Row(ids, count, tokenizer, sampler, StopStrings(list(stop)))
+
+    def _text_tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, or bytes as the published THL does without one."""
+        if self.tokenizer is not None:
+            return self.tokenizer
+        try:
+            tokenizer = ByteTokenizer(self.config.vocab_size)
+        except TokenizerError:
+            raise TokenizerError(f"{self._store.path}: no tokenizer in or beside the checkpoint; put its "
+                                 "tokenizer.json there, or give the prompt as token ids") from None
+        _log.warning("%s: no tokenizer in or beside the checkpoint; text is taken as bytes", self._store.path)
+        return tokenizer
+
+    @_computing
+    def sample(self, sampler: Sampler, logits: Tensor, history: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`Sampler.sample` by the backend, which gets the processors back afterwards."""
+        return sampler.sample(logits, history, self.ops.sample)
+
+    def plan(self, bandwidths: Bandwidths | None = None) -> Plan:
+        """What is pinned and streamed within the budget, and the tokens/s that the given bandwidths allow.
+
+        Without any, typical ones are taken, but for the link to a CUDA device, which is measured once.
+        """
+        return self._plan.at(bandwidths or self._bandwidths, self._store, self._schedules[()])
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the engine started; sizes in bytes, times in seconds.
+
+        peak_memory_bytes: what counts against the budget, as planned on the CPU and as seen on CUDA, where it is
+        peak_device_bytes too; device_bytes_besides: all else on the device, the CUDA context and other programs;
+        budget_enforced: whether what does not fit is refused.
+        """
+        return {
+            "tokens": self._tokens, "seconds": self._seconds,
+            "tokens_per_second": self._tokens / self._seconds if self._seconds else 0.0,
+            "replayed_steps": 0 if self._graphs is None else self._graphs.replayed,
+            **asdict(self._pager.traffic), **self._memory.stats(self._plan.peak_memory_bytes),
+            "peak_rss_bytes": peak_bytes(),
+            "memory_budget": self._plan.budget, "backend": self.ops.name, "device": str(self.device),
+            "sliding_window": self._options.get("sliding_window"),
+        }
+
+    @contextmanager
+    def trace(self, *names: str) -> Iterator[Trace]:
+        """Records intermediates of every step made inside the `with`: those named, or all."""
+        self._trace = Trace(frozenset(names) or None)
+        try:
+            yield self._trace
+        finally:
+            self._trace = None
+
+    def save_state(self, state: Any, path: str | os.PathLike) -> None:
+        """Writes a context to a safetensors file; `load_state` continues it bit for bit."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(state.to_dict(), temporary, metadata={"thl_engine.state": self.model_type,
+                                                            "thl_engine.config": json.dumps(self.config.to_dict())})
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise CheckpointError(f"{path}: the state cannot be written: {error}") from None
+
+    def load_state(self, path: str | os.PathLike) -> Any:
+        """Reads a context that `save_state` wrote for a model of the same configuration."""
+        try:
+            return self.state_from_dict(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: not a readable state file: {error}") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    @_computing
+    def state_from_dict(self, values: Mapping[str, Tensor]) -> Any:
+        """The state whose `to_dict` gave `values`, in an engine with the same options of the KV cache."""
+        state = self._model.state_from_dict(self.config, values, self.ops, self.device, **self._options)
+        self._check_budget(state.batch_size)
+        return state
+
+    def close(self) -> None:
+        """Ends the reader and gives back temporary files. A streaming engine cannot be used afterwards."""
+        self._pager.close()
+        self._store.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

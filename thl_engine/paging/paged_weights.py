@@ -1,0 +1,78 @@
+"""A store's tensors as a model's weights: vectors in memory, matrices from the pager, tables by row."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thl_engine.checkpoint.store import Store
+from thl_engine.kernels.linear import widen
+from thl_engine.ops.weights import Part
+from thl_engine.paging.pager import Pager
+
+
+@dataclass(frozen=True)
+class PagedMatrix:
+    """A matrix whose parts come from a pager, pinned or streamed: the same parts either way."""
+
+    name: str
+    shape: tuple[int, int]
+    pager: Pager
+    transposed: bool = False
+
+    def parts(self) -> Iterator[Part]:
+        return self.pager.parts(self.name)
+
+    def resident(self) -> list[Part] | None:
+        return self.pager.pinned(self.name)
+
+    def stored(self) -> Part:
+        return self.pager.stored(self.name)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [n, C] of int64 ids [n], on the engine's device: for tables that are also the output head."""
+        return _widened(self.pager.rows(self.name, ids), ids, self.shape[1])
+
+    def resident_rows(self, ids: Tensor) -> Tensor | None:
+        return _widened(self.pager.pinned_rows(self.name, ids), ids, self.shape[1])
+
+
+@dataclass(frozen=True)
+class PagedTable:
+    """A table of which the pager holds all pages, or reads those with the rows asked for."""
+
+    name: str
+    shape: tuple[int, int]
+    pager: Pager
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [n, C] of int64 ids, on the engine's device."""
+        return _widened(self.pager.rows(self.name, ids), ids, self.shape[1])
+
+    def resident_rows(self, ids: Tensor) -> Tensor | None:
+        return _widened(self.pager.pinned_rows(self.name, ids), ids, self.shape[1])
+
+
+def _widened(part: Part | None, ids: Tensor, columns: int) -> Tensor | None:
+    return None if part is None else widen(part.data, part.scales, part.group).view(*ids.shape, columns)
+
+
+def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Norms, biases and scales as float32 in memory of their own, each checked against its checksum."""
+    return {name: store.read(name).to(device=device, dtype=torch.float32, copy=True)
+            for name, tensor in store.tensors.items() if tensor.kind == "vector"}
+
+
+def paged_weights(store: Store, pager: Pager,
+                  vectors: Mapping[str, Tensor]) -> dict[str, Tensor | PagedMatrix | PagedTable]:
+    """Every tensor that takes part in the model, under its published name."""
+    weights: dict[str, Tensor | PagedMatrix | PagedTable] = {}
+    for name, tensor in store.tensors.items():
+        if tensor.kind == "vector":
+            weights[name] = vectors[name]
+        elif tensor.kind == "matrix":
+            weights[name] = PagedMatrix(name, tensor.shape, pager, tensor.transposed)
+        elif tensor.kind == "table":
+            weights[name] = PagedTable(name, tensor.shape, pager)
+    return weights

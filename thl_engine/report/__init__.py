@@ -1,0 +1,1 @@
+"""What people read: benchmarks and summaries of checkpoints."""
