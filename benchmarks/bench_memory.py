@@ -29,7 +29,7 @@ RUN = """
 import json, sys
 import torch
 from thl_engine import Engine, memory
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 path, options, sequences = json.loads(sys.argv[1])
 torch.nn.functional.softmax(torch.randn(64, 64) @ torch.randn(64, 64), dim=-1)  # loads what torch loads late
 with Engine.from_pretrained(path, device="cpu", stream=True, batch_size=sequences, **options) as engine:

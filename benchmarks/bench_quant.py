@@ -14,7 +14,8 @@ import time
 import pytest
 import torch
 
-from thl_engine.checkpoint.quant import GROUP, dequantize_rows, quantize_rows, scale_shape
+from thl_engine.checkpoint.quant import GROUP, quantize_rows, scale_shape
+from thl_engine.kernels.int8 import dequantize
 from thl_engine.ops import native
 
 ROWS, COLUMNS = 16384, 12288  # 201 MB of int8; two copies are read in turn, so that no cache holds either
@@ -39,7 +40,7 @@ def distributions() -> dict[str, torch.Tensor]:
 
 def errors(weight: torch.Tensor, group: int | None) -> tuple[float, float]:
     """Relative error of the weights and of their product with normal inputs."""
-    error = dequantize_rows(*quantize_rows(weight, group), group) - weight
+    error = dequantize(*quantize_rows(weight, group), group) - weight
     inputs = torch.randn(weight.shape[1], 16)
     return float(error.norm() / weight.norm()), float((error @ inputs).norm() / (weight @ inputs).norm())
 

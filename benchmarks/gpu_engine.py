@@ -27,13 +27,14 @@ from thl_as_published import PublishedTHL
 
 from thl_engine import Engine
 from thl_engine.checkpoint.convert import init_checkpoint
+from thl_engine.checkpoint.page import extent
 from thl_engine.checkpoint.store import open_store
 from thl_engine.config import parse_config
 from thl_engine.engine.resources import divide_memory
 from thl_engine.models import architecture
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 from thl_engine.paging.paged_weights import load_vectors
-from thl_engine.paging.pager import Pager, extent
+from thl_engine.paging.pager import Pager
 from thl_engine.paging.reader import Reader
 from thl_engine.report import bench
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from thl_engine.kernels.triton import attention, linear
 from thl_engine.models import inl
-from thl_engine.ops.reference import ReferenceOps, load_ops
+from thl_engine.ops.backends import load_ops
+from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Held
 
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # of the norm of the reference

@@ -16,7 +16,7 @@ def write_report(path: Path, arguments: list[str], **figures: Any) -> None:
     """Writes the figures as JSON, with machine, date, commit and the command with its arguments."""
     import torch  # here, since the rest also serves where the package is yet to be built
 
-    from thl_engine.checkpoint.pack import replacing
+    from thl_engine.files import replacing
     from thl_engine.ops import native
 
     processor = f"{_processor()}, {native.isa()}, {native.threads()} threads, torch {torch.__version__}"

@@ -21,9 +21,10 @@ import triton
 from gpu_timing import Timer
 from torch import Tensor
 
-from thl_engine.checkpoint.pack import PAGE_BYTES, replacing
+from thl_engine.checkpoint.pack import PAGE_BYTES
 from thl_engine.device import cuda
 from thl_engine.device.cuda import GemvShape
+from thl_engine.files import replacing
 from thl_engine.kernels import tuned
 from thl_engine.kernels.triton import linear
 from thl_engine.kernels.tuned import Choice

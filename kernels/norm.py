@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+LAYER_NORM_EPS = 1e-5
+
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias, biased variance (Ba et al. 2016, arXiv 1607.06450)."""

@@ -6,7 +6,7 @@ import torch
 
 from thl_engine.checkpoint.quant import quantize_rows
 from thl_engine.config import HIMConfig
-from thl_engine.kernels.linear import widen
+from thl_engine.kernels.int8 import dequantize
 from thl_engine.models import him
 from thl_engine.ops.weights import Held
 
@@ -41,7 +41,7 @@ class Stored(Held):
                 yield part
 
     def rows(self, ids):
-        return widen(self.data[ids], None if self.scales is None else self.scales[ids])
+        return dequantize(self.data[ids], None if self.scales is None else self.scales[ids])
 
 
 def as_weights(config, tensors, quantize=False, reads=None):

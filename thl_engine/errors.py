@@ -23,3 +23,9 @@ class TokenizerError(EngineError):
 
 class DeviceError(EngineError):
     """The compute device, its driver, or what it needs of the host's memory has failed."""
+
+
+def shown(name: object) -> str:
+    """A name out of a file, quoted and shortened, so that no message spans lines or pages."""
+    text = repr(name)
+    return text if len(text) <= 120 else text[:100] + "..." + text[-10:]

@@ -1,6 +1,6 @@
 """Products for many rows of activations, on tensor cores.
 
-Activations may be int8 too, rounded row by row (`quantize_activations` in ../linear.py): products and their sums are
+Activations may be int8 too, rounded row by row (`quantize_activations` in ../int8.py): products and their sums are
 then exact integers, of one scale or of a group's columns. Against a product with unrounded normally distributed
 activations that errs by 0.6 % to 0.9 % of its norm, and more where a few features dwarf the rest.
 """

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from thl_engine.checkpoint.quant import BLOCK_ELEMENTS, dequantize_rows, quantize_rows
+from thl_engine.checkpoint.quant import BLOCK_ELEMENTS, quantize_rows
+from thl_engine.kernels.int8 import dequantize
 
 
 def weights(rows, columns, seed=0):
@@ -19,7 +20,7 @@ def test_error_is_at_most_half_a_step(rows, columns, group):
     assert scales.dtype == torch.float32
     assert scales.shape == ((rows,) if group is None else (rows, -(-columns // group)))
     step = scales[:, None] if group is None else scales.repeat_interleave(group, dim=1)[:, :columns]
-    error = (dequantize_rows(quantized, scales, group) - weight).abs()
+    error = (dequantize(quantized, scales, group) - weight).abs()
     assert (error <= step * 0.5001).all()
 
 
@@ -29,7 +30,7 @@ def test_largest_entry_of_each_row_is_127_and_kept():
     largest = weight.abs().argmax(dim=1, keepdim=True)
     assert (quantized.gather(1, largest).abs() == 127).all()
     torch.testing.assert_close(
-        dequantize_rows(quantized, scales).gather(1, largest), weight.gather(1, largest), rtol=1e-6, atol=0
+        dequantize(quantized, scales).gather(1, largest), weight.gather(1, largest), rtol=1e-6, atol=0
     )
     assert quantized.min() >= -127
 
@@ -43,7 +44,7 @@ def test_half_steps_round_to_even():
 def test_zero_and_denormal_rows(group):
     weight = torch.tensor([[0.0, -0.0, 0.0], [1e-44, -1e-44, 0.0]])
     quantized, scales = quantize_rows(weight, group)
-    back = dequantize_rows(quantized, scales, group)
+    back = dequantize(quantized, scales, group)
     assert torch.equal(back[0], torch.zeros(3)) and (scales[0] == 0).all()
     assert back[1].isfinite().all() and (back[1].abs() <= 2e-44).all()
 

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from thl_engine.checkpoint import pack
 from thl_engine.checkpoint.checksum import crc32c
-from thl_engine.checkpoint.pack import ALIGNMENT, page_rows, write_store
+from thl_engine.checkpoint.pack import page_rows, write_store
 from thl_engine.checkpoint.quant import quantize_rows
 from thl_engine.checkpoint.spool import spool_store, spool_tensors, tensor_sources
 from thl_engine.checkpoint.store import open_store
 from thl_engine.errors import CheckpointError, ConfigError, EngineError
+from thl_engine.files import ALIGNMENT
 from thl_engine.models import thl
 
 MODEL = replace(SMALL, embedding_dim=150)  # rows longer than a group of scales, and no multiple of one

@@ -22,7 +22,7 @@ from thl_engine import Engine
 from thl_engine.config import parse_config
 from thl_engine.engine import graphs
 from thl_engine.engine.graphs import CudaCaptures, Ports, Recorder, StepGraphs, leaves, settle, step_graphs
-from thl_engine.kernels.linear import widen
+from thl_engine.kernels.int8 import dequantize
 from thl_engine.models import thl
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.triton_ops import TritonOps
@@ -57,7 +57,7 @@ class HostOps(TritonOps):
     def whole(self, matrix):
         out = torch.empty(matrix.shape)
         self.each_part(matrix, lambda part: out[part.start : part.stop].copy_(
-            widen(part.data, part.scales, part.group)))
+            dequantize(part.data, part.scales, part.group)))
         return Held(out)
 
 

@@ -17,7 +17,7 @@ from thl_engine import Engine
 from thl_engine.config import PRESETS, HIMConfig, HRMConfig, THLConfig
 from thl_engine.device.caching_allocator import CachingAllocator
 from thl_engine.engine.resources import fragments, tensors, workspace
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 
 triton = pytest.importorskip("triton")
 

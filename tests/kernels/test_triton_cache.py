@@ -11,7 +11,8 @@ from thl_engine.kernels import norm, rotary
 from thl_engine.kernels.attention import causal
 from thl_engine.kernels.triton import attention, cache
 from thl_engine.models import kv_cache
-from thl_engine.ops.reference import ReferenceOps, load_ops
+from thl_engine.ops.backends import load_ops
+from thl_engine.ops.reference import ReferenceOps
 
 OPS = load_ops("triton", DEVICE)
 REFERENCE = ReferenceOps()

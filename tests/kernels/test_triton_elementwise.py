@@ -11,7 +11,8 @@ from thl_engine.kernels import geglu, gelu, residual, shared_memory, swiglu, tie
 from thl_engine.kernels import norm as norm_reference
 from thl_engine.kernels.triton import elementwise, norm
 from thl_engine.kernels.triton.shared_memory import erase_then_add
-from thl_engine.ops.reference import ReferenceOps, load_ops
+from thl_engine.ops.backends import load_ops
+from thl_engine.ops.reference import ReferenceOps
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 6e-4}
 SHAPES = [(1, 1), (3, 7), (2, 5, 160), (2, 1531), (0, 8)]

@@ -9,8 +9,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton_device import DEVICE, close, poison  # noqa: F401
 
-from thl_engine.checkpoint.quant import dequantize_rows, quantize_rows
+from thl_engine.checkpoint.quant import quantize_rows
 from thl_engine.kernels import integrator as reference
+from thl_engine.kernels.int8 import dequantize
 from thl_engine.kernels.triton import integrator
 from thl_engine.kernels.triton.linear import Weights
 
@@ -26,7 +27,7 @@ def test_integrate(stored, rows, width, units, together):
     def hold(w):
         if stored == "int8":
             q, scales = quantize_rows(w)
-            return Weights(q.to(DEVICE), scales.to(DEVICE)), dequantize_rows(q, scales).double()
+            return Weights(q.to(DEVICE), scales.to(DEVICE)), dequantize(q, scales).double()
         return Weights(w.to(DEVICE)), w.double()
 
     (first, wide1), (second, wide2) = hold(w1), hold(w2)

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from thl_engine.kernels.int8 import dequantize
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 
 from thl_engine.checkpoint.quant import quantize_rows
-from thl_engine.kernels import linear as reference
+from thl_engine.kernels import int8
 from thl_engine.kernels.triton import linear
 from thl_engine.kernels.triton.linear import LowRank, Weights
 from thl_engine.kernels.triton.linear_tiled import quantize_activations
@@ -24,7 +26,7 @@ def weights(kind: str, rows: int, columns: int) -> tuple[Weights, torch.Tensor]:
     if kind in ("row", "group"):
         group = 128 if kind == "group" else None
         data, scales = quantize_rows(values, group)
-        wide = reference.widen(data.double(), scales.double(), group) if scales.dim() == 1 else \
+        wide = dequantize(data.double(), scales.double(), group) if scales.dim() == 1 else \
             data.double() * scales.double().repeat_interleave(group, dim=1)[:, :columns]
         return Weights(apart(data.to(DEVICE)), scales.to(DEVICE), group), wide
     data = values.to(getattr(torch, kind))
@@ -133,7 +135,7 @@ def test_rounded_activations(kind, dtype):
     w, wide = weights(kind, 37, 290)
     x, residual = device_randn(19, 290).to(dtype), device_randn(19, 37)
     x[3] = 0
-    q, scales = reference.quantize_activations(x.cpu())
+    q, scales = int8.quantize_activations(x.cpu())
     mine = quantize_activations(x)
     assert torch.equal(mine[0].cpu(), q) and torch.equal(mine[1].cpu(), scales)
     exact = (q.double() * scales[:, None].double()) @ wide.T + residual.double().cpu()

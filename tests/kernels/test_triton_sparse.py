@@ -13,7 +13,8 @@ from thl_engine.kernels import geglu as reference
 from thl_engine.kernels.triton import sparse
 from thl_engine.kernels.triton.linear import LowRank, Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
-from thl_engine.ops.reference import ReferenceOps, load_ops
+from thl_engine.ops.backends import load_ops
+from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Adapted, Held
 
 

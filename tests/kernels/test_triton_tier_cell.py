@@ -10,11 +10,12 @@ from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 from thl_engine.checkpoint.quant import quantize_rows
 from thl_engine.kernels import tier_cell as gates
 from thl_engine.kernels import window_attention as window
-from thl_engine.kernels.linear import widen
+from thl_engine.kernels.int8 import dequantize
 from thl_engine.kernels.norm import layer_norm
 from thl_engine.kernels.triton import tier_cell, window_attention
 from thl_engine.kernels.triton.linear import Weights
-from thl_engine.ops.reference import ReferenceOps, load_ops
+from thl_engine.ops.backends import load_ops
+from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Held, Part
 
 
@@ -24,7 +25,7 @@ def weights(kind, rows, columns):
     if kind in ("row", "group"):
         group = 16 if kind == "group" else None
         data, scales = quantize_rows(values, group)
-        return Weights(data.to(DEVICE), scales.to(DEVICE), group), widen(data, scales, group).double()
+        return Weights(data.to(DEVICE), scales.to(DEVICE), group), dequantize(data, scales, group).double()
     data = values.to(getattr(torch, kind))
     return Weights(data.to(DEVICE)), data.double()
 

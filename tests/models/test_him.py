@@ -12,7 +12,7 @@ from thl_engine.config import HIMConfig, parse_config
 from thl_engine.engine.him_batch import answer
 from thl_engine.errors import ConfigError
 from thl_engine.models import architecture, him
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 from thl_engine.text.sampler import Sampler, Sampling
 
 CASES = [folder for folder in cases("him") if folder.name != "generate_greedy"]

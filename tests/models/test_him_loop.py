@@ -10,7 +10,7 @@ from thl_engine import Engine
 from thl_engine.engine.him_batch import answer, answer_file, read_samples
 from thl_engine.errors import CheckpointError, ConfigError, TokenizerError
 from thl_engine.models import him
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 from thl_engine.text.sampler import Sampler, Sampling
 from thl_engine.text.tokenizer import CharTokenizer
 

@@ -17,7 +17,8 @@ from thl_engine.engine.hrm_chat import chat
 from thl_engine.errors import CheckpointError
 from thl_engine.kernels.stablemax import log_stablemax, stablemax_cross_entropy, stablemax_scores
 from thl_engine.models import hrm
-from thl_engine.ops.reference import ReferenceOps, load_ops
+from thl_engine.ops.backends import load_ops
+from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Held, Trainable, trainable
 from thl_engine.text.sampler import Sampling
 from thl_engine.train.hrm_losses import deep_supervision, simple_loss

@@ -9,7 +9,7 @@ from conftest import BACKENDS, FIXTURES, load_case, reasoning_case
 from thl_engine import CheckpointError, ConfigError, Engine
 from thl_engine.config import HRMGemma3nConfig, parse_config
 from thl_engine.models import gemma3n, hrm_gemma3n, low_rank
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 from thl_engine.ops.weights import Adapted, Held
 from thl_engine.paging.plan import SLOT_CHOICES
 

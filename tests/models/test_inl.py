@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from thl_engine.config import PRESETS, parse_config
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.models import inl
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 from thl_engine.ops.weights import Held
 
 # Recorded runs.

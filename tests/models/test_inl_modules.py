@@ -17,7 +17,7 @@ from thl_engine.models.inl_modules import (
     SharedController,
     SparseHarmonicINL,
 )
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 from thl_engine.ops.weights import Held, trainable
 from thl_engine.train.inl_losses import IntegratorLoss, convergence_metrics, cycle_schedule
 

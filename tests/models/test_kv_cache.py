@@ -10,7 +10,7 @@ from inl_small import ODD, REFERENCE, advance, close, draw, folder, forward, hel
 from thl_engine import CheckpointError, Engine
 from thl_engine.kernels.attention import causal
 from thl_engine.models import inl, kv_cache
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 
 WINDOWS = (None, 1, 2, 7, 64, 200)
 

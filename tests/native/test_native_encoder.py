@@ -5,9 +5,9 @@ import torch
 from native_inputs import close_everywhere, everywhere, needs_native
 
 from thl_engine.kernels import norm, residual, shared_memory
+from thl_engine.kernels.norm import LAYER_NORM_EPS
 from thl_engine.ops import native
-from thl_engine.ops.native_product import LAYER_NORM_EPS
-from thl_engine.ops.reference import NativeOps
+from thl_engine.ops.native_ops import NativeOps
 
 pytestmark = [needs_native, pytest.mark.usefixtures("native_settings", "poison")]
 

@@ -7,11 +7,13 @@ import torch
 from native_inputs import close_everywhere as close
 from native_inputs import everywhere, needs_native
 
-from thl_engine.checkpoint.quant import dequantize_rows, quantize_rows
+from thl_engine.checkpoint.quant import quantize_rows
 from thl_engine.kernels import attention as attention_kernels
 from thl_engine.kernels import integrator, norm, rotary
+from thl_engine.kernels.int8 import dequantize
 from thl_engine.ops import native
-from thl_engine.ops.reference import NativeOps, ReferenceOps
+from thl_engine.ops.native_ops import NativeOps
+from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Held, Part
 
 pytestmark = [needs_native, pytest.mark.usefixtures("native_settings", "poison")]
@@ -191,7 +193,7 @@ def hold(w, stored):
     if stored in ("int8", "grouped"):
         group = 128 if stored == "grouped" else None
         q, scales = quantize_rows(w, group)
-        return Held(q, scales, group), dequantize_rows(q, scales, group).double()
+        return Held(q, scales, group), dequantize(q, scales, group).double()
     w = w.to(getattr(torch, stored))
     return Held(w), w.double()
 

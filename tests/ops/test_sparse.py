@@ -10,13 +10,15 @@ from safetensors.torch import load_file, save_file
 from thl_engine import CheckpointError, Engine
 from thl_engine.checkpoint import pack
 from thl_engine.checkpoint.pack import write_store
-from thl_engine.checkpoint.quant import dequantize_rows, quantize_rows
+from thl_engine.checkpoint.quant import quantize_rows
 from thl_engine.checkpoint.spool import tensor_sources
 from thl_engine.checkpoint.store import open_store
 from thl_engine.config import parse_config
+from thl_engine.kernels.int8 import dequantize
 from thl_engine.models import gemma3n
 from thl_engine.ops import native
-from thl_engine.ops.reference import NativeOps, ReferenceOps
+from thl_engine.ops.native_ops import NativeOps
+from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Held
 
 CASE = load_case(FIXTURES / "gemma3n" / "forward48")
@@ -79,7 +81,7 @@ def test_products_that_skip_zeros(share, group):
                 return out
 
             found = everywhere(product) if batch in (1, 5) else product()
-            close(found, (x.double() @ dequantize_rows(q, scales, group).double()).float())
+            close(found, (x.double() @ dequantize(q, scales, group).double()).float())
             cut = rows // 3
             native.linear_int8_transposed(x[:, :cut], q[:cut], scales[:cut], out, False)
             native.linear_int8_transposed(x[:, cut:], q[cut:], scales[cut:], out, True)

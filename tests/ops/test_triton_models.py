@@ -12,7 +12,7 @@ from thl_engine import Engine
 from thl_engine.config import parse_config
 from thl_engine.kernels.triton import attention
 from thl_engine.models import architecture, kv_cache
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 from thl_engine.ops.weights import trainable
 
 

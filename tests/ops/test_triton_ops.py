@@ -10,7 +10,8 @@ from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 
 from thl_engine import ConfigError, Engine
 from thl_engine.checkpoint.quant import quantize_rows
-from thl_engine.ops.reference import ReferenceOps, load_ops
+from thl_engine.ops.backends import load_ops
+from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Adapted, Held, Part
 
 

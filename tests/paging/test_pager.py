@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from thl_engine import BudgetError, CheckpointError, Engine
 from thl_engine.checkpoint.spool import spool_tensors
-from thl_engine.kernels.linear import widen
+from thl_engine.kernels.int8 import dequantize
 from thl_engine.models import thl
 from thl_engine.paging.paged_weights import load_vectors, paged_weights
-from thl_engine.paging.pager import Pager, Ring
+from thl_engine.paging.pager import Pager
 from thl_engine.paging.plan import LEAST_SLOTS, PageSchedule, make_plan, pins
 from thl_engine.paging.reader import Reader
+from thl_engine.paging.ring import Ring
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=80), st.integers(1, 12), st.integers(1, 30))
@@ -232,7 +233,7 @@ def test_rows_are_gathered_in_any_order(quantize, pinned, name):
         pages = [page.index for page in tensor.pages] if pinned else []
         pager = Pager(store, Reader(store.files, direct=False), vectors, pages, 0, 0, 0)
         weights = paged_weights(store, pager, vectors)
-        whole = widen(store.read(name), None if tensor.scales is None else vectors[tensor.scales], tensor.group)
+        whole = dequantize(store.read(name), None if tensor.scales is None else vectors[tensor.scales], tensor.group)
         every = torch.randperm(tensor.shape[0], generator=torch.Generator().manual_seed(0))
         found = []
         for ids in (every, torch.tensor([3, 0, 3, 3, 7, 0]), torch.tensor([[5], [tensor.shape[0] - 1]]), every[:1],

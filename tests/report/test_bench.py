@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from thl_engine import ConfigError, Engine, memory
 from thl_engine.checkpoint.store import open_store
 from thl_engine.cli import main
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 from thl_engine.report import bench
 
 PROMISED = {"tokens_per_second", "bytes_per_token", "achieved_bandwidth", "measured_bandwidth", "bandwidth_ratio",

@@ -20,6 +20,7 @@ from thl_engine.text.tokenizer import load_tokenizer
 from thl_engine.train import TrainOptions, checkpoint, data, evaluate, loop, train
 from thl_engine.train.modules import TrainableModel, chunk_loss
 from thl_engine.train.options import rate
+from thl_engine.train.run import RESUME_FILE, Run
 
 CONFIG = {"vocab_size": 280, "embedding_dim": 12, "num_tiers": 2, "tier_dims": [16, 10],
           "tier_timescales": [1, 4], "local_window": 5, "memory_slots": 6, "memory_dim": 8, "query_dim": 4,
@@ -218,14 +219,14 @@ def test_resume_is_the_run_that_was_not_interrupted(options: TrainOptions,
     given = replace(options, steps=9, dropout=0.1, weight_dropout=0.1)
     expected = train(given)
     stopped = replace(given, out=given.out.with_name("stopped"))
-    update = loop.Run.update
+    update = Run.update
 
-    def fail_at_the_sixth(run: loop.Run) -> float:
+    def fail_at_the_sixth(run: Run) -> float:
         if run.step == 5:
             raise KeyboardInterrupt
         return update(run)
 
-    monkeypatch.setattr(loop.Run, "update", fail_at_the_sixth)
+    monkeypatch.setattr(Run, "update", fail_at_the_sixth)
     with pytest.raises(KeyboardInterrupt):
         train(stopped)
     monkeypatch.undo()
@@ -234,7 +235,7 @@ def test_resume_is_the_run_that_was_not_interrupted(options: TrainOptions,
         whole, resumed = load_file(given.out / name), load_file(stopped.out / name)
         assert whole.keys() == resumed.keys()
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    records = [checkpoint.load(folder / loop.RESUME_FILE)[1] for folder in (given.out, stopped.out)]
+    records = [checkpoint.load(folder / RESUME_FILE)[1] for folder in (given.out, stopped.out)]
     assert records[0] == records[1]
 
 
@@ -251,7 +252,7 @@ def test_resume_refuses_another_run(options: TrainOptions) -> None:
     options.data.write_text(_text(seed=2), encoding="utf-8")
     with pytest.raises(ConfigError, match="text was CRC-32"):
         train(replace(options, resume=True))
-    (options.out / loop.RESUME_FILE).write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    (options.out / RESUME_FILE).write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(CheckpointError, match="cannot resume from it"):
         train(replace(options, resume=True))
 

@@ -16,6 +16,7 @@ from thl_engine.errors import ConfigError
 from thl_engine.train import TrainOptions, loop, train
 from thl_engine.train.modules import TrainableModel
 from thl_engine.train.objectives import OBJECTIVES, objective_of
+from thl_engine.train.run import RESUME_FILE, Run
 
 SIZES = {
     "inl": {"d_model": 16, "num_layers": 2, "num_heads": 2, "num_iterations_per_layer": 4, "feedforward_dim": 24,
@@ -91,19 +92,19 @@ def test_every_way_trains_every_parameter_that_it_uses(model, objective, options
 def test_resume_is_the_run_that_was_not_interrupted(model, objective, options, monkeypatch):
     given = options(model, objective, steps=5, save_every=2, dropout=0.1, weight_dropout=0.1, sample_tokens=0)
     train(given)
-    stopped, update = replace(given, out=given.out.with_name("stopped")), loop.Run.update
+    stopped, update = replace(given, out=given.out.with_name("stopped")), Run.update
 
-    def fail_at_the_third(run: loop.Run) -> float:
+    def fail_at_the_third(run: Run) -> float:
         if run.step == 2:
             raise KeyboardInterrupt
         return update(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "update", fail_at_the_third)
+        patch.setattr(Run, "update", fail_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             train(stopped)
     train(replace(stopped, resume=True))
-    for name in ("model.safetensors", loop.RESUME_FILE):
+    for name in ("model.safetensors", RESUME_FILE):
         whole, resumed = load_file(given.out / name), load_file(stopped.out / name)
         assert whole.keys() == resumed.keys()
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)

@@ -12,18 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from thl_engine.checkpoint.index import (
-    CheckpointIndex,
-    TensorInfo,
-    config_beside,
-    parse_json,
-    read_index,
-    read_text,
-    shown,
-)
-from thl_engine.checkpoint.pack import Progress, Source, replacing, write_tensors
+from thl_engine.checkpoint.index import CheckpointIndex, TensorInfo, config_beside, read_index
+from thl_engine.checkpoint.pack import Progress, Source, write_tensors
 from thl_engine.config import Gemma3nConfig, HRMGemma3nConfig, parse_config
-from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.errors import CheckpointError, ConfigError, shown
+from thl_engine.files import parse_json, read_text, replacing
 from thl_engine.models import hrm_gemma3n, low_rank
 from thl_engine.published_config import hrm_gemma3n_fields
 

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from thl_engine.checkpoint.adapter_folder import FOLDERS, adapted_config, write_adapters
-from thl_engine.checkpoint.index import PICKLE_SUFFIXES, config_beside, read_config, shown
-from thl_engine.checkpoint.pack import Progress, Source, replacing, write_store
+from thl_engine.checkpoint.index import PICKLE_SUFFIXES, config_beside, read_config
+from thl_engine.checkpoint.pack import Progress, Source, write_store
 from thl_engine.checkpoint.spool import tensor_sources
 from thl_engine.checkpoint.store import open_store, tokenizer_files
 from thl_engine.config import named_config, parse_config
-from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.errors import CheckpointError, ConfigError, shown
+from thl_engine.files import replacing
 from thl_engine.models import architecture
 from thl_engine.models.hrm_gemma3n import reasoning_blocks
 from thl_engine.models.low_rank import side_blocks

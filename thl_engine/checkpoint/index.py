@@ -7,7 +7,6 @@ data, to which the offsets are relative. A checkpoint is one such file, or sever
 checked; every failure is a `CheckpointError` of one line that names file, tensor and numbers.
 """
 
-import json
 import os
 import stat
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.errors import CheckpointError, ConfigError, shown
+from thl_engine.files import TEXT_LIMIT, parse_json, read_text
 
-HEADER_LIMIT = 100_000_000  # bytes of JSON; the cap of the safetensors library
 ELEMENT_LIMIT = 1 << 62  # elements in a tensor; below it no size in bytes overflows a signed 64-bit number
 
 DTYPES = {
@@ -109,12 +108,6 @@ def read_bytes(file: Path, offset: int, nbytes: int, what: str) -> bytearray:
     return buffer
 
 
-def shown(name: object) -> str:
-    """A name out of a file, quoted and shortened, so that no message spans lines or pages."""
-    text = repr(name)
-    return text if len(text) <= 120 else text[:100] + "..." + text[-10:]
-
-
 def config_beside(folder: Path) -> tuple[dict, str] | None:
     """`config.json` in a folder as `read_config` gives it; None where there is none."""
     file = folder / "config.json"
@@ -133,41 +126,6 @@ def read_config(file: Path) -> tuple[dict, str]:
     if "model_type" in fields:
         nested = {"model_type": fields["model_type"], **nested}
     return nested, f"{file} (under 'config')"
-
-
-def read_text(path: Path, error_type: type[Exception] = CheckpointError) -> str:
-    """A UTF-8 file of at most HEADER_LIMIT bytes."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(HEADER_LIMIT + 1)
-        if len(content) > HEADER_LIMIT:
-            raise error_type(f"{path}: larger than {HEADER_LIMIT} bytes, too large for this kind of file")
-        return content.decode()
-    except OSError as error:
-        raise error_type(f"{path}: cannot read the file: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise error_type(f"{path}: not UTF-8 text at byte {error.start}") from error
-
-
-def parse_json(text: bytes | str, what: str, error_type: type[Exception] = CheckpointError) -> dict:
-    """A JSON object without duplicate keys, or `error_type`."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        fields: dict = {}
-        for name, value in pairs:
-            if name in fields:
-                raise error_type(f"{what}: {shown(name)} occurs twice")
-            fields[name] = value
-        return fields
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # ValueError: syntax, encoding, a number too long
-        reason = str(error).splitlines()[0][:120]
-        raise error_type(f"{what} is not valid JSON: {reason}") from error
-    if not isinstance(value, dict):
-        raise error_type(f"{what} holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def _status(path: Path, what: str) -> str:
@@ -287,9 +245,9 @@ def _check_prefix(path: Path, prefix: bytes, length: int, size: int) -> None:
         raise CheckpointError(f"{path}: a GGUF file, expected safetensors")
     if size < 8:
         raise CheckpointError(f"{path}: {size} bytes long, too short for a safetensors file (cut short?)")
-    if length > HEADER_LIMIT:
+    if length > TEXT_LIMIT:
         raise CheckpointError(
-            f"{path}: header length {length} is over the limit of {HEADER_LIMIT}; damaged, or not safetensors"
+            f"{path}: header length {length} is over the limit of {TEXT_LIMIT}; damaged, or not safetensors"
         )
     if 8 + length > size:
         raise CheckpointError(f"{path}: header length {length}, but the file has {size} bytes (cut short?)")

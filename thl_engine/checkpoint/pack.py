@@ -26,11 +26,8 @@ Files are written in chunks of rows under a temporary name and renamed when comp
 import difflib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import gcd, prod
 from pathlib import Path
@@ -39,15 +36,15 @@ from typing import Any, TypeVar
 import torch
 
 from thl_engine.checkpoint.checksum import crc32c
-from thl_engine.checkpoint.index import DTYPES, HEADER_LIMIT, shown
+from thl_engine.checkpoint.index import DTYPES
 from thl_engine.checkpoint.quant import GROUP, quantize_rows, scale_shape
 from thl_engine.config import parse_config
-from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.errors import CheckpointError, ConfigError, shown
+from thl_engine.files import ALIGNMENT, TEXT_LIMIT, replacing
 from thl_engine.models import architecture
 from thl_engine.schedule import Block
 
 FORMAT = "1"
-ALIGNMENT = 4096  # of the data section and of pages; what O_DIRECT asks for on every common device
 # About the size of a matrix's page. Milliseconds a token of thl-default (174 M, int8, batch 1, 2-core AMD EPYC Zen 5)
 # with pages of 1, 2, 4, 8, 16, 32 MiB: resident 5.0 4.8 4.6 4.5 4.4 4.4, streamed within 128 MiB 6.1 5.8 5.5 5.5 5.3
 # 5.4. Larger pages gain no more, and the ring takes a few of them.
@@ -210,9 +207,9 @@ class PackPlan:
         header = {"__metadata__": metadata, **tensors}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
-        if len(text) > HEADER_LIMIT:
+        if len(text) > TEXT_LIMIT:
             raise CheckpointError(
-                f"{self.where}: needs a header of {len(text)} bytes, over the limit of {HEADER_LIMIT}"
+                f"{self.where}: needs a header of {len(text)} bytes, over the limit of {TEXT_LIMIT}"
             )
         return len(text).to_bytes(8, "little") + text
 
@@ -330,14 +327,6 @@ def page_checksums(buffer: memoryview, page_bytes: int) -> list[int]:
     return [crc32c(buffer[at : at + page_bytes]) for at in range(0, len(buffer), page_bytes)]
 
 
-def shown_size(nbytes: int) -> str:
-    """A size in decimal units, as file managers and `df -H` show it."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.3g} {unit}"
-    return f"{nbytes / 1e3:.3g} KB"
-
-
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a CPU tensor, row-major; shares memory if it is contiguous."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -448,34 +437,3 @@ def _write_at(descriptor: int, buffer: memoryview | bytes, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-@contextmanager
-def replacing(path: Path, nbytes: int) -> Iterator[int]:
-    """A file descriptor whose content replaces `path` on success and vanishes on any failure."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    needs = f"it needs about {shown_size(nbytes)}"
-    try:
-        if path.is_dir():
-            raise CheckpointError(f"{path}: is a folder, expected the name of the file to write")
-        free = shutil.disk_usage(path.parent).free
-        if free < nbytes:
-            raise CheckpointError(f"{path}: no space on the device: {needs}, {shown_size(free)} are free")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(FileNotFoundError):  # renamed already
-                os.unlink(temporary)
-            raise
-        finally:
-            os.close(descriptor)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot write: {error.strerror}; {needs}") from error

@@ -8,6 +8,8 @@ and a product's sign is its factors' sign.
 
 import torch
 
+from thl_engine.kernels.int8 import round_to_int8, scales_of
+
 GROUP = 128  # inputs that share a scale in files and in the native kernels, where scales go by groups
 BLOCK_ELEMENTS = 1 << 18  # quantised at a time: 1 MiB of float32, so that the passes over it stay in cache
 
@@ -34,16 +36,8 @@ def quantize_rows(weight: torch.Tensor, group: int | None = None) -> tuple[torch
         if columns % width:  # zeros change neither the maximum nor the values of the last group
             block = torch.nn.functional.pad(block, (0, -columns % width))
         block = block.reshape(len(block), -1, width)
-        scale = torch.maximum(-block.amin(dim=2), block.amax(dim=2)) / 127  # `aminmax` takes twenty times as long
-        divisor = torch.where(scale == 0, 1.0, scale)  # zeros, or denormals that no scale can hold
-        values = (block / divisor.unsqueeze(2)).round_().clamp_(-127, 127)
+        scale = scales_of(torch.maximum(-block.amin(dim=2), block.amax(dim=2)))  # `aminmax` takes twenty times as long
+        values = round_to_int8(block, scale)
         quantized[start : start + step] = values.flatten(1)[:, :columns]
         scales[start : start + step] = scale.reshape(scales[start : start + step].shape)
     return quantized, scales
-
-
-def dequantize_rows(quantized: torch.Tensor, scales: torch.Tensor, group: int | None = None) -> torch.Tensor:
-    """float32 [R, C] of int8 [R, C] and scales [R], or scales [R, ceil(C / group)] and their `group`."""
-    if group is None:
-        return quantized.float() * scales[:, None]
-    return quantized.float() * scales.repeat_interleave(group, dim=1)[:, : quantized.shape[1]]

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from thl_engine.checkpoint.index import DTYPE_NAMES, shown
-from thl_engine.checkpoint.pack import Source, plan_pack, shown_size
+from thl_engine.checkpoint.index import DTYPE_NAMES
+from thl_engine.checkpoint.pack import Source, plan_pack
 from thl_engine.checkpoint.store import Store, open_store
 from thl_engine.config import parse_config
-from thl_engine.errors import CheckpointError
+from thl_engine.errors import CheckpointError, shown
+from thl_engine.memory import size
 
 
 def spool_store(
@@ -89,9 +90,9 @@ def _spool(
         if not isinstance(error, OSError):
             raise
         place = "memory" if in_memory else tempfile.gettempdir()
-        size = shown_size(plan.file_bytes)
+        amount = size(plan.file_bytes)
         raise CheckpointError(
-            f"{where}: cannot write a copy of {size} to {place}: {error.strerror}"
+            f"{where}: cannot write a copy of {amount} to {place}: {error.strerror}"
         ) from error
     store.descriptor = descriptor
     return store

@@ -22,11 +22,8 @@ from thl_engine.checkpoint.index import (
     CheckpointIndex,
     TensorInfo,
     config_beside,
-    parse_json,
     read_index,
     read_tensor,
-    read_text,
-    shown,
 )
 from thl_engine.checkpoint.pack import (
     FORMAT,
@@ -40,61 +37,17 @@ from thl_engine.checkpoint.pack import (
     page_rows,
     without_aliases,
 )
-from thl_engine.checkpoint.quant import GROUP, dequantize_rows, scale_shape
+from thl_engine.checkpoint.page import Page, StoredTensor
+from thl_engine.checkpoint.quant import GROUP, scale_shape
 from thl_engine.config import parse_config
-from thl_engine.errors import CheckpointError, ConfigError, EngineError
+from thl_engine.errors import CheckpointError, ConfigError, EngineError, shown
+from thl_engine.files import parse_json, read_text
+from thl_engine.kernels.int8 import dequantize
 from thl_engine.models import architecture
 from thl_engine.schedule import Block
 from thl_engine.text.chat_template import COMPANIONS, join_files
 
 TOKENIZER_FILES = ("tokenizer.json", "continual_tokenizer.json", "vocab.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Rows [start, stop) of a tensor: `nbytes` bytes at `offset` of file number `file`, without padding.
-
-    crc is the CRC32C of those bytes, None where the file has none. index counts the pages of the whole store.
-    """
-
-    index: int
-    tensor: str
-    start: int
-    stop: int
-    file: int
-    offset: int
-    nbytes: int
-    crc: int | None
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the model, or the scales of one, and its pages in row order.
-
-    An int8 tensor names its `scales`; `group` is the number of inputs that share one, None for one a row. Where
-    `transposed`, rows, shape and scales are of the transpose of the published matrix.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    pages: tuple[Page, ...]
-    scales: str | None = None
-    group: int | None = None
-    transposed: bool = False
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def row_bytes(self) -> int:
-        return prod(self.shape[1:]) * self.dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows * self.row_bytes
 
 
 @dataclass
@@ -151,7 +104,7 @@ class Store:
         rows = self.read(name, start, stop)
         if tensor.scales is None:
             return rows.float()
-        return dequantize_rows(rows, self.read(tensor.scales, start, stop), tensor.group)
+        return dequantize(rows, self.read(tensor.scales, start, stop), tensor.group)
 
     def sources(self) -> dict[str, Source]:
         """The float tensors for `write_store`. Raises CheckpointError if the store is quantised already."""

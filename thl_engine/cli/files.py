@@ -6,9 +6,9 @@ from pathlib import Path
 
 from thl_engine.checkpoint.convert import convert_checkpoint, init_adapters, init_checkpoint, quantize_checkpoint
 from thl_engine.checkpoint.growth import grow_checkpoint
-from thl_engine.checkpoint.index import read_text
 from thl_engine.cli.progress import progress_bar
 from thl_engine.errors import ConfigError
+from thl_engine.files import read_text
 
 
 def quantize(arguments: Namespace) -> None:

@@ -18,11 +18,11 @@ from thl_engine.cli.effort import described, effort, mode_options, open_state, t
 from thl_engine.cli.options import cache_options
 from thl_engine.cli.progress import progress_bar
 from thl_engine.cli.reports import on_device
-from thl_engine.engine import hrm_chat
-from thl_engine.engine.engine import Engine, Piece, him_batch
+from thl_engine.engine import him_batch, hrm_chat
+from thl_engine.engine.engine import Engine, Piece
 from thl_engine.errors import ConfigError, TokenizerError
+from thl_engine.memory import size
 from thl_engine.ops import native
-from thl_engine.paging.plan import size
 from thl_engine.text.sampler import Sampling
 
 

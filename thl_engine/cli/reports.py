@@ -11,10 +11,11 @@ from thl_engine.checkpoint.store import open_store
 from thl_engine.cli.effort import mode_options
 from thl_engine.cli.options import cache_options
 from thl_engine.cli.progress import progress_bar
-from thl_engine.device.device_memory import link_bandwidth
 from thl_engine.engine.resources import choose_device, divide_memory, nominal, rows_of_products, state_options
-from thl_engine.ops.reference import load_ops
-from thl_engine.paging.plan import Bandwidths, size
+from thl_engine.memory import size
+from thl_engine.ops.backends import load_ops
+from thl_engine.paging.plan import Bandwidths
+from thl_engine.paging.transfer import link_bandwidth
 from thl_engine.report import bench as measure
 from thl_engine.report.summary import describe, summarise
 from thl_engine.report.summary import verify as verify_pages

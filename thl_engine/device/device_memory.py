@@ -27,10 +27,9 @@ import torch
 
 from thl_engine.device import cuda
 from thl_engine.errors import BudgetError
-from thl_engine.paging import transfer
+from thl_engine.memory import size
 
 _log = logging.getLogger("thl_engine")
-LINK_COPIES = 16  # of a page each: 128 MiB, some ten milliseconds
 
 
 class DeviceMemory:
@@ -70,7 +69,7 @@ class DeviceMemory:
                     self._arenas.append(cuda.open_arena(index, nbytes))
                 except RuntimeError as error:
                     free = torch.cuda.mem_get_info(index)[0] + sum(sizes[: len(self._arenas)])
-                    raise BudgetError(f"memory budget {_size(self._budget)} ({self._budget} bytes): {self._device} has "
+                    raise BudgetError(f"memory budget {size(self._budget)} ({self._budget} bytes): {self._device} has "
                                       f"{free} bytes free ({error}); a budget below that can work") from None
             self._pools.append(torch.cuda.MemPool(_allocator().allocator()))
 
@@ -136,9 +135,9 @@ class DeviceMemory:
                                "budget, batch size or context takes less")
         counts = cuda.arena_counts(self._arenas[0])
         asked = re.search(r"Tried to allocate ([0-9.]+ \w+)", reason)
-        return BudgetError(f"memory budget {_size(self._budget)} ({self._budget} bytes): "
+        return BudgetError(f"memory budget {size(self._budget)} ({self._budget} bytes): "
                            f"{asked[1] if asked else 'memory'} more on {self._device} does not fit beside "
-                           f"{_size(counts['in_use'])} in use; fewer or shorter contexts take less, and a budget of "
+                           f"{size(counts['in_use'])} in use; fewer or shorter contexts take less, and a budget of "
                            f"{self._budget + counts['last_refused']} bytes has room for it")
 
     def stats(self, planned: int) -> dict[str, Any]:
@@ -158,19 +157,6 @@ class DeviceMemory:
 
 
 @cache
-def link_bandwidth(device: torch.device) -> float | None:
-    """Bytes per second from page-locked host memory to a CUDA device, measured once for the process; None on the CPU.
-
-    Its target is given back at once, so that it takes nothing from an engine's memory.
-    """
-    if device.type != "cuda":
-        return None
-    found = transfer.link_bandwidth(device, copies=LINK_COPIES)
-    torch.cuda.empty_cache()
-    return found
-
-
-@cache
 def _allocator() -> Any:
     """torch's handle of our functions: one for the process, since pools keep a plain pointer to it."""
     return torch.cuda.memory.CUDAPluggableAllocator(cuda.library(), "thl_arena_alloc", "thl_arena_free")
@@ -180,7 +166,3 @@ def _close(pools: list[Any], arenas: list[int]) -> None:
     pools.clear()  # gives free segments back to the arenas
     for arena in arenas:
         cuda.close_arena(arena)
-
-
-def _size(count: int) -> str:
-    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.2f} MiB"

@@ -19,7 +19,7 @@ from torch import Tensor
 from thl_engine.checkpoint.spool import spool_store, spool_tensors
 from thl_engine.checkpoint.store import Store, open_store
 from thl_engine.config import parse_config
-from thl_engine.device.device_memory import DeviceMemory, link_bandwidth
+from thl_engine.device.device_memory import DeviceMemory
 from thl_engine.engine.generation import Piece, Row, generate
 from thl_engine.engine.graphs import Compute, step_graphs
 from thl_engine.engine.resources import (
@@ -36,11 +36,12 @@ from thl_engine.engine.resources import (
 )
 from thl_engine.engine.trace import Trace
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
-from thl_engine.memory import peak_bytes
+from thl_engine.memory import peak_bytes, size
 from thl_engine.models import architecture
-from thl_engine.ops.reference import load_ops
+from thl_engine.ops.backends import load_ops
 from thl_engine.paging.paged_weights import load_vectors, paged_weights
-from thl_engine.paging.plan import Bandwidths, PageSchedule, Plan, size
+from thl_engine.paging.plan import Bandwidths, PageSchedule, Plan
+from thl_engine.paging.transfer import link_bandwidth
 from thl_engine.text.sampler import Sampler, Sampling, StopStrings
 from thl_engine.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 

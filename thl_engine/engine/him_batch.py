@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from thl_engine.checkpoint.index import read_text, shown
-from thl_engine.checkpoint.pack import replacing
 from thl_engine.engine.engine import Engine
-from thl_engine.errors import CheckpointError, ConfigError, TokenizerError
+from thl_engine.errors import CheckpointError, ConfigError, TokenizerError, shown
+from thl_engine.files import read_text, replacing
 from thl_engine.text.sampler import Sampler, Sampling
 
 PAD_ID = 1  # of the published tokenizer

@@ -102,9 +102,9 @@ def workspace(model: Any, config: Any, ops: ReferenceOps, state: Any, page_eleme
               * columns)
     if not ops.in_place:  # all but a cache is written anew
         activations += state.nbytes - (state.cache.nbytes if hasattr(state, "cache") else 0)
-    widened = state.cache.widened_bytes if hasattr(state, "cache") else 0
+    dequantized = state.cache.dequantized_bytes if hasattr(state, "cache") else 0
     return (4 * rows * config.vocab_size + activations,
-            ops.scratch_bytes(page_elements, reused, scores, inputs, widened))
+            ops.scratch_bytes(page_elements, reused, scores, inputs, dequantized))
 
 
 def for_graphs(ops: ReferenceOps, config: Any, batch_size: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.kernels.int8 import round_to_int8, scales_of
 from thl_engine.models.state_fields import check_fields
 
 FORMATS = ("float32", "int8")
@@ -37,13 +38,12 @@ class Rows:
         if self.scales is None:
             self.data[:, :, rows] = new
             return
-        scales = new.abs().amax(dim=-1) / 127
-        divisor = torch.where(scales == 0, 1.0, scales)[..., None]  # zeros, or denormals that no scale can hold
-        self.data[:, :, rows] = (new / divisor).round_().clamp_(-127, 127)
+        scales = scales_of(new.abs().amax(dim=-1))
+        self.data[:, :, rows] = round_to_int8(new, scales)
         self.scales[:, :, rows] = scales
 
     def read(self, first: int, stop: int) -> Tensor:
-        """float32 [B, A, stop - first, d]: a view, or int8 rows widened into memory of their own."""
+        """float32 [B, A, stop - first, d]: a view, or int8 rows dequantized into memory of their own."""
         data = self.data[:, :, first:stop]
         if self.scales is None:
             return data
@@ -162,7 +162,7 @@ class KVCache:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
     @property
-    def widened_bytes(self) -> int:
+    def dequantized_bytes(self) -> int:
         """Bytes of the float32 copies that attention needs of one layer: none of float32 rows."""
         return max(0 if own.keys.scales is None else 8 * own.keys.data.numel() for own in self.layers)
 
@@ -172,7 +172,7 @@ class KVCache:
         for layer in self.layers:
             batch, heads, _, width = layer.keys.data.shape
             row = 2 * batch * heads * width  # elements of a position's key and value
-            total += (layer.kept(past) + 1) * row * (4 if layer.keys.scales is None else 1 + 4 + 4)  # widened, read
+            total += (layer.kept(past) + 1) * row * (4 if layer.keys.scales is None else 1 + 4 + 4)  # dequantized, read
         return total
 
     def append(self, layer: int, past: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thl_engine.kernels.norm import LAYER_NORM_EPS
 from thl_engine.ops import native
 from thl_engine.ops.weights import Matrix, Part
-
-LAYER_NORM_EPS = 1e-5
 
 
 class Product:

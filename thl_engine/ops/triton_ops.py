@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from thl_engine.kernels import integrator
+from thl_engine.kernels.norm import LAYER_NORM_EPS
 from thl_engine.kernels.triton import altup, attention, elementwise, norm, sampling, shared_memory
 from thl_engine.kernels.triton import integrator as integrator_kernel
 from thl_engine.kernels.triton.arithmetic import INTERPRETED
 from thl_engine.ops.cached_attention import CachedAttention
-from thl_engine.ops.reference import LAYER_NORM_EPS
 from thl_engine.ops.triton_attention import RingAttention
 from thl_engine.ops.triton_products import TritonProducts
 from thl_engine.ops.triton_state import TritonState
@@ -45,7 +45,7 @@ class TritonOps(TritonState, TritonProducts):
         return ("cuda", "cpu") if INTERPRETED.value else ("cuda",)
 
     def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0,
-                      widened: int = 0) -> int:
+                      dequantized: int = 0) -> int:
         # Partial sums of attention's pieces: at most (d + 2) floats for each PIECE keys of one row in a chunk of 64.
         return 4 * reused_elements + scores // 4
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from thl_engine.device import cuda
-from thl_engine.kernels.linear import widen
+from thl_engine.kernels.int8 import dequantize
+from thl_engine.kernels.norm import LAYER_NORM_EPS
 from thl_engine.kernels.triton import elementwise, linear, norm, sparse
 from thl_engine.kernels.triton.linear import LowRank, Weights
 from thl_engine.kernels.triton.linear_transposed import linear_transposed
-from thl_engine.ops.reference import LAYER_NORM_EPS, SPARSE_SHARE, ReferenceOps
+from thl_engine.ops.reference import SPARSE_SHARE, ReferenceOps
 from thl_engine.ops.weights import Adapted, Matrix, Part
 
 # Rows of a matrix up to which few programs share the activations, so that each of them computes the gate for itself.
@@ -186,7 +187,7 @@ class TritonProducts(ReferenceOps):
 
         def use(part: Part) -> None:
             rows = slice(part.start, part.stop)
-            data[rows].copy_(part.data if part.scales is None or by_row else widen(part.data, part.scales, part.group))
+            data[rows].copy_(part.data if part.scales is None or by_row else dequantize(part.data, part.scales, part.group))
             if scales is not None:
                 scales[rows].copy_(part.scales)
 

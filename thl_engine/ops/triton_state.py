@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from thl_engine.kernels.norm import LAYER_NORM_EPS
 from thl_engine.kernels.triton import elementwise, slot_memory, tier_cell, window_attention
 from thl_engine.kernels.triton.linear import FEW_ROWS, Weights
-from thl_engine.ops.reference import LAYER_NORM_EPS, ReferenceOps
+from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Matrix, Part
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from thl_engine.checkpoint.store import Store
-from thl_engine.kernels.linear import widen
+from thl_engine.kernels.int8 import dequantize
 from thl_engine.ops.weights import Part
 from thl_engine.paging.pager import Pager
 
@@ -32,10 +32,10 @@ class PagedMatrix:
 
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [n, C] of int64 ids [n], on the engine's device: for tables that are also the output head."""
-        return _widened(self.pager.rows(self.name, ids), ids, self.shape[1])
+        return _dequantized(self.pager.rows(self.name, ids), ids, self.shape[1])
 
     def resident_rows(self, ids: Tensor) -> Tensor | None:
-        return _widened(self.pager.pinned_rows(self.name, ids), ids, self.shape[1])
+        return _dequantized(self.pager.pinned_rows(self.name, ids), ids, self.shape[1])
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class PagedTable:
 
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [n, C] of int64 ids, on the engine's device."""
-        return _widened(self.pager.rows(self.name, ids), ids, self.shape[1])
+        return _dequantized(self.pager.rows(self.name, ids), ids, self.shape[1])
 
     def resident_rows(self, ids: Tensor) -> Tensor | None:
-        return _widened(self.pager.pinned_rows(self.name, ids), ids, self.shape[1])
+        return _dequantized(self.pager.pinned_rows(self.name, ids), ids, self.shape[1])
 
 
-def _widened(part: Part | None, ids: Tensor, columns: int) -> Tensor | None:
-    return None if part is None else widen(part.data, part.scales, part.group).view(*ids.shape, columns)
+def _dequantized(part: Part | None, ids: Tensor, columns: int) -> Tensor | None:
+    return None if part is None else dequantize(part.data, part.scales, part.group).view(*ids.shape, columns)
 
 
 def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ files, and used unchanged by the plan to count bytes beforehand. `Pager` adds th
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -13,115 +12,14 @@ import torch
 from torch import Tensor
 
 from thl_engine.checkpoint.checksum import crc32c
+from thl_engine.checkpoint.page import extent, label
 from thl_engine.checkpoint.store import Page, Store, StoredTensor
 from thl_engine.errors import CheckpointError
+from thl_engine.files import ALIGNMENT
 from thl_engine.ops.weights import Part
 from thl_engine.paging.reader import Reader
-from thl_engine.paging.transfer import ALIGNMENT, Request, open_transfer
-
-NEVER = 1 << 62  # next use of a page that is not due within the horizon
-
-
-class Ring:
-    """Slots that hold the pages of a known sequence of uses.
-
-    Fetches are issued in the order of use, as far ahead as slots allow. A slot is taken from the page whose next use
-    is farthest, never from one that is in use or due before the page being fetched. `horizon` is the number of uses
-    looked ahead to know that; twice the number of different pages sees the next use of nearly all.
-    """
-
-    def __init__(self, slots: int, horizon: int) -> None:
-        self._horizon = max(horizon, 2 * slots)
-        self.resident: dict[int, int] = {}  # page -> slot
-        self._free = list(range(slots - 1, -1, -1))
-        self._future: Iterator[int] = iter(())
-        self._ahead: deque[int] = deque()  # uses to come, the next one first
-        self._due: dict[int, deque[int]] = {}  # page -> positions of its uses in `_ahead`, absolute
-        self._position = 0  # of the next use
-        self._fetched = 0  # uses at positions below this one have their page resident or on its way
-        self._held: dict[int, int] = {}  # page -> number of uses in progress
-
-    def follow(self, future: Iterator[int]) -> None:
-        """Replaces what is expected from now on. Pages already here stay until something else needs their slot."""
-        self._future = future
-        self._ahead.clear()
-        self._due.clear()
-        self._fetched = self._position
-        self._look()
-
-    def _look(self) -> None:
-        while len(self._ahead) < self._horizon:
-            page = next(self._future, None)
-            if page is None:
-                return
-            self._due.setdefault(page, deque()).append(self._position + len(self._ahead))
-            self._ahead.append(page)
-
-    def fetches(self) -> list[tuple[int, int]]:
-        """(page, slot) of the reads to start now, in order of use."""
-        issued = []
-        while self._fetched - self._position < len(self._ahead):
-            page = self._ahead[self._fetched - self._position]
-            if page not in self.resident:
-                slot = self._slot()
-                if slot is None:
-                    break
-                self.resident[page] = slot
-                issued.append((page, slot))
-            self._fetched += 1
-        return issued
-
-    def _slot(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        victim, farthest = None, self._fetched
-        for page in self.resident:
-            due = self._due.get(page)
-            use = due[0] if due else NEVER
-            if use > farthest and page not in self._held:
-                victim, farthest = page, use
-        return None if victim is None else self.resident.pop(victim)
-
-    def use(self, page: int) -> int:
-        """Slot of the page, which must be the next one expected; it stays until `release`."""
-        if not self._ahead or self._ahead[0] != page:
-            expected = self._ahead[0] if self._ahead else None
-            raise RuntimeError(f"page {page} was asked for, but the schedule says page {expected}")
-        slot = self.resident[page]
-        self._pass()
-        self._held[page] = self._held.get(page, 0) + 1
-        self._look()
-        return slot
-
-    def _pass(self) -> None:
-        page = self._ahead.popleft()
-        due = self._due[page]
-        due.popleft()
-        if not due:
-            del self._due[page]
-        self._position += 1
-
-    def expects(self, page: int) -> bool:
-        """Whether the page is the next one to be used."""
-        return bool(self._ahead) and self._ahead[0] == page
-
-    def skip_to(self, page: int) -> None:
-        """Leaves out the uses before the next one of this page: a run that depends on the data has ended early.
-
-        Nothing may be on its way, since what is skipped loses its claim to its slot.
-        """
-        while not self.expects(page):
-            if not self._ahead:
-                raise RuntimeError(f"page {page} was asked for, but is not expected any more")
-            self._pass()
-            self._look()
-        self._fetched = max(self._fetched, self._position)
-
-    def release(self, page: int) -> None:
-        """Ends a use."""
-        self._held[page] -= 1
-        if not self._held[page]:
-            del self._held[page]
+from thl_engine.paging.ring import Ring
+from thl_engine.paging.transfer import Request, open_transfer
 
 
 @dataclass
@@ -138,13 +36,6 @@ class Traffic:
     page_hits: int = 0
     page_misses: int = 0
     stall_seconds: float = 0.0
-
-
-def extent(page: Page) -> tuple[int, int]:
-    """Aligned (offset, length) that covers a page in its file."""
-    start = page.offset - page.offset % ALIGNMENT
-    stop = -(-(page.offset + page.nbytes) // ALIGNMENT) * ALIGNMENT
-    return start, stop - start
 
 
 class Pager:
@@ -368,7 +259,3 @@ class Pager:
         data = raw.view(tensor.dtype).view(page.stop - page.start, *tensor.shape[1:])
         scales = None if tensor.scales is None else self._scales[tensor.scales][page.start : page.stop]
         return Part(page.start, page.stop, data, scales, tensor.group)
-
-
-def label(page: Page) -> str:
-    return f"tensor {page.tensor!r} rows {page.start} to {page.stop}"

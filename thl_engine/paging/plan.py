@@ -7,9 +7,11 @@ be read. Times follow from bandwidths, given or measured.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from thl_engine.checkpoint.page import extent
 from thl_engine.checkpoint.store import Store
 from thl_engine.errors import BudgetError
-from thl_engine.paging.pager import Ring, extent
+from thl_engine.memory import size
+from thl_engine.paging.ring import Ring
 from thl_engine.schedule import Walk
 
 LEAST_SLOTS = 2  # one that is computed from while the other is filled
@@ -227,14 +229,6 @@ class Plan:
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def size(count: float) -> str:
-    """A byte count for people."""
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count:.0f} B"
 
 
 def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, stream: bool, state_bytes: int,

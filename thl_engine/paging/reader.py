@@ -20,13 +20,13 @@ import torch
 
 from thl_engine.checkpoint.checksum import crc32c
 from thl_engine.errors import CheckpointError
+from thl_engine.files import ALIGNMENT
 
 try:
     from thl_engine import _native
 except ImportError:  # installed without a compiler
     _native = None
 
-ALIGNMENT = 4096  # of file offsets, lengths and addresses of direct reads
 
 # Measured by benchmarks/bench_reader.py on a 2-core AMD EPYC VM (Zen 5, virtio disk, ext4) with 8 MiB pages in a ring:
 # medians relative to the best bare direct read (3.1 GB/s), without and with checksums, noise about 0.015:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from thl_engine.device import cuda
 from thl_engine.errors import DeviceError
+from thl_engine.files import ALIGNMENT
 from thl_engine.paging.reader import Arena, Reader
 
 try:
@@ -28,11 +30,11 @@ try:
 except ImportError:  # installed without a compiler
     _native = None
 
-ALIGNMENT = 4096  # of places, as direct reads need
 # Longest pages between disk and device: four being read, as many as it takes to keep the reader's threads busy, one on
 # the link, and one behind it so that the link never waits. With pages of 8 MiB, 48 MiB of page-locked memory.
 STAGING_SLOTS = 6
 CUFILE = "libcufile.so.0"
+LINK_BYTES, LINK_COPIES = 8 << 20, 16  # of what is copied to measure the link: some ten milliseconds
 
 _log = logging.getLogger("thl_engine")
 
@@ -277,19 +279,29 @@ class CudaStreams:
             event.synchronize()
 
 
-def link_bandwidth(device: torch.device, nbytes: int = 8 << 20, copies: int = 128) -> float:
-    """Bytes per second of `copies` copies of nbytes from a page-locked ring to a CUDA device, as transfers make them.
+@cache
+def link_bandwidth(device: torch.device) -> float | None:
+    """Bytes per second from page-locked host memory to a CUDA device, as transfers copy; None on the CPU.
 
-    The ceiling for streaming, without any reads.
+    The ceiling for streaming, without any reads; measured once for the process. The target is given back at once, so
+    that it takes nothing from an engine's memory.
     """
-    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if device.type != "cuda":
+        return None
+    seconds = _copy_seconds(torch.empty(LINK_BYTES, dtype=torch.uint8, device=device))
+    torch.cuda.empty_cache()
+    return LINK_COPIES * LINK_BYTES / seconds
+
+
+def _copy_seconds(target: Tensor) -> float:
+    """What LINK_COPIES copies from a page-locked ring to the target take."""
+    device, nbytes = target.device, target.numel()
     if _native is not None and cuda.available():
         torch.cuda.synchronize(device)  # the target may be memory that work on its way still reads
-        return copies * nbytes / _native.copy_seconds(cuda.copy_device(target.device.index), target, STAGING_SLOTS,
-                                                      copies)
+        return _native.copy_seconds(cuda.copy_device(device.index), target, STAGING_SLOTS, LINK_COPIES)
     streams, ring = CudaStreams(device), Arena(STAGING_SLOTS * nbytes).tensor()
     streams.lock(ring)
-    for count in (STAGING_SLOTS, copies):
+    for count in (STAGING_SLOTS, LINK_COPIES):
         started = time.perf_counter()
         for i in range(count):
             begin = i % STAGING_SLOTS * nbytes
@@ -297,4 +309,4 @@ def link_bandwidth(device: torch.device, nbytes: int = 8 << 20, copies: int = 12
         streams.wait_on_host(copied)
     seconds = time.perf_counter() - started
     streams.unlock(ring)
-    return copies * nbytes / seconds
+    return seconds

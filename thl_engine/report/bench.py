@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from thl_engine.checkpoint.page import extent
 from thl_engine.checkpoint.store import Store, StoredTensor, open_store
 from thl_engine.config import parse_config
-from thl_engine.device.device_memory import link_bandwidth
 from thl_engine.engine.engine import Engine
 from thl_engine.engine.resources import (
     choose_device,
@@ -28,11 +28,12 @@ from thl_engine.errors import ConfigError
 from thl_engine.memory import peak_bytes, reset_peak, resident_bytes
 from thl_engine.models import architecture
 from thl_engine.ops import native
-from thl_engine.ops.reference import ReferenceOps, load_ops
+from thl_engine.ops.backends import load_ops
+from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Held
-from thl_engine.paging.pager import extent
 from thl_engine.paging.plan import NOMINAL, Bandwidths, PageSchedule
 from thl_engine.paging.reader import Arena, Reader
+from thl_engine.paging.transfer import link_bandwidth
 
 # Eight times the largest last-level cache met so far (32 MiB); more would only raise the process's peak memory.
 BUFFER_BYTES = 256 << 20

@@ -4,12 +4,13 @@ from collections import deque
 from inspect import signature
 from typing import Any
 
-from thl_engine.checkpoint.pack import ALIGNMENT, Progress
+from thl_engine.checkpoint.pack import Progress
+from thl_engine.checkpoint.page import extent, label
 from thl_engine.checkpoint.store import Store
 from thl_engine.config import parse_config
+from thl_engine.files import ALIGNMENT
+from thl_engine.memory import size
 from thl_engine.models import architecture
-from thl_engine.paging.pager import extent, label
-from thl_engine.paging.plan import size
 from thl_engine.paging.reader import Arena, Reader
 
 SLOTS = 4  # pages in flight while verifying

@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from thl_engine.checkpoint.index import read_text, shown
-from thl_engine.errors import TokenizerError
+from thl_engine.errors import TokenizerError, shown
+from thl_engine.files import read_text
 from thl_engine.text.char_vocabulary import INVERSE_KEYS, entries_key
 from thl_engine.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -2,12 +2,9 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from thl_engine.train.options import rate
-
-if TYPE_CHECKING:
-    from thl_engine.train.loop import Evaluation, Run
+from thl_engine.train.run import Evaluation, Run
 
 LIVE_SECONDS = 0.5  # between rewrites of the line on a terminal
 LINE_SECONDS = 10.0  # between lines elsewhere
@@ -17,7 +14,7 @@ SMOOTHING = 0.98
 class Progress:
     """One line that is rewritten on a terminal, elsewhere a line every few seconds."""
 
-    def __init__(self, run: "Run") -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
         self.live = sys.stderr.isatty()
         self.total, self.weight = 0.0, 0.0  # of the smoothed loss
@@ -41,7 +38,7 @@ class Progress:
                     f"rate {rate(options, step - 1):.1e}  {speed:,.0f} tokens/s  "
                     f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", stays=not self.live)
 
-    def evaluated(self, found: "Evaluation", kept: bool, text: str) -> None:
+    def evaluated(self, found: Evaluation, kept: bool, text: str) -> None:
         """Shows an evaluation and a sample of text."""
         self._print(f"update {self.run.step}: held-out perplexity {found.perplexity:.2f}, "
                     f"{found.bits_per_character:.4f} bits per character{', the best so far' if kept else ''}")

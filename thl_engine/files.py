@@ -1,0 +1,81 @@
+"""Small files read within limits, and files that are replaced as a whole or not at all."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from thl_engine.errors import CheckpointError, shown
+from thl_engine.memory import size
+
+ALIGNMENT = 4096  # of offsets, lengths and addresses of direct reads on every common device, and so of pages in files
+TEXT_LIMIT = 100_000_000  # bytes of JSON or other text; the safetensors library's cap on a header
+
+
+def read_text(path: Path, error_type: type[Exception] = CheckpointError) -> str:
+    """A UTF-8 file of at most TEXT_LIMIT bytes."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(TEXT_LIMIT + 1)
+        if len(content) > TEXT_LIMIT:
+            raise error_type(f"{path}: larger than {TEXT_LIMIT} bytes, too large for this kind of file")
+        return content.decode()
+    except OSError as error:
+        raise error_type(f"{path}: cannot read the file: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise error_type(f"{path}: not UTF-8 text at byte {error.start}") from error
+
+
+def parse_json(text: bytes | str, what: str, error_type: type[Exception] = CheckpointError) -> dict:
+    """A JSON object without duplicate keys, or `error_type`."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        fields: dict = {}
+        for name, value in pairs:
+            if name in fields:
+                raise error_type(f"{what}: {shown(name)} occurs twice")
+            fields[name] = value
+        return fields
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # ValueError: syntax, encoding, a number too long
+        reason = str(error).splitlines()[0][:120]
+        raise error_type(f"{what} is not valid JSON: {reason}") from error
+    if not isinstance(value, dict):
+        raise error_type(f"{what} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+@contextmanager
+def replacing(path: Path, nbytes: int) -> Iterator[int]:
+    """A file descriptor whose content replaces `path` on success and vanishes on any failure."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    needs = f"it needs about {size(nbytes)}"
+    try:
+        if path.is_dir():
+            raise CheckpointError(f"{path}: is a folder, expected the name of the file to write")
+        free = shutil.disk_usage(path.parent).free
+        if free < nbytes:
+            raise CheckpointError(f"{path}: no space on the device: {needs}, {size(free)} are free")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(FileNotFoundError):  # renamed already
+                os.unlink(temporary)
+            raise
+        finally:
+            os.close(descriptor)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot write: {error.strerror}; {needs}") from error
