@@ -73,10 +73,17 @@ def extensions():
 ext_modules, cmdclass = extensions()
 
 setup(
-    packages=[*find_packages(include=["thl_engine", "thl_engine.*"]), "thl_engine.kernels", "thl_engine.kernels.triton",
-              "thl_engine.kernels.tuned"],
-    package_dir={"thl_engine.kernels": "kernels", "thl_engine.kernels.triton": "kernels/triton",
-                 "thl_engine.kernels.tuned": "kernels/tuned"},
+    packages=[
+        *find_packages(include=["thl_engine", "thl_engine.*"]),
+        "thl_engine.kernels",
+        "thl_engine.kernels.triton",
+        "thl_engine.kernels.tuned",
+    ],
+    package_dir={
+        "thl_engine.kernels": "kernels",
+        "thl_engine.kernels.triton": "kernels/triton",
+        "thl_engine.kernels.tuned": "kernels/tuned",
+    },
     package_data={"thl_engine.kernels.tuned": ["*.json"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,

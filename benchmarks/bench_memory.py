@@ -47,8 +47,11 @@ with Engine.from_pretrained(path, device="cpu", memory_budget=budget, batch_size
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("model", "options"), CASES, ids=lambda value: value if isinstance(value, str) else
-                         "-".join(value.values()) or "default")
+@pytest.mark.parametrize(
+    ("model", "options"),
+    CASES,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()) or "default",
+)
 def test_peak_is_within_the_plan(benchmark, tmp_path, model, options, backend):
     path = tmp_path / "model.safetensors"
     init_checkpoint(model, MODELS[model], path, quantize="int8")
@@ -56,8 +59,9 @@ def test_peak_is_within_the_plan(benchmark, tmp_path, model, options, backend):
 
     def run() -> list[int]:
         command = [sys.executable, "-c", RUN, given]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True,
-                                         cwd=Path(__file__).parents[1]).stdout)
+        return json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+        )
 
     grown, planned = benchmark.pedantic(run, rounds=1)
     benchmark.extra_info.update({"grown MB": round(grown / 1e6, 1), "planned MB": round(planned / 1e6, 1)})

@@ -21,14 +21,41 @@ from thl_engine.checkpoint.convert import init_checkpoint
 from thl_engine.ops import native
 from thl_engine.paging.reader import Arena
 
-INL = {"vocab_size": 50000, "d_model": 512, "num_layers": 6, "num_heads": 8, "num_iterations_per_layer": 5,
-       "feedforward_dim": 2048, "max_seq_len": 2048, "lowrank_ratio": 0.125, "adaptive_convergence_threshold": 0.001,
-       "hierarchical_group_size": 64, "excitation_sparsity": 0.1}
-HIM = {"vocab_size": 32000, "embed_dim": 160, "num_heads": 8, "num_kv_heads": 2, "num_encoder_layers": 10,
-       "dim_feedforward": 320, "max_answer_len": 64, "mem_slots": 16, "mem_rank": 16, "reasoning_tokens": 64,
-       "max_seq_len": 512}
-HRM = {"vocab_size": 100, "hidden_size": 256, "num_heads": 8, "L_layers": 3, "H_layers": 3, "expansion": 2.5,
-       "halt_max_steps": 8}
+INL = {
+    "vocab_size": 50000,
+    "d_model": 512,
+    "num_layers": 6,
+    "num_heads": 8,
+    "num_iterations_per_layer": 5,
+    "feedforward_dim": 2048,
+    "max_seq_len": 2048,
+    "lowrank_ratio": 0.125,
+    "adaptive_convergence_threshold": 0.001,
+    "hierarchical_group_size": 64,
+    "excitation_sparsity": 0.1,
+}
+HIM = {
+    "vocab_size": 32000,
+    "embed_dim": 160,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "num_encoder_layers": 10,
+    "dim_feedforward": 320,
+    "max_answer_len": 64,
+    "mem_slots": 16,
+    "mem_rank": 16,
+    "reasoning_tokens": 64,
+    "max_seq_len": 512,
+}
+HRM = {
+    "vocab_size": 100,
+    "hidden_size": 256,
+    "num_heads": 8,
+    "L_layers": 3,
+    "H_layers": 3,
+    "expansion": 2.5,
+    "halt_max_steps": 8,
+}
 TOKENS = 64
 READ_BYTES = 192 << 20  # six times the largest last-level cache met so far
 PRODUCT = (TOKENS, 4096, 4096)  # activations, outputs, inputs
@@ -43,8 +70,9 @@ def engine_of(model_type: str, config: dict, folder: Path) -> Engine:
     return Engine.from_pretrained(path, device="cpu", backend="native", stream=False)
 
 
-def compare(benchmark, step: Callable[[], None], ceiling: Callable[[], float], work: float, rounds: int,
-            unit: str) -> None:
+def compare(
+    benchmark, step: Callable[[], None], ceiling: Callable[[], float], work: float, rounds: int, unit: str
+) -> None:
     """Times steps that do `work` units each, and notes their rate as a share of the ceiling, in units per second."""
     ceilings, number = [], itertools.count()
 
@@ -57,8 +85,12 @@ def compare(benchmark, step: Callable[[], None], ceiling: Callable[[], float], w
     if benchmark.stats is None:  # run with --benchmark-disable
         pytest.skip("nothing was timed")
     seconds, best = benchmark.stats.stats.median, statistics.median(ceilings)
-    found = {"steps/s": round(1.0 / seconds, 2), f"{unit}/step": work, f"ceiling {unit}/s": best,
-             "ratio": round(work / seconds / best, 3)}
+    found = {
+        "steps/s": round(1.0 / seconds, 2),
+        f"{unit}/step": work,
+        f"ceiling {unit}/s": best,
+        "ratio": round(work / seconds / best, 3),
+    }
     benchmark.extra_info.update(found)
     print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
 

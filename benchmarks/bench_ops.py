@@ -60,8 +60,12 @@ def test_int8_gemv(benchmark, rows, columns):
     exact = x.double() @ (matrices[0].double() * scales.double()[:, None]).T
     error = ((out.double() - exact).norm() / exact.norm()).item()
     assert error <= 1e-4
-    found = {"GB/s": median["ours"] / 1e9, "read GB/s": median["read"] / 1e9,
-             "share of reading": median["ours"] / median["read"], "times torch int8": median["ours"] / median["peer"],
-             "relative error": error}
+    found = {
+        "GB/s": median["ours"] / 1e9,
+        "read GB/s": median["read"] / 1e9,
+        "share of reading": median["ours"] / median["read"],
+        "times torch int8": median["ours"] / median["peer"],
+        "relative error": error,
+    }
     benchmark.extra_info.update(found)
     print("\n" + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))

@@ -18,8 +18,17 @@ from thl_engine.paging.plan import Bandwidths
 from thl_engine.report.bench import disk_bandwidth, largest_matrix, product_bandwidth
 
 MIB = 1 << 20
-CONFIG = THLConfig(vocab_size=4096, embedding_dim=4096, num_tiers=2, tier_dims=(4096, 4096), tier_timescales=(1, 1),
-                   memory_slots=64, memory_dim=1024, value_dim=4096, local_window=16)
+CONFIG = THLConfig(
+    vocab_size=4096,
+    embedding_dim=4096,
+    num_tiers=2,
+    tier_dims=(4096, 4096),
+    tier_timescales=(1, 1),
+    memory_slots=64,
+    memory_dim=1024,
+    value_dim=4096,
+    local_window=16,
+)
 
 
 @pytest.mark.parametrize("page_mib", [1, 2, 4, 8, 16, 32])
@@ -39,12 +48,16 @@ def test_stream_by_page_size(benchmark, tmp_path, monkeypatch, page_mib):
 
         benchmark.pedantic(step, rounds=8, warmup_rounds=2)
         with open_store(path) as store:
-            rates = Bandwidths(disk=disk_bandwidth(store),
-                               memory=product_bandwidth(engine.ops, engine.device, largest_matrix(store)))
+            rates = Bandwidths(
+                disk=disk_bandwidth(store), memory=product_bandwidth(engine.ops, engine.device, largest_matrix(store))
+            )
         plan = engine.plan(rates)
         measured = 1 / statistics.median(seconds)
         benchmark.extra_info.update(
-            tokens_per_second=measured, predicted_tokens_per_second=plan.tokens_per_second,
-            streamed_bytes_per_second=plan.bytes_streamed_per_token * measured, disk_bandwidth=rates.disk,
+            tokens_per_second=measured,
+            predicted_tokens_per_second=plan.tokens_per_second,
+            streamed_bytes_per_second=plan.bytes_streamed_per_token * measured,
+            disk_bandwidth=rates.disk,
             share_of_disk=plan.bytes_streamed_per_token * measured / rates.disk,
-            ring_bytes=plan.slots * plan.slot_bytes)
+            ring_bytes=plan.slots * plan.slot_bytes,
+        )

@@ -46,10 +46,13 @@ def decode(benchmark, checkpoint: Path, tokens: int, **options: object) -> dict[
     if benchmark.stats is None:  # run with --benchmark-disable
         pytest.skip("nothing was timed")
     speed = 1.0 / benchmark.stats.stats.mean
-    found = {"tokens/s": round(speed, 2), "MB/token": round(plan.bytes_per_token / 1e6, 1),
-             "MB/token streamed": round(plan.bytes_streamed_per_token / 1e6, 1),
-             "measured GB/s": round(statistics.median(rates) / 1e9, 2),
-             "ratio": round(plan.bytes_per_token * speed / statistics.median(rates), 3)}
+    found = {
+        "tokens/s": round(speed, 2),
+        "MB/token": round(plan.bytes_per_token / 1e6, 1),
+        "MB/token streamed": round(plan.bytes_streamed_per_token / 1e6, 1),
+        "measured GB/s": round(statistics.median(rates) / 1e9, 2),
+        "ratio": round(plan.bytes_per_token * speed / statistics.median(rates), 3),
+    }
     benchmark.extra_info.update(found)
     print("\n" + ", ".join(f"{name} {value}" for name, value in found.items()))
     return found

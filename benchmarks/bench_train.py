@@ -1,7 +1,7 @@
 """Speed of training: updates of a model with the demo's sizes, forwards and backwards, in tokens a second.
 
-    pytest benchmarks/bench_train.py --benchmark-only
-    python benchmarks/bench_train.py
+pytest benchmarks/bench_train.py --benchmark-only
+python benchmarks/bench_train.py
 """
 
 import json
@@ -47,5 +47,7 @@ if __name__ == "__main__":
         start = time.perf_counter()
         for _ in range(3):
             run()
-        print(f"{kind}: {3 * BATCH * CHUNK / (time.perf_counter() - start):,.0f} tokens/s, "
-              f"{torch.get_num_threads()} threads")
+        print(
+            f"{kind}: {3 * BATCH * CHUNK / (time.perf_counter() - start):,.0f} tokens/s, "
+            f"{torch.get_num_threads()} threads"
+        )

@@ -67,9 +67,16 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "build": Stage(300, 60), "tests": Stage(540, 200), "sanitizer": Stage(540, 120), "tune": Stage(400, 60),
-    "kernels": Stage(400, 90), "pager": Stage(200, 60), "engine-thl": Stage(540, 150), "engine-inl": Stage(540, 150),
-    "engine-gemma": Stage(540, 150), "reference": Stage(300, 60),
+    "build": Stage(300, 60),
+    "tests": Stage(540, 200),
+    "sanitizer": Stage(540, 120),
+    "tune": Stage(400, 60),
+    "kernels": Stage(400, 90),
+    "pager": Stage(200, 60),
+    "engine-thl": Stage(540, 150),
+    "engine-inl": Stage(540, 150),
+    "engine-gemma": Stage(540, 150),
+    "reference": Stage(300, 60),
 }
 MODELS = {"engine-thl": "thl-7b", "engine-inl": "inl-5b", "engine-gemma": "gemma-e4b"}
 
@@ -109,8 +116,15 @@ class Check:
         return state, [rehearsed(one) for one in found] if self.rehearse else found
 
     def _process(self, command: list[str], stage: str, log, seconds: float) -> str:
-        with subprocess.Popen(command, cwd=ROOT, env=self._environment(stage), stdin=subprocess.DEVNULL, stdout=log,
-                              stderr=subprocess.STDOUT, start_new_session=True) as process:
+        with subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self._environment(stage),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process:
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -133,13 +147,39 @@ class Check:
         tiny = ["--rehearse"] if self.rehearse else []
         if stage == "build":
             where = ["--dry-run"] if self.rehearse else ["--upgrade", "--target", str(self.work / "site")]
-            return [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", *where,
-                    "."]
+            return [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--no-index",
+                "--no-build-isolation",
+                "--no-deps",
+                *where,
+                ".",
+            ]
         if stage == "tests":
-            chosen = ["tests/kernels/test_triton_elementwise.py"] if self.rehearse else [
-                "tests", "--ignore=tests/kernels/test_triton_compile.py", "--ignore=tests/benchmarks/test_gpu_check.py", *workers()]
-            return [sys.executable, "-c", PYTEST, "-q", "-rs", "-p", "no:cacheprovider", f"--junitxml={report}",
-                    *chosen]
+            chosen = (
+                ["tests/kernels/test_triton_elementwise.py"]
+                if self.rehearse
+                else [
+                    "tests",
+                    "--ignore=tests/kernels/test_triton_compile.py",
+                    "--ignore=tests/benchmarks/test_gpu_check.py",
+                    *workers(),
+                ]
+            )
+            return [
+                sys.executable,
+                "-c",
+                PYTEST,
+                "-q",
+                "-rs",
+                "-p",
+                "no:cacheprovider",
+                f"--junitxml={report}",
+                *chosen,
+            ]
         if stage == "tune" and self.rehearse:
             return [sys.executable, "-c", REHEARSED_TUNING, str(BENCHMARKS), str(self.work)]
         if stage == "tune":
@@ -150,16 +190,25 @@ class Check:
 
     def _built(self) -> list[Row]:
         """Which extensions the build has brought, and the mark by which later calls know it."""
-        program = ("from thl_engine.ops import native; from thl_engine.device import cuda\n"
-                   "print(native.isa() if native.available() else native.reason())\nprint(cuda.reason() or 'built')")
-        found = subprocess.run([sys.executable, "-c", program], cwd=self.work, env=self._environment("build"),
-                               capture_output=True, text=True)
+        program = (
+            "from thl_engine.ops import native; from thl_engine.device import cuda\n"
+            "print(native.isa() if native.available() else native.reason())\nprint(cuda.reason() or 'built')"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=self.work,
+            env=self._environment("build"),
+            capture_output=True,
+            text=True,
+        )
         if found.returncode:
             return [failure("import of what was built", (found.stderr.splitlines() or ["no message"])[-1])]
         (self.work / "built").write_text(digest())
         host, device = found.stdout.splitlines()
-        return [check("thl_engine._native", not host.startswith("the "), host),
-                check("thl_engine._cuda", device == "built" or self.rehearse, device)]
+        return [
+            check("thl_engine._native", not host.startswith("the "), host),
+            check("thl_engine._cuda", device == "built" or self.rehearse, device),
+        ]
 
     def _tuned(self) -> list[Row]:
         """The table that was written, which what was built is to use from now on."""
@@ -168,8 +217,14 @@ class Check:
         choices = json.loads(newest.read_text())["gemv_int8"]
         if not self.rehearse:
             shutil.copy(newest, self.work / "site" / "thl_engine" / "kernels" / "tuned")
-        return [row("int8 GEMV: sizes at which the CUDA twin is the fastest", sum(c["use"] == "cuda" for c in choices),
-                    f"of {len(choices)}", note=newest.name)]
+        return [
+            row(
+                "int8 GEMV: sizes at which the CUDA twin is the fastest",
+                sum(c["use"] == "cuda" for c in choices),
+                f"of {len(choices)}",
+                note=newest.name,
+            )
+        ]
 
     def built(self) -> bool:
         """Whether a build of these very sources is there."""
@@ -216,8 +271,15 @@ def about(rehearse: bool) -> dict[str, str | None]:
         reason = (found.stderr.splitlines() or ["no message"])[-1]
         sys.exit(f"gpu-check: torch cannot be used with {sys.executable}: {reason}")
     out = json.loads(found.stdout.splitlines()[-1])
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"],
-                            capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else ""
+    driver = (
+        subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        if shutil.which("nvidia-smi")
+        else ""
+    )
     out["driver"] = driver or None
     return {**out, "card": "rehearsal"} if rehearse else out
 
@@ -262,21 +324,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     found = about(given.rehearse)
     if found["card"] is None:
-        print(f"gpu-check: torch {found['torch']} finds no CUDA device on this machine; nothing was run, nothing "
-              "written", file=sys.stderr)
+        print(
+            f"gpu-check: torch {found['torch']} finds no CUDA device on this machine; nothing was run, nothing written",
+            file=sys.stderr,
+        )
         return 1
     with scratch_folder() as scratch:
         call = Check(given, scratch)
         results = Results(call.folder, found["card"], [*STAGES])
         sources = digest()
-        wanted = [name for name in STAGES if "all" in given.stages or name in given.stages or not given.stages and (
-            results.stages.get(name, {}).get("sources") != sources or results.stages[name]["status"] != "done")]
+        wanted = [
+            name
+            for name in STAGES
+            if "all" in given.stages
+            or name in given.stages
+            or not given.stages
+            and (results.stages.get(name, {}).get("sources") != sources or results.stages[name]["status"] != "done")
+        ]
         if wanted and "build" not in wanted and not given.rehearse and not call.built():
             wanted.insert(0, "build")
         versions = ", ".join(f"{name} {found[name]}" for name in ("driver", "torch", "triton", "CUDA"))
-        circumstances = {"date": date.today().isoformat(),
-                         "commit": commit() or os.environ.get("THL_COMMIT", "unknown"),
-                         "sources": sources, "on": f"{found['card']}, {versions}"}
+        circumstances = {
+            "date": date.today().isoformat(),
+            "commit": commit() or os.environ.get("THL_COMMIT", "unknown"),
+            "sources": sources,
+            "on": f"{found['card']}, {versions}",
+        }
         print(f"gpu-check: {circumstances['on']}; commit {circumstances['commit']}", flush=True)
         left = run_stages(call, results, wanted, circumstances)
     good = not left and all(results.good(name) for name in wanted)

@@ -62,8 +62,13 @@ class Run:
         if not path.exists():
             started = time.perf_counter()
             init_checkpoint(model_type, config, path, quantize="int8")
-            self.rows.add(row(f"{name}: writing the checkpoint, {path.stat().st_size / 1e9:.2f} GB",
-                              time.perf_counter() - started, "s"))
+            self.rows.add(
+                row(
+                    f"{name}: writing the checkpoint, {path.stat().st_size / 1e9:.2f} GB",
+                    time.perf_counter() - started,
+                    "s",
+                )
+            )
         return path
 
     @contextmanager
@@ -105,13 +110,29 @@ def pager(run: Run) -> None:
             link = run.timer.link_bandwidth()
             run.rows.add(row("page-locked host memory to the device", link / 1e9, "GB/s"))
             source = bench.disk_bandwidth(store)
-            run.rows.add(row(f"reading the file alone, from {'memory' if inside else 'the disk'}", source / 1e9,
-                             "GB/s"))
+            run.rows.add(
+                row(f"reading the file alone, from {'memory' if inside else 'the disk'}", source / 1e9, "GB/s")
+            )
             rate = _streaming_rate(run, store)
-            run.rows.add(row("pager, streaming only", rate / 1e9, "GB/s", ceiling=link / 1e9,
-                             of="GB/s, page-locked copy", target="pager"))
-            run.rows.add(row("pager, beside the slower of reading and copying", rate / 1e9, "GB/s",
-                             ceiling=min(link, source) / 1e9, of="GB/s"))
+            run.rows.add(
+                row(
+                    "pager, streaming only",
+                    rate / 1e9,
+                    "GB/s",
+                    ceiling=link / 1e9,
+                    of="GB/s, page-locked copy",
+                    target="pager",
+                )
+            )
+            run.rows.add(
+                row(
+                    "pager, beside the slower of reading and copying",
+                    rate / 1e9,
+                    "GB/s",
+                    ceiling=min(link, source) / 1e9,
+                    of="GB/s",
+                )
+            )
 
 
 def _streaming_rate(run: Run, store) -> float:
@@ -156,17 +177,31 @@ def engine(run: Run, name: str) -> None:
         _decode_tokens(run, run.checkpoint(f"{name}-tiny", *tiny[:2]), tiny, stream=False)  # loads context and kernels
         with run.device_memory() as grown:
             streamed, stats = _decode_tokens(run, path, used, memory_budget=budget)
-        run.rows.add(row(f"{name}: growth of the device's memory by its driver", grown[0] / (1 << 20), "MiB",
-                         ceiling=(BUDGET + CODE_BYTES) / (1 << 20), of="MiB: the budget, and 64 for kernels' code",
-                         target="memory", note=f"engine's own count {stats['peak_device_bytes'] / (1 << 20):.0f} MiB, "
-                                               f"plan {stats['peak_memory_bytes'] / (1 << 20):.0f} MiB"))
+        run.rows.add(
+            row(
+                f"{name}: growth of the device's memory by its driver",
+                grown[0] / (1 << 20),
+                "MiB",
+                ceiling=(BUDGET + CODE_BYTES) / (1 << 20),
+                of="MiB: the budget, and 64 for kernels' code",
+                target="memory",
+                note=f"engine's own count {stats['peak_device_bytes'] / (1 << 20):.0f} MiB, "
+                f"plan {stats['peak_memory_bytes'] / (1 << 20):.0f} MiB",
+            )
+        )
         if not run.real or torch.cuda.mem_get_info()[0] > 1.5 * path.stat().st_size:
             resident, _ = _decode_tokens(run, path, used, stream=False)
-            run.rows.add(check(f"{name}: streamed equals resident bit for bit",
-                               all(map(torch.equal, streamed, resident)), f"{len(streamed)} tokens' logits"))
+            run.rows.add(
+                check(
+                    f"{name}: streamed equals resident bit for bit",
+                    all(map(torch.equal, streamed, resident)),
+                    f"{len(streamed)} tokens' logits",
+                )
+            )
     with run.rows.case(f"{name}: speed"):
-        found = bench.benchmark(path, tokens=used.tokens, warmup=16 if run.real else 2, memory_budget=budget,
-                                **run.options, **used.options)
+        found = bench.benchmark(
+            path, tokens=used.tokens, warmup=16 if run.real else 2, memory_budget=budget, **run.options, **used.options
+        )
         _speed(run, name, found)
 
 
@@ -191,14 +226,38 @@ def _decode_tokens(run: Run, path: Path, model: Model, **options) -> tuple[list[
 def _speed(run: Run, name: str, found: dict) -> None:
     speed = found["tokens_per_second"]
     streamed = f"{found['bytes_streamed_per_token'] / 1e6:.0f} MB a token streamed"
-    run.rows.add(row(f"{name}: decoding within 4 GiB", speed, "tokens/s",
-                     ceiling=found["predicted_tokens_per_second"], of="tokens/s, the plan's limit",
-                     target="plan", note=f"{found['bytes_per_token'] / 1e6:.0f} MB a token, {streamed}"))
+    run.rows.add(
+        row(
+            f"{name}: decoding within 4 GiB",
+            speed,
+            "tokens/s",
+            ceiling=found["predicted_tokens_per_second"],
+            of="tokens/s, the plan's limit",
+            target="plan",
+            note=f"{found['bytes_per_token'] / 1e6:.0f} MB a token, {streamed}",
+        )
+    )
     if name == "thl-7b":
-        run.rows.add(row(f"{name}: beside its authors' figure", speed, "tokens/s", ceiling=PUBLISHED_TOKENS,
-                         of="tokens/s, their 12 GB card", target="published figure"))
-    run.rows.add(row(f"{name}: a token late in the run", found["latency_last_quarter"] * 1e3, "ms",
-                     ceiling=found["latency_first_quarter"] * 1e3, of="ms, early", target="flat"))
+        run.rows.add(
+            row(
+                f"{name}: beside its authors' figure",
+                speed,
+                "tokens/s",
+                ceiling=PUBLISHED_TOKENS,
+                of="tokens/s, their 12 GB card",
+                target="published figure",
+            )
+        )
+    run.rows.add(
+        row(
+            f"{name}: a token late in the run",
+            found["latency_last_quarter"] * 1e3,
+            "ms",
+            ceiling=found["latency_first_quarter"] * 1e3,
+            of="ms, early",
+            target="flat",
+        )
+    )
     for what, key in (("products", "product_bandwidth"), ("disk", "disk_bandwidth"), ("link", "link_bandwidth")):
         if found[key]:
             run.rows.add(row(f"{name}: bandwidth of {what}", found[key] / 1e9, "GB/s"))
@@ -213,8 +272,16 @@ def reference(run: Run) -> None:
         ours = bench.benchmark(path, tokens=steps, warmup=16 if run.real else 1, stream=False, **run.options)
         theirs = 1.0 / _published_seconds(run, config, steps)
         run.rows.add(row("THL default as published, eager torch, float32", theirs, "tokens/s"))
-        run.rows.add(row("THL default, resident", ours["tokens_per_second"], "tokens/s", ceiling=theirs,
-                         of="tokens/s, its published algorithm", target="published implementation"))
+        run.rows.add(
+            row(
+                "THL default, resident",
+                ours["tokens_per_second"],
+                "tokens/s",
+                ceiling=theirs,
+                of="tokens/s, its published algorithm",
+                target="published implementation",
+            )
+        )
     sys.path.append(str(ROOT / "tests"))
     from test_streaming import MODELS as CASES
     from test_streaming import configured
@@ -225,17 +292,29 @@ def reference(run: Run) -> None:
             what = f"{model}, {kind} weights: logits of {run.device} and of the CPU's native kernels"
             with run.rows.case(what):
                 config, weights = configured(model)
-                found, wanted = (_logits(model, config, weights, quantize, **options) for options in
-                                 (run.options, {"device": "cpu", "backend": "native"}))
+                found, wanted = (
+                    _logits(model, config, weights, quantize, **options)
+                    for options in (run.options, {"device": "cpu", "backend": "native"})
+                )
                 error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
-                run.rows.add(row(what, error, "largest error over largest logit",
-                                 target="agreement" if quantize == "none" else None))
+                run.rows.add(
+                    row(
+                        what,
+                        error,
+                        "largest error over largest logit",
+                        target="agreement" if quantize == "none" else None,
+                    )
+                )
 
 
 def _published_seconds(run: Run, config: dict, steps: int) -> float:
     parsed, model = parse_config(config, "thl"), architecture("thl")
-    weights = {block.name: model.initial(parsed, block, slice(0, block.shape[0]), torch.Generator().manual_seed(0))
-               .to(run.device) for block in model.blocks(parsed)}
+    weights = {
+        block.name: model.initial(parsed, block, slice(0, block.shape[0]), torch.Generator().manual_seed(0)).to(
+            run.device
+        )
+        for block in model.blocks(parsed)
+    }
     published = PublishedTHL(parsed, weights)
     state, tokens = published.new_state(), torch.randint(parsed.vocab_size, (steps + 16, 1)).to(run.device)
     for column in tokens[:16]:

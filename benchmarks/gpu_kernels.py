@@ -27,8 +27,16 @@ from thl_engine.ops.weights import Held
 
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # of the norm of the reference
 GEMV_SHAPES = [(4096, 4096), (11008, 4096), (12288, 12288), (12288, 36864)]
-SLOT_RULE = {"slots": 1, "clip_max": 1.0, "theta": 0.3, "beta": 8.0, "decay": 0.9995, "ema_decay": 0.99,
-             "stale_weight": 1.0, "underuse_weight": 1.0}
+SLOT_RULE = {
+    "slots": 1,
+    "clip_max": 1.0,
+    "theta": 0.3,
+    "beta": 8.0,
+    "decay": 0.9995,
+    "ema_decay": 0.99,
+    "stale_weight": 1.0,
+    "underuse_weight": 1.0,
+}
 
 
 @dataclass
@@ -53,7 +61,7 @@ class Bench:
     def stored(self, rows: int, columns: int) -> Held:
         """Random int8 weights with a scale a row, such that products keep the size of their inputs."""
         data = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=self.device)
-        return Held(data, (torch.rand(rows, device=self.device) + 0.5) / 73.0 / columns ** 0.5)
+        return Held(data, (torch.rand(rows, device=self.device) + 0.5) / 73.0 / columns**0.5)
 
     def compare(self, found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> None:
         """Raises where a result is not the reference's."""
@@ -62,13 +70,17 @@ class Bench:
             if not error <= CLOSE[dtype]:  # NaN is not close
                 raise AssertionError(f"result {number} is off the reference by {error:.2g} of its norm")
 
-    def read(self, what: str, calls: Sequence[Callable[[], object]], nbytes: int, target: str | None = None,
-             note: str = "") -> float:
+    def read(
+        self, what: str, calls: Sequence[Callable[[], object]], nbytes: int, target: str | None = None, note: str = ""
+    ) -> float:
         """Times calls that move so many bytes each, as a share of the copy's rate; seconds of one."""
         seconds = self.timer.seconds(calls)
         note = "; ".join(part for part in (f"{seconds * 1e6:.1f} µs", note, self.timer.note) if part)
-        self.rows.add(row(what, nbytes / seconds / 1e9, "GB/s", ceiling=self.copy / 1e9, of="GB/s, copy",
-                          target=target, note=note))
+        self.rows.add(
+            row(
+                what, nbytes / seconds / 1e9, "GB/s", ceiling=self.copy / 1e9, of="GB/s, copy", target=target, note=note
+            )
+        )
         return seconds
 
 
@@ -91,8 +103,12 @@ def gemv(bench: Bench) -> None:
                 exact = exact_product(x, held[0])
                 bench.compare([bench.ops.linear(x, held[0])], [exact])
                 nbytes = rows * columns + 4 * rows + 4 * batch * (rows + columns)
-                bench.read(what, [lambda w=w, x=x: bench.ops.linear(x, w) for w in held], nbytes,
-                           target="int8 GEMV" if batch == 1 else None)
+                bench.read(
+                    what,
+                    [lambda w=w, x=x: bench.ops.linear(x, w) for w in held],
+                    nbytes,
+                    target="int8 GEMV" if batch == 1 else None,
+                )
                 _twins(bench, what, x, held, exact, nbytes)
 
 
@@ -106,8 +122,11 @@ def _twins(bench: Bench, what: str, x: Tensor, held: list[Held], exact: Tensor, 
         form(x, held[0].data, held[0].scales, out.fill_(float("nan")))
         bench.compare([out], [exact])
         calls = [lambda w=w, form=form: form(x, w.data, w.scales, out) for w in held]
-        best[name] = min(best.get(name, (float("inf"),)), (bench.timer.seconds(calls), str(launch), calls),
-                         key=lambda found: found[0])
+        best[name] = min(
+            best.get(name, (float("inf"),)),
+            (bench.timer.seconds(calls), str(launch), calls),
+            key=lambda found: found[0],
+        )
     for name, (_, launch, calls) in best.items():
         bench.read(f"{what}, {name} alone", calls, nbytes, note=f"launched as {launch}" if name == "cuda" else "")
 
@@ -128,8 +147,16 @@ def gemm(bench: Bench) -> None:
             x = bench.randn(batch, columns, dtype=dtype)
             bench.compare([bench.ops.linear(x, held)], [exact_product(x, held)], dtype)
             seconds = bench.timer.seconds([lambda x=x: bench.ops.linear(x, held)])
-            bench.rows.add(row(what, 2 * batch * rows * columns / seconds / 1e12, "TFLOP/s",
-                               ceiling=bench.matmul / 1e12, of="TFLOP/s, bfloat16", note=bench.timer.note))
+            bench.rows.add(
+                row(
+                    what,
+                    2 * batch * rows * columns / seconds / 1e12,
+                    "TFLOP/s",
+                    ceiling=bench.matmul / 1e12,
+                    of="TFLOP/s, bfloat16",
+                    note=bench.timer.note,
+                )
+            )
 
 
 def slots(bench: Bench) -> None:
@@ -137,40 +164,67 @@ def slots(bench: Bench) -> None:
     count, heads, k = bench.size(1024, 12), bench.size(4, 2), bench.size(4, 2)
     for width in (768, 12288):
         for batch in (1, bench.size(32, 2)):
+
             def state(batch: int = batch, width: int = bench.size(width, 20)) -> dict[str, Tensor]:
                 memory = 0.1 * bench.randn(batch, count, width)
                 ema = torch.rand(3, batch, count, device=bench.device)
                 times = torch.randint(0, 100, (2, batch, count), device=bench.device)
-                return {"memory": memory, "norms": bench.reference.slot_norms(memory), "read_ema": ema[0],
-                        "write_ema": ema[1], "last_read": times[0], "last_write": times[1]}
+                return {
+                    "memory": memory,
+                    "norms": bench.reference.slot_norms(memory),
+                    "read_ema": ema[0],
+                    "write_ema": ema[1],
+                    "last_read": times[0],
+                    "last_write": times[1],
+                }
 
             def read(ops: ReferenceOps, query: Tensor, s: dict[str, Tensor]) -> tuple[Tensor, ...]:
-                return ops.slot_read(query, s["memory"], s["read_ema"], s["last_read"], 100, k=k, capacity=None,
-                                     scale=0.125, load_penalty=0.1, decay=0.99)
+                return ops.slot_read(
+                    query,
+                    s["memory"],
+                    s["read_ema"],
+                    s["last_read"],
+                    100,
+                    k=k,
+                    capacity=None,
+                    scale=0.125,
+                    load_penalty=0.1,
+                    decay=0.99,
+                )
 
             def write(ops: ReferenceOps, candidate: Tensor, s: dict[str, Tensor]) -> tuple[Tensor, ...]:
-                made = ops.novelty_write(candidate, s["memory"], s["norms"], s["read_ema"], s["write_ema"],
-                                         s["last_write"], 100, **SLOT_RULE)
+                made = ops.novelty_write(
+                    candidate, s["memory"], s["norms"], s["read_ema"], s["write_ema"], s["last_write"], 100, **SLOT_RULE
+                )
                 return made.memory, made.norms, made.write_ema, made.vector, made.gate, made.indices
 
             nbytes = 4 * batch * count * width
             states = [state() for _ in range(bench.timer.sets(nbytes, 128))]
             size = states[0]["memory"].shape[-1]
             for name, op, given, traffic in (
-                    ("top-k routing", read, bench.randn(batch, heads, size), nbytes),
-                    ("novelty write", write, bench.randn(batch, size), 2 * nbytes)):
+                ("top-k routing", read, bench.randn(batch, heads, size), nbytes),
+                ("novelty write", write, bench.randn(batch, size), 2 * nbytes),
+            ):
                 _beside_torch(bench, f"{name}, 1,024 slots × {width:,}, batch {batch}", op, given, states, traffic)
 
 
-def _beside_torch(bench: Bench, what: str, op: Callable, given: Tensor, states: list[dict[str, Tensor]],
-                  nbytes: int) -> None:
+def _beside_torch(
+    bench: Bench, what: str, op: Callable, given: Tensor, states: list[dict[str, Tensor]], nbytes: int
+) -> None:
     with bench.rows.case(what):
         copies = [{name: value.clone() for name, value in states[0].items()} for _ in range(2)]
         bench.compare(op(bench.ops, given, copies[0]), op(bench.reference, given, copies[1]))
         ours = bench.read(what, [lambda s=s: op(bench.ops, given, s) for s in states], nbytes, target="slots")
         torch_seconds = bench.timer.seconds([lambda s=s: op(bench.reference, given, s) for s in states])
-        bench.rows.add(row(f"{what}, beside torch", torch_seconds / ours, "times as fast", target="slots beside torch",
-                           note=f"torch {torch_seconds * 1e6:.1f} µs, timed alike; {bench.timer.note}".rstrip("; ")))
+        bench.rows.add(
+            row(
+                f"{what}, beside torch",
+                torch_seconds / ours,
+                "times as fast",
+                target="slots beside torch",
+                note=f"torch {torch_seconds * 1e6:.1f} µs, timed alike; {bench.timer.note}".rstrip("; "),
+            )
+        )
 
 
 def decode(bench: Bench) -> None:
@@ -181,8 +235,15 @@ def decode(bench: Bench) -> None:
             what = f"GQA decode, {name}: {heads} heads over {key_heads} of {width}, 8k, {kind}"
             with bench.rows.case(what):
                 group = heads // key_heads
-                _decode(bench, what, group * bench.size(key_heads, 2), bench.size(key_heads, 2), bench.size(width, 16),
-                        keys, kind)
+                _decode(
+                    bench,
+                    what,
+                    group * bench.size(key_heads, 2),
+                    bench.size(key_heads, 2),
+                    bench.size(width, 16),
+                    keys,
+                    kind,
+                )
 
 
 def _decode(bench: Bench, what: str, heads: int, key_heads: int, width: int, keys: int, kind: str) -> None:
@@ -204,10 +265,11 @@ def _decode(bench: Bench, what: str, heads: int, key_heads: int, width: int, key
 
     def attend(pair: tuple) -> Tensor:
         (key, key_scales), (value, value_scales) = pair
-        return attention.attention(query, key, value, width ** -0.5, causal=True, key_scales=key_scales,
-                                   value_scales=value_scales)
+        return attention.attention(
+            query, key, value, width**-0.5, causal=True, key_scales=key_scales, value_scales=value_scales
+        )
 
-    expected = bench.reference.attention(query.float(), wide(*caches[0][0]), wide(*caches[0][1]), width ** -0.5)
+    expected = bench.reference.attention(query.float(), wide(*caches[0][0]), wide(*caches[0][1]), width**-0.5)
     bench.compare([attend(caches[0])], [expected], dtype)
     scales = 0 if kind != "int8" else 2 * key_heads * keys * 4
     bench.read(what, [lambda pair=pair: attend(pair) for pair in caches], nbytes + scales, target="GQA decode")
@@ -218,8 +280,10 @@ def feed_forward(bench: Bench) -> None:
     rows, columns = bench.size(11008, 40), bench.size(4096, 136)
     what = "SwiGLU, int8 gate and up 11008 × 4096, 1 row"
     with bench.rows.case(what):
-        pairs = [(bench.stored(rows, columns), bench.stored(rows, columns))
-                 for _ in range(bench.timer.sets(2 * rows * columns))]
+        pairs = [
+            (bench.stored(rows, columns), bench.stored(rows, columns))
+            for _ in range(bench.timer.sets(2 * rows * columns))
+        ]
         x = bench.randn(1, columns)
 
         def run(pair: tuple[Held, Held]) -> Tensor:
@@ -236,20 +300,30 @@ def integrator(bench: Bench) -> None:
     for tokens in (1, bench.size(64, 3)):
         what = f"integrator, 4096 wide, 10 steps, {tokens} tokens"
         with bench.rows.case(what):
-            held = [(bench.stored(units, 3 * width), bench.stored(3 * width, units))
-                    for _ in range(bench.timer.sets(6 * width * units, 64))]
+            held = [
+                (bench.stored(units, 3 * width), bench.stored(3 * width, units))
+                for _ in range(bench.timer.sets(6 * width * units, 64))
+            ]
             x, context, mu = bench.randn(tokens, width), bench.randn(tokens, width), bench.randn(width)
             biases = bench.randn(units), bench.randn(3 * width)
 
-            def run(ops: ReferenceOps, pair: tuple[Held, Held], x: Tensor = x, context: Tensor = context,
-                    mu: Tensor = mu, biases: tuple = biases) -> tuple[Tensor, Tensor]:
-                made = ops.integrate(x, context, pair[0], biases[0], pair[1], biases[1], mu, steps=steps,
-                                     threshold=1e-3)
+            def run(
+                ops: ReferenceOps,
+                pair: tuple[Held, Held],
+                x: Tensor = x,
+                context: Tensor = context,
+                mu: Tensor = mu,
+                biases: tuple = biases,
+            ) -> tuple[Tensor, Tensor]:
+                made = ops.integrate(
+                    x, context, pair[0], biases[0], pair[1], biases[1], mu, steps=steps, threshold=1e-3
+                )
                 return made.x, made.v
 
             bench.compare(run(bench.ops, held[0]), run(bench.reference, held[0]))
-            bench.read(what, [lambda pair=pair: run(bench.ops, pair) for pair in held],
-                       6 * width * units + 16 * tokens * width)
+            bench.read(
+                what, [lambda pair=pair: run(bench.ops, pair) for pair in held], 6 * width * units + 16 * tokens * width
+            )
 
 
 def tier_cell(bench: Bench) -> None:
@@ -282,8 +356,9 @@ def small_ops(bench: Bench) -> None:
         what = f"{name}, 8192 rows of 4096"
         with bench.rows.case(what):
             bench.compare(op(bench.ops, *pairs[0]), op(bench.reference, *pairs[0]))
-            bench.read(what, [lambda op=op, pair=pair: op(bench.ops, *pair) for pair in pairs],
-                       4 * passes * rows * width)
+            bench.read(
+                what, [lambda op=op, pair=pair: op(bench.ops, *pair) for pair in pairs], 4 * passes * rows * width
+            )
 
 
 def sampling(bench: Bench) -> None:
@@ -299,9 +374,16 @@ def sampling(bench: Bench) -> None:
 
 
 KERNELS: dict[str, Callable[[Bench], None]] = {
-    "gemv": gemv, "gemm": gemm, "slots": slots, "decode": decode, "feed_forward": feed_forward,
-    "tier_cell": tier_cell, "integrator": integrator, "small_ops": small_ops,
-    "sampling": sampling}
+    "gemv": gemv,
+    "gemm": gemm,
+    "slots": slots,
+    "decode": decode,
+    "feed_forward": feed_forward,
+    "tier_cell": tier_cell,
+    "integrator": integrator,
+    "small_ops": small_ops,
+    "sampling": sampling,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,19 +67,42 @@ class Row:
     def cells(self) -> list[str]:
         shown = ["" if value is None else f"{value:.4g}" for value in (self.measured, self.ceiling, self.ratio)]
         met = {None: "", True: "yes", False: "no"}[self.met]
-        return [self.what, f"{shown[0]} {self.unit}".strip(), f"{shown[1]} {self.of}".strip(), shown[2], self.target,
-                met, self.note]
+        return [
+            self.what,
+            f"{shown[0]} {self.unit}".strip(),
+            f"{shown[1]} {self.of}".strip(),
+            shown[2],
+            self.target,
+            met,
+            self.note,
+        ]
 
 
-def row(what: str, measured: float, unit: str, *, ceiling: float | None = None, of: str = "",
-        target: str | None = None, note: str = "") -> Row:
+def row(
+    what: str,
+    measured: float,
+    unit: str,
+    *,
+    ceiling: float | None = None,
+    of: str = "",
+    target: str | None = None,
+    note: str = "",
+) -> Row:
     """A measured value; `target` is a key of TARGETS, and bounds the ratio, or the value where there is no ceiling."""
     ratio = None if ceiling is None else measured / ceiling
     bound = None if target is None else TARGETS[target]
     value = measured if ratio is None else ratio
-    return Row(what, rounded(measured), unit, None if ceiling is None else rounded(ceiling), of,
-               None if ratio is None else rounded(ratio), "" if bound is None else str(bound),
-               None if bound is None else bound.met(value), note)
+    return Row(
+        what,
+        rounded(measured),
+        unit,
+        None if ceiling is None else rounded(ceiling),
+        of,
+        None if ratio is None else rounded(ratio),
+        "" if bound is None else str(bound),
+        None if bound is None else bound.met(value),
+        note,
+    )
 
 
 def check(what: str, passed: bool, note: str = "") -> Row:
@@ -146,8 +169,12 @@ class Results:
 
     def put(self, stage: str, status: str, seconds: float, rows: list[Row], circumstances: Mapping[str, Any]) -> None:
         """Replaces a stage's results and writes both files. `status`: "done", or what went wrong."""
-        self.stages[stage] = {"status": status, "seconds": rounded(seconds), **circumstances,
-                              "rows": [asdict(found) for found in rows]}
+        self.stages[stage] = {
+            "status": status,
+            "seconds": rounded(seconds),
+            **circumstances,
+            "rows": [asdict(found) for found in rows],
+        }
         _write(self.path, json.dumps({"card": self._card, "stages": self._ordered()}, indent=1) + "\n")
         _write(self.path.with_suffix(".md"), self.table())
 
@@ -161,15 +188,26 @@ class Results:
 
     def table(self) -> str:
         """All results as Markdown."""
-        lines = [f"# {self._card}", "",
-                 "Written by `make gpu-check`. Ratios are to ceilings measured in the same run on the same card.", "",
-                 "| stage | state | seconds | date | commit | on |", "|---|---|---|---|---|---|"]
+        lines = [
+            f"# {self._card}",
+            "",
+            "Written by `make gpu-check`. Ratios are to ceilings measured in the same run on the same card.",
+            "",
+            "| stage | state | seconds | date | commit | on |",
+            "|---|---|---|---|---|---|",
+        ]
         for name, found in self._ordered().items():
-            lines.append(_line([name, found["status"], f"{found['seconds']:.0f}", found["date"], found["commit"],
-                                found["on"]]))
+            lines.append(
+                _line([name, found["status"], f"{found['seconds']:.0f}", found["date"], found["commit"], found["on"]])
+            )
         for name, found in self._ordered().items():
-            lines += ["", f"## {name}", "", "| what | measured | ceiling | ratio | target | met | note |",
-                      "|---|---|---|---|---|---|---|"]
+            lines += [
+                "",
+                f"## {name}",
+                "",
+                "| what | measured | ceiling | ratio | target | met | note |",
+                "|---|---|---|---|---|---|---|",
+            ]
             lines += [_line(Row(**one).cells()) for one in found["rows"]]
         return "\n".join(lines) + "\n"
 

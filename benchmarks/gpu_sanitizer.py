@@ -1,6 +1,6 @@
 """compute-sanitizer over the tests of the CUDA code: memcheck for bad accesses, racecheck for races.
 
-    python benchmarks/gpu_sanitizer.py [--rows FILE] [--rehearse]
+python benchmarks/gpu_sanitizer.py [--rows FILE] [--rehearse]
 """
 
 import argparse
@@ -28,8 +28,9 @@ def sanitize(kind: str, tool: list[str], tests: str) -> Row:
     tests = [sys.executable, "-c", PYTEST, "-q", "-x", "-p", "no:cacheprovider", tests]
     with tempfile.TemporaryFile("w+") as log:
         try:
-            code = subprocess.run([*tool, *tests], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                                  timeout=SECONDS).returncode
+            code = subprocess.run(
+                [*tool, *tests], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=SECONDS
+            ).returncode
         except subprocess.TimeoutExpired:
             return failure(what, f"out of time after {SECONDS:.0f} s")
         log.seek(0)

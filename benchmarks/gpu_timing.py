@@ -99,13 +99,15 @@ class Timer:
         """Operations per second of a bfloat16 product of 8192 rows, columns and inner features."""
         size = 8192 if self.cuda else 64
         a, b, c = (torch.randn(size, size, device=self.device).bfloat16() for _ in range(3))
-        return 2 * size ** 3 / self.seconds([lambda: torch.mm(a, b, out=c)])
+        return 2 * size**3 / self.seconds([lambda: torch.mm(a, b, out=c)])
 
     def link_bandwidth(self) -> float:
         """Bytes per second from page-locked host memory to the device."""
         count = (1 << 30) if self.cuda else 1 << 16
-        source, target = torch.empty(count, dtype=torch.uint8), torch.empty(count, dtype=torch.uint8,
-                                                                            device=self.device)
+        source, target = (
+            torch.empty(count, dtype=torch.uint8),
+            torch.empty(count, dtype=torch.uint8, device=self.device),
+        )
         source = (source.pin_memory() if self.cuda else source).random_()
         return count / self.eager_seconds(lambda: target.copy_(source, non_blocking=True), 9)
 

@@ -27,9 +27,12 @@ from thl_engine.checkpoint.spool import spool_tensors
 
 FIXTURES = ROOT / "tests" / "fixtures"
 CASES = {
-    "thl": ["batch3", "capacity", "slots256", "step64", "warm"], "inl": ["full_forward_early", "greedy"],
+    "thl": ["batch3", "capacity", "slots256", "step64", "warm"],
+    "inl": ["full_forward_early", "greedy"],
     "him": ["encode3", "padding_mask", "reconstruction"],
-    "hrm": ["forward_n1t1", "forward_n2t2", "forward_n3t2", "forward_n6t4"], "gemma3n": ["forward48", "greedy16"]}
+    "hrm": ["forward_n1t1", "forward_n2t2", "forward_n3t2", "forward_n6t4"],
+    "gemma3n": ["forward48", "greedy16"],
+}
 SLOTS = ("router_indices", "write_indices")
 LAYOUTS = {"a scale a row": None, f"groups of {GROUP}": GROUP}
 
@@ -64,8 +67,17 @@ def errors(model: str, case: str) -> dict[str, dict]:
         wide = sum(rows * width for rows, width in sizes if width > GROUP)
         with Engine(store, device="cpu", backend="native", stream=False) as engine, engine.trace(*SLOTS) as trace:
             found = torch.cat([part.flatten(0, -2) for part in logits(engine, meta, io)])
-        slots = None if model != "thl" else torch.stack([
-            torch.cat([step[name].sort(dim=-1).values.flatten(1) for name in SLOTS], dim=1) for step in trace.steps], 1)
+        slots = (
+            None
+            if model != "thl"
+            else torch.stack(
+                [
+                    torch.cat([step[name].sort(dim=-1).values.flatten(1) for name in SLOTS], dim=1)
+                    for step in trace.steps
+                ],
+                1,
+            )
+        )
         return found, slots, wide / max(sum(rows * width for rows, width in sizes), 1)
 
     exact, chosen, _ = run("none")
@@ -74,13 +86,19 @@ def errors(model: str, case: str) -> dict[str, dict]:
         found, slots, wide = run("int8", group)
         error = (found - exact).abs() / exact.abs().max()
         same = (found.argmax(-1) == exact.argmax(-1)).double().mean()
-        out[name] = {"positions": len(exact), "largest error": rounded(float(error.max())),
-                     "mean error": rounded(float(error.mean())), "same likeliest token": rounded(float(same)),
-                     "share in groups": rounded(wide)}
+        out[name] = {
+            "positions": len(exact),
+            "largest error": rounded(float(error.max())),
+            "mean error": rounded(float(error.mean())),
+            "same likeliest token": rounded(float(same)),
+            "share in groups": rounded(wide),
+        }
         if slots is not None:
             before = ((slots != chosen).any(dim=2).cumsum(dim=1) == 0).flatten()
-            out[name] |= {"positions before other slots": int(before.sum()),
-                          "before other slots": rounded(float(error[before].max())) if before.any() else None}
+            out[name] |= {
+                "positions before other slots": int(before.sum()),
+                "before other slots": rounded(float(error[before].max())) if before.any() else None,
+            }
     return out
 
 
@@ -94,8 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model, cases in found.items():
         for case, layouts in cases.items():
             for layout, row in layouts.items():
-                print(f"{f'{model}, {case}, {layout}':48}{row['largest error']:9.5f}{row['mean error']:9.5f}"
-                      f"{row['same likeliest token']:12.3f}")
+                print(
+                    f"{f'{model}, {case}, {layout}':48}{row['largest error']:9.5f}{row['mean error']:9.5f}"
+                    f"{row['same likeliest token']:12.3f}"
+                )
     chosen = [] if given.models == [*CASES] else ["--models", *given.models]
     write_report(given.out, ["--out", given.out.name, *chosen], **found)
 

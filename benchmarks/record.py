@@ -20,9 +20,12 @@ def write_report(path: Path, arguments: list[str], **figures: Any) -> None:
     from thl_engine.ops import native
 
     processor = f"{_processor()}, {native.isa()}, {native.threads()} threads, torch {torch.__version__}"
-    head = {"machine": processor,
-            "date": date.today().isoformat(), "commit": commit(),
-            "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])}
+    head = {
+        "machine": processor,
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
+    }
     data = (json.dumps({**head, **figures}, indent=1) + "\n").encode()
     with replacing(path, len(data)) as descriptor:
         os.write(descriptor, data)

@@ -63,12 +63,16 @@ def compare(engine: Engine, batches: Sequence[Tensor]) -> tuple[dict, tuple[floa
         used_alone += used.flatten(1).sum(dim=1)
         count, predicted = count + tokens.numel(), predicted + tokens[:, 1:].numel()
     figures = {
-        "threshold": threshold, "tokens": count, "largest difference": rounded(worst / largest),
-        "mean difference": rounded(total / count / largest), "same likeliest token": rounded(same / count),
+        "threshold": threshold,
+        "tokens": count,
+        "largest difference": rounded(worst / largest),
+        "mean difference": rounded(total / count / largest),
+        "same likeliest token": rounded(same / count),
         "steps at most": engine.config.num_iterations_per_layer,
         "steps, forward": [rounded(value) for value in (used_together / count).tolist()],
         "steps, step-wise": [rounded(value) for value in (used_alone / count).tolist()],
-        "beyond, layer 0": rounded(beyond)}
+        "beyond, layer 0": rounded(beyond),
+    }
     return figures, (nats_together / predicted, nats_alone / predicted)
 
 
@@ -80,8 +84,9 @@ def recorded(name: str) -> dict:
     """Figures of a recorded case, whose weights are random: nothing is said about its bits."""
     folder = ROOT / "tests" / "fixtures" / "inl" / name
     config = json.loads((folder / "config.json").read_text())["config"]
-    with Engine.from_state_dict("inl", config, load_file(folder / "weights.safetensors"), device="cpu",
-                                backend="native", stream=False) as engine:
+    with Engine.from_state_dict(
+        "inl", config, load_file(folder / "weights.safetensors"), device="cpu", backend="native", stream=False
+    ) as engine:
         return compare(engine, [load_file(folder / "io.safetensors")[RECORDED[name]]])[0]
 
 
@@ -97,8 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
 
     report = {f"recorded, {name}": recorded(name) for name in RECORDED}
-    with Engine.from_pretrained(given.checkpoint, device="cpu", backend="native", quantize="none",
-                                stream=False) as engine:
+    with Engine.from_pretrained(
+        given.checkpoint, device="cpu", backend="native", quantize="none", stream=False
+    ) as engine:
         _, text = split_text(read_text(given.text), given.held_out)
         tokens = torch.tensor(engine.tokenizer.encode(text))
         if len(tokens) <= given.length:
@@ -112,8 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             figures, nats = compare(engine, windows)
             bits = [value * per_character for value in nats]
             report[f"trained, threshold {threshold:g}"] = {
-                **figures, "bits per character, forward": rounded(bits[0]),
-                "bits per character, step-wise": rounded(bits[1]), "difference in bits": rounded(bits[1] - bits[0])}
+                **figures,
+                "bits per character, forward": rounded(bits[0]),
+                "bits per character, step-wise": rounded(bits[1]),
+                "difference in bits": rounded(bits[1] - bits[0]),
+            }
     for title, figures in report.items():
         print(title, *(f"  {name}: {value}" for name, value in figures.items()), sep="\n")
     arguments = [given.checkpoint.name, given.text.name, "--out", given.out.name]

@@ -35,10 +35,17 @@ class PublishedTHL:
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
         slots = c.memory_slots
-        return {"timestep": 0, **{f"tier{k}": zeros(d) for k, d in enumerate(c.tier_dims)},
-                "memory_state": zeros(slots, c.memory_dim), "read_ema": zeros(slots), "write_ema": zeros(slots),
-                "last_read": zeros(slots, dtype=torch.int64), "last_write": zeros(slots, dtype=torch.int64),
-                "local_buffer": zeros(c.local_window, c.embedding_dim), "local_valid": 0}
+        return {
+            "timestep": 0,
+            **{f"tier{k}": zeros(d) for k, d in enumerate(c.tier_dims)},
+            "memory_state": zeros(slots, c.memory_dim),
+            "read_ema": zeros(slots),
+            "write_ema": zeros(slots),
+            "last_read": zeros(slots, dtype=torch.int64),
+            "last_write": zeros(slots, dtype=torch.int64),
+            "local_buffer": zeros(c.local_window, c.embedding_dim),
+            "local_valid": 0,
+        }
 
     @torch.no_grad()
     def step(self, tokens: Tensor, s: dict) -> Tensor:
@@ -110,8 +117,7 @@ class PublishedTHL:
         gate = torch.where(novel, torch.sigmoid(c.novelty_beta * (novelty - c.novelty_theta)), 1.0)
         empty = norms <= EMPTY
         by_emptiness = empty * 1e4 - torch.arange(c.memory_slots, device=memory.device)
-        by_use = (c.stale_weight * (t - s["last_write"]).float()
-                  + c.underuse_weight / (1e-8 + s["read_ema"]))
+        by_use = c.stale_weight * (t - s["last_write"]).float() + c.underuse_weight / (1e-8 + s["read_ema"])
         scores = torch.where(empty.any(dim=-1, keepdim=True), by_emptiness, by_use)
         indices = torch.where(novel[:, None], scores, affinity).topk(c.write_slots, dim=-1).indices
         written = torch.zeros_like(s["write_ema"]).scatter_(1, indices, 1.0)

@@ -55,8 +55,13 @@ def seconds(timer: Timer, batch: int, rows: int, columns: int) -> dict[Form, flo
     """Of each form. Raises AssertionError where one computes something else."""
     device = timer.device
     x, out = torch.randn(batch, columns, device=device), torch.empty(batch, rows, device=device)
-    held = [(torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=device),
-             torch.rand(rows, device=device) + 0.5) for _ in range(timer.sets(rows * columns))]
+    held = [
+        (
+            torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=device),
+            torch.rand(rows, device=device) + 0.5,
+        )
+        for _ in range(timer.sets(rows * columns))
+    ]
     expected = x.double() @ (held[0][0].double() * held[0][1].double()[:, None]).T
     found = {}
     for name, form in forms(batch).items():
@@ -68,8 +73,12 @@ def seconds(timer: Timer, batch: int, rows: int, columns: int) -> dict[Form, flo
     return found
 
 
-def tune(out_dir: Path, device: str = "cuda", sizes: Sequence[tuple[int, int]] = tuple(product(ROWS, COLUMNS)),
-         batches: Sequence[int] = BATCHES) -> Path:
+def tune(
+    out_dir: Path,
+    device: str = "cuda",
+    sizes: Sequence[tuple[int, int]] = tuple(product(ROWS, COLUMNS)),
+    batches: Sequence[int] = BATCHES,
+) -> Path:
     """Measures all forms at these sizes and writes the card's table to a folder; returns its path."""
     torch.manual_seed(0)
     timer, choices = Timer(device), []
@@ -80,8 +89,11 @@ def tune(out_dir: Path, device: str = "cuda", sizes: Sequence[tuple[int, int]] =
         if taken[best] > WORTH * taken["triton", ()]:
             best = ("triton", ())
         choices.append(Choice(batch, rows, columns, *best))
-        print(f"{batch} rows times {rows} x {columns}: {best[0]} {list(best[1])}, {taken[best] * 1e6:.1f} µs; "
-              f"triton {taken['triton', ()] * 1e6:.1f} µs", flush=True)
+        print(
+            f"{batch} rows times {rows} x {columns}: {best[0]} {list(best[1])}, {taken[best] * 1e6:.1f} µs; "
+            f"triton {taken['triton', ()] * 1e6:.1f} µs",
+            flush=True,
+        )
     card = torch.cuda.get_device_name(timer.device) if timer.cuda else "CPU"
     file = out_dir / tuned.file_name(card)
     measured = f"{date.today().isoformat()}, torch {torch.__version__}, triton {triton.__version__}"

@@ -1,6 +1,6 @@
 """Perplexity and bits per character of a checkpoint on the end of a text, read as one sequence from its beginning.
 
-    python examples/evaluate.py CHECKPOINT TEXT [--held-out 0.1] [--quantize none] [--backend auto]
+python examples/evaluate.py CHECKPOINT TEXT [--held-out 0.1] [--quantize none] [--backend auto]
 """
 
 import argparse
@@ -33,8 +33,10 @@ def main() -> None:
         logits, state = engine.forward(part[:, :-1], state)
         nats += float(torch.nn.functional.cross_entropy(logits[0], part[0, 1:], reduction="sum"))
     predicted = tokens.shape[1] - 1
-    print(f"{len(text):,} characters, {predicted:,} tokens: perplexity {math.exp(nats / predicted):.3f}, "
-          f"{nats / math.log(2) / len(text):.4f} bits per character")
+    print(
+        f"{len(text):,} characters, {predicted:,} tokens: perplexity {math.exp(nats / predicted):.3f}, "
+        f"{nats / math.log(2) / len(text):.4f} bits per character"
+    )
 
 
 if __name__ == "__main__":

@@ -40,9 +40,21 @@ def spread(mu: Tensor, group: int, width: int) -> Tensor:
     return mu[:, None].expand(-1, group).flatten()[:width]
 
 
-def integrate(x: Tensor, context: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, mu: Tensor, *, steps: int,
-              threshold: float | None = None, together: bool = False, trajectory: bool = False,
-              group: int = 1) -> Integration:
+def integrate(
+    x: Tensor,
+    context: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    mu: Tensor,
+    *,
+    steps: int,
+    threshold: float | None = None,
+    together: bool = False,
+    trajectory: bool = False,
+    group: int = 1,
+) -> Integration:
     """Up to `steps` steps from x [N, D] at rest.
 
     context [N, D]; w1 [C, 3 D], b1 [C], w2 [3 D, C], b2 [3 D] of the controller; mu [ceil(D / group)], the equilibrium,

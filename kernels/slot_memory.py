@@ -76,8 +76,9 @@ def slot_mix(alpha: Tensor, indices: Tensor, memory: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def read_metadata(alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, t: int,
-                  decay: float) -> tuple[Tensor, Tensor]:
+def read_metadata(
+    alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, t: int, decay: float
+) -> tuple[Tensor, Tensor]:
     """Averages of the weight each slot was read with, and the step at which it was last read; both [B, J]."""
     flat = indices.flatten(1)
     added = torch.zeros_like(read_ema).scatter_add_(1, flat, alpha.detach().flatten(1))
@@ -89,9 +90,24 @@ def slot_norms(memory: Tensor) -> Tensor:
     return torch.linalg.vector_norm(memory, dim=-1)
 
 
-def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Tensor, write_ema: Tensor,
-                  last_write: Tensor, t: int, *, slots: int, clip_max: float, theta: float, beta: float,
-                  decay: float, ema_decay: float, stale_weight: float, underuse_weight: float) -> Write:
+def novelty_write(
+    candidate: Tensor,
+    memory: Tensor,
+    norms: Tensor,
+    read_ema: Tensor,
+    write_ema: Tensor,
+    last_write: Tensor,
+    t: int,
+    *,
+    slots: int,
+    clip_max: float,
+    theta: float,
+    beta: float,
+    decay: float,
+    ema_decay: float,
+    stale_weight: float,
+    underuse_weight: float,
+) -> Write:
     """Clips candidate [B, d], measures its novelty against the memory, and adds it to `slots` slots of each row.
 
     Novel vectors go to empty slots, else to the least useful; familiar ones to the most similar. Every slot decays.
@@ -119,5 +135,14 @@ def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Te
         last_write = last_write.scatter(1, indices, t)
 
     memory = memory * decay + chosen[..., None] * (gate[:, None] * vector)[:, None, :]
-    return Write(memory=memory, norms=slot_norms(memory), write_ema=write_ema, last_write=last_write, vector=vector,
-                 gate=gate, novelty=novelty, branch=branch, indices=indices)
+    return Write(
+        memory=memory,
+        norms=slot_norms(memory),
+        write_ema=write_ema,
+        last_write=last_write,
+        vector=vector,
+        gate=gate,
+        novelty=novelty,
+        branch=branch,
+        indices=indices,
+    )

@@ -42,8 +42,13 @@ def cases(model: str) -> list[Path]:
 
 def load_case(folder: Path) -> Case:
     meta = json.loads((folder / "config.json").read_text())
-    return Case(folder.name, meta["config"], meta, load_file(folder / "weights.safetensors"),
-                load_file(folder / "io.safetensors"))
+    return Case(
+        folder.name,
+        meta["config"],
+        meta,
+        load_file(folder / "weights.safetensors"),
+        load_file(folder / "io.safetensors"),
+    )
 
 
 @pytest.fixture(params=BACKENDS)
@@ -93,9 +98,23 @@ def random_weights(config: THLConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     return weights
 
 
-SMALL = THLConfig(vocab_size=97, embedding_dim=24, num_tiers=3, tier_dims=(40, 28, 33), tier_timescales=(1, 3, 4),
-                  local_window=5, memory_slots=11, memory_dim=19, query_dim=7, value_dim=20, num_heads=4, head_dim=6,
-                  read_topk=3, write_slots=2, novelty_theta=0.25)
+SMALL = THLConfig(
+    vocab_size=97,
+    embedding_dim=24,
+    num_tiers=3,
+    tier_dims=(40, 28, 33),
+    tier_timescales=(1, 3, 4),
+    local_window=5,
+    memory_slots=11,
+    memory_dim=19,
+    query_dim=7,
+    value_dim=20,
+    num_heads=4,
+    head_dim=6,
+    read_topk=3,
+    write_slots=2,
+    novelty_theta=0.25,
+)
 
 
 @pytest.fixture
@@ -107,8 +126,20 @@ def small() -> tuple[dict, dict[str, torch.Tensor]]:
 def reasoning_case() -> tuple[dict, dict[str, torch.Tensor]]:
     """Configuration and weights of HRM-Gemma on a recorded base: odd sizes, every tensor matters, stops come early."""
     case = load_case(FIXTURES / "gemma3n" / "forward48")
-    fields = {**case.config, "hrm": {"L_size": 17, "H_size": 23, "cycles": 3, "L_steps": 4, "L_threshold": 0.9,
-                                     "L_rank": 2, "L_alpha": 3, "H_rank": 3, "H_alpha": 5}}
+    fields = {
+        **case.config,
+        "hrm": {
+            "L_size": 17,
+            "H_size": 23,
+            "cycles": 3,
+            "L_steps": 4,
+            "L_threshold": 0.9,
+            "L_rank": 2,
+            "L_alpha": 3,
+            "H_rank": 3,
+            "H_alpha": 5,
+        },
+    }
     config, generator = parse_config(fields, "hrm_gemma3n"), torch.Generator().manual_seed(7)
     weights = dict(case.weights)
     for block in hrm_gemma3n.blocks(config):
@@ -144,6 +175,7 @@ def packed(plain) -> Path:
 @pytest.fixture
 def succeeds(capsys) -> Callable[..., str]:
     """Runs a command that must succeed; returns what it printed."""
+
     def run(*argv: object) -> str:
         capsys.readouterr()
         code = main([str(argument) for argument in argv])
@@ -158,6 +190,7 @@ def succeeds(capsys) -> Callable[..., str]:
 @pytest.fixture
 def fails(capsys) -> Callable[..., str]:
     """Runs a command that must fail with one line; returns that line."""
+
     def run(*argv: object) -> str:
         capsys.readouterr()
         code = main([str(argument) for argument in argv])
@@ -178,8 +211,14 @@ def prefix(case: Case) -> str:
     return "lowest_index." if any(key.startswith("lowest_index.") for key in case.io) else ""
 
 
-MODELS = {"thl": "batch3", "inl": "full_forward_early", "him": "encode3", "hrm": "forward_n2t2", "gemma3n": "forward48",
-          "hrm_gemma3n": None}  # has no recording
+MODELS = {
+    "thl": "batch3",
+    "inl": "full_forward_early",
+    "him": "encode3",
+    "hrm": "forward_n2t2",
+    "gemma3n": "forward48",
+    "hrm_gemma3n": None,
+}  # has no recording
 
 
 def configured(model: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -191,10 +230,27 @@ def configured(model: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 CONFIGS = {
-    "inl": {"d_model": 24, "num_layers": 2, "num_heads": 2, "num_iterations_per_layer": 6, "feedforward_dim": 40,
-            "max_seq_len": 40, "hierarchical_group_size": 7},
-    "him": {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "num_encoder_layers": 3, "dim_feedforward": 40,
-            "max_answer_len": 5, "mem_slots": 3, "mem_rank": 8, "reasoning_tokens": 6, "max_seq_len": 20},
+    "inl": {
+        "d_model": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_iterations_per_layer": 6,
+        "feedforward_dim": 40,
+        "max_seq_len": 40,
+        "hierarchical_group_size": 7,
+    },
+    "him": {
+        "embed_dim": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "num_encoder_layers": 3,
+        "dim_feedforward": 40,
+        "max_answer_len": 5,
+        "mem_slots": 3,
+        "mem_rank": 8,
+        "reasoning_tokens": 6,
+        "max_seq_len": 20,
+    },
     "hrm": {"hidden_size": 24, "num_heads": 2, "L_layers": 1, "H_layers": 1, "halt_max_steps": 3},
 }
 

@@ -11,14 +11,32 @@ from thl_engine.models import him
 from thl_engine.ops.weights import Held
 
 TOLERANCE = 2e-5  # relative to the largest magnitude of the tensor
-SMALL = HIMConfig(vocab_size=51, embed_dim=66, num_heads=6, num_kv_heads=2, num_encoder_layers=4, dim_feedforward=37,
-                  max_answer_len=5, mem_slots=6, mem_rank=9, reasoning_tokens=7, max_seq_len=19)
+SMALL = HIMConfig(
+    vocab_size=51,
+    embed_dim=66,
+    num_heads=6,
+    num_kv_heads=2,
+    num_encoder_layers=4,
+    dim_feedforward=37,
+    max_answer_len=5,
+    mem_slots=6,
+    mem_rank=9,
+    reasoning_tokens=7,
+    max_seq_len=19,
+)
 # Sizes at their limits, and none that a vector register divides.
-ODD = [SMALL, replace(SMALL, num_heads=11, num_kv_heads=11), replace(SMALL, num_heads=22, num_kv_heads=1),
-       replace(SMALL, num_heads=1, num_kv_heads=1, mem_rank=66), replace(SMALL, mem_slots=1, mem_rank=1),
-       replace(SMALL, num_encoder_layers=1), replace(SMALL, num_encoder_layers=2, dim_feedforward=1),
-       replace(SMALL, num_encoder_layers=6, reasoning_tokens=1), replace(SMALL, max_answer_len=1, vocab_size=7),
-       replace(SMALL, embed_dim=100, num_heads=20, num_kv_heads=5, max_seq_len=1)]
+ODD = [
+    SMALL,
+    replace(SMALL, num_heads=11, num_kv_heads=11),
+    replace(SMALL, num_heads=22, num_kv_heads=1),
+    replace(SMALL, num_heads=1, num_kv_heads=1, mem_rank=66),
+    replace(SMALL, mem_slots=1, mem_rank=1),
+    replace(SMALL, num_encoder_layers=1),
+    replace(SMALL, num_encoder_layers=2, dim_feedforward=1),
+    replace(SMALL, num_encoder_layers=6, reasoning_tokens=1),
+    replace(SMALL, max_answer_len=1, vocab_size=7),
+    replace(SMALL, embed_dim=100, num_heads=20, num_kv_heads=5, max_seq_len=1),
+]
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,18 @@ def of_kind(kind: str) -> list[str]:
 FORWARD_CASES, GREEDY_CASES = of_kind("inl_forward"), of_kind("inl_greedy")
 
 # Odd sizes, several groups of mu with a short last one, and a context of several passes.
-ODD = INLConfig(vocab_size=53, d_model=35, num_layers=3, num_heads=5, num_iterations_per_layer=9, feedforward_dim=23,
-                max_seq_len=525, lowrank_ratio=0.5, adaptive_convergence_threshold=0.3,
-                hierarchical_group_size=8)
+ODD = INLConfig(
+    vocab_size=53,
+    d_model=35,
+    num_layers=3,
+    num_heads=5,
+    num_iterations_per_layer=9,
+    feedforward_dim=23,
+    max_seq_len=525,
+    lowrank_ratio=0.5,
+    adaptive_convergence_threshold=0.3,
+    hierarchical_group_size=8,
+)
 
 
 def folder(name: str):

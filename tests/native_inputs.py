@@ -78,7 +78,12 @@ RULE = dict(clip_max=1.5, theta=0.4, beta=6.0, decay=0.97, ema_decay=0.9, stale_
 def write(candidate, memory, norms, read_ema, write_ema, last_write, t, slots):
     """Calls the kernel on its arguments, in place; returns vector, gate, novelty, branch, indices."""
     batch = candidate.shape[0]
-    results = (poisoned(*candidate.shape), poisoned(batch), poisoned(batch), poisoned(batch, dtype=torch.int64),
-               poisoned(batch, slots, dtype=torch.int64))
+    results = (
+        poisoned(*candidate.shape),
+        poisoned(batch),
+        poisoned(batch),
+        poisoned(batch, dtype=torch.int64),
+        poisoned(batch, slots, dtype=torch.int64),
+    )
     native.novelty_write(candidate, memory, norms, read_ema, write_ema, last_write, t, *results, **RULE)
     return results

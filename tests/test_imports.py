@@ -31,12 +31,28 @@ ALLOWED = {
     "cached_attention": {"kernels"},
     "compositions": {"weights"},
     "triton_products": {"cuda", "kernels", "ops", "weights"},
-    "ops": {"cached_attention", "compositions", "errors", "kernels", "native", "product", "state_ops", "triton_ops",
-            "weights"},
+    "ops": {
+        "cached_attention",
+        "compositions",
+        "errors",
+        "kernels",
+        "native",
+        "product",
+        "state_ops",
+        "triton_ops",
+        "weights",
+    },
     "state_ops": {"kernels", "weights"},
     "triton_state": {"kernels", "ops", "weights"},
-    "triton_ops": {"cached_attention", "kernels", "ops", "triton_attention", "triton_products", "triton_state",
-                   "weights"},
+    "triton_ops": {
+        "cached_attention",
+        "kernels",
+        "ops",
+        "triton_attention",
+        "triton_products",
+        "triton_state",
+        "weights",
+    },
     "triton_attention": {"cached_attention", "kernels"},
     "graphs": {"weights"},
     "trace": set(),
@@ -88,10 +104,12 @@ def test_kernels_know_tensors_only():
 
 def test_triton_is_optional():
     """Without it the package imports, and the backend says what is missing."""
-    program = ("import sys; sys.modules['triton'] = None\nimport thl_engine, thl_engine.cli\n"
-               "from thl_engine.ops.reference import load_ops\n"
-               "try: load_ops('triton', 'cuda')\n"
-               "except thl_engine.ConfigError as error: print(error)")
+    program = (
+        "import sys; sys.modules['triton'] = None\nimport thl_engine, thl_engine.cli\n"
+        "from thl_engine.ops.reference import load_ops\n"
+        "try: load_ops('triton', 'cuda')\n"
+        "except thl_engine.ConfigError as error: print(error)"
+    )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert found.stdout.startswith("backend 'triton' is not available"), found.stdout + found.stderr
 

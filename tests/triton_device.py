@@ -34,6 +34,7 @@ def poison(monkeypatch):
         def made(*args, **options):
             out = make(*args, **options)
             return out.fill_(float("nan") if out.dtype.is_floating_point else torch.iinfo(out.dtype).min)
+
         return made
 
     monkeypatch.setattr(torch, "empty", poisoned(empty))

@@ -8,8 +8,17 @@ if TYPE_CHECKING:
     from thl_engine.engine.engine import Engine, Piece
 
 __version__ = "0.1.0"
-__all__ = ["BudgetError", "CheckpointError", "ConfigError", "DeviceError", "Engine", "EngineError", "Piece",
-           "TokenizerError", "__version__"]
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ConfigError",
+    "DeviceError",
+    "Engine",
+    "EngineError",
+    "Piece",
+    "TokenizerError",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -61,8 +61,19 @@ class THLConfig:
     underuse_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embedding_dim", "num_tiers", "memory_slots", "memory_dim", "query_dim",
-                     "value_dim", "num_heads", "head_dim", "read_topk", "write_slots"):
+        for name in (
+            "vocab_size",
+            "embedding_dim",
+            "num_tiers",
+            "memory_slots",
+            "memory_dim",
+            "query_dim",
+            "value_dim",
+            "num_heads",
+            "head_dim",
+            "read_topk",
+            "write_slots",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.local_window >= 0, "local_window", self.local_window, "0 or more")
         for name in ("tier_dims", "tier_timescales"):
@@ -70,11 +81,19 @@ class THLConfig:
             _require(len(values) == self.num_tiers, name, values, f"{self.num_tiers} entries (num_tiers)")
             _require(min(values) >= 1, name, values, "entries of at least 1")
         _require(self.tier_timescales[0] == 1, "tier_timescales", self.tier_timescales, "1 for the first tier")
-        _require(self.value_dim % self.num_heads == 0, "value_dim", self.value_dim,
-                 f"a multiple of num_heads ({self.num_heads})")
+        _require(
+            self.value_dim % self.num_heads == 0,
+            "value_dim",
+            self.value_dim,
+            f"a multiple of num_heads ({self.num_heads})",
+        )
         for name in ("read_topk", "write_slots"):
-            _require(getattr(self, name) <= self.memory_slots, name, getattr(self, name),
-                     f"at most memory_slots ({self.memory_slots})")
+            _require(
+                getattr(self, name) <= self.memory_slots,
+                name,
+                getattr(self, name),
+                f"at most memory_slots ({self.memory_slots})",
+            )
         capacity = self.read_slot_capacity
         _require(capacity is None or capacity >= 1, "read_slot_capacity", capacity, "null or at least 1")
         for name in ("read_ema_decay", "write_ema_decay", "memory_decay"):
@@ -87,8 +106,10 @@ class THLConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values, `model_type` first."""
-        return {"model_type": self.model_type, **{k: list(v) if isinstance(v, tuple) else v
-                                                  for k, v in asdict(self).items()}}
+        return {
+            "model_type": self.model_type,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -113,14 +134,25 @@ class HRMConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_heads", "L_layers", "H_layers", "halt_max_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.hidden_size % self.num_heads == 0, "hidden_size", self.hidden_size,
-                 f"a multiple of num_heads ({self.num_heads})")
-        _require(self.head_dim % 2 == 0, "hidden_size", self.hidden_size,
-                 f"an even number of features for each of num_heads ({self.num_heads}), not {self.head_dim}: the "
-                 "rotary embedding pairs them")
-        _require(self.expansion > 0 and 1 <= self.expansion * self.hidden_size * 2 / 3 < _LARGEST, "expansion",
-                 self.expansion, f"large enough for one inner feature of hidden_size ({self.hidden_size}) and no "
-                 "larger than any real model")
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"a multiple of num_heads ({self.num_heads})",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"an even number of features for each of num_heads ({self.num_heads}), not {self.head_dim}: the "
+            "rotary embedding pairs them",
+        )
+        _require(
+            self.expansion > 0 and 1 <= self.expansion * self.hidden_size * 2 / 3 < _LARGEST,
+            "expansion",
+            self.expansion,
+            f"large enough for one inner feature of hidden_size ({self.hidden_size}) and no larger than any real model",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -161,16 +193,28 @@ class INLConfig:
     hierarchical_group_size: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_iterations_per_layer", "max_seq_len",
-                     "hierarchical_group_size"):
+        for name in (
+            "vocab_size",
+            "d_model",
+            "num_layers",
+            "num_heads",
+            "num_iterations_per_layer",
+            "max_seq_len",
+            "hierarchical_group_size",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         inner = self.feedforward_dim
         _require(inner is None or inner >= 1, "feedforward_dim", inner, "null (four times d_model) or at least 1")
-        _require(self.d_model % self.num_heads == 0, "d_model", self.d_model,
-                 f"a multiple of num_heads ({self.num_heads})")
+        _require(
+            self.d_model % self.num_heads == 0, "d_model", self.d_model, f"a multiple of num_heads ({self.num_heads})"
+        )
         _require(0.0 <= self.lowrank_ratio <= 1.0, "lowrank_ratio", self.lowrank_ratio, "between 0 and 1")
-        _require(self.adaptive_convergence_threshold >= 0.0, "adaptive_convergence_threshold",
-                 self.adaptive_convergence_threshold, "0 (never stop early) or more")
+        _require(
+            self.adaptive_convergence_threshold >= 0.0,
+            "adaptive_convergence_threshold",
+            self.adaptive_convergence_threshold,
+            "0 (never stop early) or more",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -216,18 +260,44 @@ class HIMConfig:
     max_seq_len: int = HIM_POSITIONS
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_heads", "num_kv_heads", "num_encoder_layers", "dim_feedforward",
-                     "max_answer_len", "mem_slots", "mem_rank", "reasoning_tokens", "max_seq_len"):
+        for name in (
+            "vocab_size",
+            "num_heads",
+            "num_kv_heads",
+            "num_encoder_layers",
+            "dim_feedforward",
+            "max_answer_len",
+            "mem_slots",
+            "mem_rank",
+            "reasoning_tokens",
+            "max_seq_len",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.embed_dim >= 64 and self.embed_dim % 2 == 0, "embed_dim", self.embed_dim,
-                 "even and at least 64, the features that reasoning reads")
-        _require(self.embed_dim % self.num_heads == 0, "embed_dim", self.embed_dim,
-                 f"a multiple of num_heads ({self.num_heads})")
-        _require(self.num_heads % self.num_kv_heads == 0, "num_heads", self.num_heads,
-                 f"a multiple of num_kv_heads ({self.num_kv_heads})")
+        _require(
+            self.embed_dim >= 64 and self.embed_dim % 2 == 0,
+            "embed_dim",
+            self.embed_dim,
+            "even and at least 64, the features that reasoning reads",
+        )
+        _require(
+            self.embed_dim % self.num_heads == 0,
+            "embed_dim",
+            self.embed_dim,
+            f"a multiple of num_heads ({self.num_heads})",
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            self.num_heads,
+            f"a multiple of num_kv_heads ({self.num_kv_heads})",
+        )
         _require(self.mem_rank <= self.embed_dim, "mem_rank", self.mem_rank, f"at most embed_dim ({self.embed_dim})")
-        _require(self.max_seq_len <= HIM_POSITIONS, "max_seq_len", self.max_seq_len,
-                 f"at most {HIM_POSITIONS}, the positions that the model has")
+        _require(
+            self.max_seq_len <= HIM_POSITIONS,
+            "max_seq_len",
+            self.max_seq_len,
+            f"at most {HIM_POSITIONS}, the positions that the model has",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -249,11 +319,33 @@ class Gemma3nConfig:
     model_type: ClassVar[str] = "gemma3n"
     signature: ClassVar[frozenset[str]] = frozenset({"altup_num_inputs", "laurel_rank"})
     # What acts in training alone, and what every published configuration repeats about the program that wrote it.
-    ignored: ClassVar[frozenset[str]] = frozenset({
-        "altup_coef_clip", "altup_lr_multiplier", "attention_dropout", "initializer_range", "query_pre_attn_scalar",
-        "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path", "auto_map",
-        "pad_token_id", "bos_token_id", "eos_token_id", "return_dict", "output_hidden_states", "output_attentions",
-        "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"})
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {
+            "altup_coef_clip",
+            "altup_lr_multiplier",
+            "attention_dropout",
+            "initializer_range",
+            "query_pre_attn_scalar",
+            "architectures",
+            "torch_dtype",
+            "dtype",
+            "transformers_version",
+            "use_cache",
+            "_name_or_path",
+            "auto_map",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+            "return_dict",
+            "output_hidden_states",
+            "output_attentions",
+            "chunk_size_feed_forward",
+            "is_encoder_decoder",
+            "id2label",
+            "label2id",
+            "problem_type",
+        }
+    )
 
     vocab_size: int = 262400
     vocab_size_per_layer_input: int = 262144
@@ -281,35 +373,68 @@ class Gemma3nConfig:
     published: ClassVar[Any] = staticmethod(gemma3n_fields)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "vocab_size_per_layer_input", "hidden_size", "hidden_size_per_layer_input",
-                     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                     "max_position_embeddings", "sliding_window", "altup_num_inputs", "laurel_rank"):
+        for name in (
+            "vocab_size",
+            "vocab_size_per_layer_input",
+            "hidden_size",
+            "hidden_size_per_layer_input",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "sliding_window",
+            "altup_num_inputs",
+            "laurel_rank",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.num_attention_heads % self.num_key_value_heads == 0, "num_attention_heads",
-                 self.num_attention_heads, f"a multiple of num_key_value_heads ({self.num_key_value_heads})")
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "num_attention_heads",
+            self.num_attention_heads,
+            f"a multiple of num_key_value_heads ({self.num_key_value_heads})",
+        )
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even: the rotary embedding pairs features")
         for name in ("intermediate_size", "layer_types", "activation_sparsity_pattern"):
             values = getattr(self, name)
-            _require(len(values) == self.num_hidden_layers, name, values,
-                     f"{self.num_hidden_layers} entries (num_hidden_layers)")
-        _require(min(self.intermediate_size) >= 1, "intermediate_size", self.intermediate_size,
-                 "entries of at least 1")
-        _require(set(self.layer_types) <= {SLIDING, FULL}, "layer_types", self.layer_types,
-                 f"entries of {SLIDING!r} or {FULL!r}")
-        _require(all(0.0 <= share < 1.0 for share in self.activation_sparsity_pattern), "activation_sparsity_pattern",
-                 self.activation_sparsity_pattern, "entries of at least 0 and less than 1")
+            _require(
+                len(values) == self.num_hidden_layers,
+                name,
+                values,
+                f"{self.num_hidden_layers} entries (num_hidden_layers)",
+            )
+        _require(min(self.intermediate_size) >= 1, "intermediate_size", self.intermediate_size, "entries of at least 1")
+        _require(
+            set(self.layer_types) <= {SLIDING, FULL},
+            "layer_types",
+            self.layer_types,
+            f"entries of {SLIDING!r} or {FULL!r}",
+        )
+        _require(
+            all(0.0 <= share < 1.0 for share in self.activation_sparsity_pattern),
+            "activation_sparsity_pattern",
+            self.activation_sparsity_pattern,
+            "entries of at least 0 and less than 1",
+        )
         _require(self.altup_num_inputs <= 64, "altup_num_inputs", self.altup_num_inputs, "at most 64")
-        _require(0 <= self.altup_active_idx < self.altup_num_inputs, "altup_active_idx", self.altup_active_idx,
-                 f"one of the altup_num_inputs ({self.altup_num_inputs}) inputs, counted from 0")
+        _require(
+            0 <= self.altup_active_idx < self.altup_num_inputs,
+            "altup_active_idx",
+            self.altup_active_idx,
+            f"one of the altup_num_inputs ({self.altup_num_inputs}) inputs, counted from 0",
+        )
         _require(self.rms_norm_eps >= 0.0, "rms_norm_eps", self.rms_norm_eps, "0 or more")
         for name in ("rope_theta", "rope_local_base_freq"):
             _require(getattr(self, name) > 0.0, name, getattr(self, name), "more than 0")
         cap = self.final_logit_softcapping
         _require(cap is None or cap > 0.0, "final_logit_softcapping", cap, "null (no capping) or more than 0")
         own = self.num_hidden_layers - self.num_kv_shared_layers
-        _require(0 <= self.num_kv_shared_layers and own >= 1 and set(self.layer_types[own:]) <= set(
-                 self.layer_types[:own]), "num_kv_shared_layers", self.num_kv_shared_layers,
-                 "0 or more, with a layer of each shared type before the shared layers")
+        _require(
+            0 <= self.num_kv_shared_layers and own >= 1 and set(self.layer_types[own:]) <= set(self.layer_types[:own]),
+            "num_kv_shared_layers",
+            self.num_kv_shared_layers,
+            "0 or more, with a layer of each shared type before the shared layers",
+        )
 
     def kv_source(self, i: int) -> int:
         """The layer whose keys and values layer `i` reads: itself, or the last one of its type that has its own."""
@@ -318,8 +443,10 @@ class Gemma3nConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON values, `model_type` first."""
-        return {"model_type": self.model_type, **{k: list(v) if isinstance(v, tuple) else v
-                                                  for k, v in asdict(self).items()}}
+        return {
+            "model_type": self.model_type,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -347,8 +474,9 @@ class ReasoningConfig:
         for name in ("L_size", "H_size", "L_rank", "H_rank"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("cycles", "L_steps"):
-            _require(1 <= getattr(self, name) <= LARGEST_CYCLES, name, getattr(self, name),
-                     f"from 1 to {LARGEST_CYCLES}")
+            _require(
+                1 <= getattr(self, name) <= LARGEST_CYCLES, name, getattr(self, name), f"from 1 to {LARGEST_CYCLES}"
+            )
         _require(self.L_threshold >= 0.0, "L_threshold", self.L_threshold, "0 (never stop early) or more")
         for name in ("L_alpha", "H_alpha"):
             _require(getattr(self, name) > 0.0, name, getattr(self, name), "more than 0")
@@ -367,15 +495,21 @@ class HRMGemma3nConfig(Gemma3nConfig):
     published: ClassVar[Any] = staticmethod(hrm_gemma3n_fields)
 
 
-CONFIGS: dict[str, type] = {cls.model_type: cls for cls in (THLConfig, HRMConfig, INLConfig, HIMConfig, Gemma3nConfig,
-                                                            HRMGemma3nConfig)}
+CONFIGS: dict[str, type] = {
+    cls.model_type: cls for cls in (THLConfig, HRMConfig, INLConfig, HIMConfig, Gemma3nConfig, HRMGemma3nConfig)
+}
 
 # The published sizes of INL-LLM V2: d_model, layers, heads, iterations; the feed-forward width is four times d_model.
-_INL_SIZES = {"inl-small": (512, 6, 8, 5), "inl-medium": (768, 12, 12, 7), "inl-5b": (4096, 32, 32, 10),
-              "inl-10b": (5120, 40, 40, 12)}
+_INL_SIZES = {
+    "inl-small": (512, 6, 8, 5),
+    "inl-medium": (768, 12, 12, 7),
+    "inl-5b": (4096, 32, 32, 10),
+    "inl-10b": (5120, 40, 40, 12),
+}
 PRESETS: dict[str, Any] = {
-    name: INLConfig(d_model=width, num_layers=layers, num_heads=heads, num_iterations_per_layer=steps,
-                    feedforward_dim=4 * width)
+    name: INLConfig(
+        d_model=width, num_layers=layers, num_heads=heads, num_iterations_per_layer=steps, feedforward_dim=4 * width
+    )
     for name, (width, layers, heads, steps) in _INL_SIZES.items()
 } | {"gemma3n-e4b": Gemma3nConfig()}
 
@@ -436,11 +570,16 @@ def _build(cls: type, values: Mapping[str, Any], where: str, what: str) -> Any:
 
 def _recognise(values: Mapping[str, Any], where: str) -> str:
     signatures = [cls.signature for cls in CONFIGS.values() if cls.signature <= values.keys()]
-    matches = [name for name, cls in CONFIGS.items()
-               if cls.signature in signatures and not any(cls.signature < other for other in signatures)]
+    matches = [
+        name
+        for name, cls in CONFIGS.items()
+        if cls.signature in signatures and not any(cls.signature < other for other in signatures)
+    ]
     if len(matches) != 1:
-        raise ConfigError(f"{where}: no model_type given and the fields do not identify one; "
-                          f"add \"model_type\": one of {', '.join(CONFIGS)}")
+        raise ConfigError(
+            f"{where}: no model_type given and the fields do not identify one; "
+            f'add "model_type": one of {", ".join(CONFIGS)}'
+        )
     return matches[0]
 
 

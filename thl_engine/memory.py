@@ -8,14 +8,27 @@ import torch
 
 from thl_engine.errors import ConfigError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40,
-          "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "K": 1 << 10,
+    "M": 1 << 20,
+    "G": 1 << 30,
+    "T": 1 << 40,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
 SHARE_OF_FREE = 0.8  # of the memory that is free now; the rest is for everything else that runs
 
 
 def parse_bytes(amount: str | int) -> int:
-    """"4GiB", "512 MB", "4.5G" or a number of bytes. GB is 10^9, GiB and G are 2^30. Raises ConfigError."""
+    """ "4GiB", "512 MB", "4.5G" or a number of bytes. GB is 10^9, GiB and G are 2^30. Raises ConfigError."""
     if isinstance(amount, int) and not isinstance(amount, bool):
         count = amount
     else:

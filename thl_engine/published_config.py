@@ -28,12 +28,16 @@ def gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         where = f"{where}: text_config"
         quantization = quantization or values.get("quantization_config")
     elif "vision_config" in values or "audio_config" in values:
-        raise ConfigError(f"{where}: found parts for images or sound without a text_config; supported is the text part "
-                          "of Gemma-3n, alone or beside those")
+        raise ConfigError(
+            f"{where}: found parts for images or sound without a text_config; supported is the text part "
+            "of Gemma-3n, alone or beside those"
+        )
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ConfigError(f"{where}: the checkpoint was quantised by another tool (quantization_config: {method!r}); "
-                          "supported are float checkpoints, and those of `thl quantize`, which makes int8 of them")
+        raise ConfigError(
+            f"{where}: the checkpoint was quantised by another tool (quantization_config: {method!r}); "
+            "supported are float checkpoints, and those of `thl quantize`, which makes int8 of them"
+        )
     values.pop("quantization_config", None)
     for name, computed in _FIXED.items():
         value = values.pop(name, computed)
@@ -69,6 +73,7 @@ def _rope_bases(given: Any, where: str) -> dict[str, Any]:
             if name == "rope_theta":
                 out[_ROPES[kind]] = value
             elif (name, value) != ("rope_type", "default"):
-                raise ConfigError(f"{where}: {kind}: {name} is {value!r}; supported are rope_type 'default' and "
-                                  "rope_theta")
+                raise ConfigError(
+                    f"{where}: {kind}: {name} is {value!r}; supported are rope_type 'default' and rope_theta"
+                )
     return out

@@ -61,8 +61,13 @@ def accelerate(folder: str, budget: int) -> Callable[[], Iterator[int]]:
     from transformers import AutoModelForCausalLM, DynamicCache
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, device_map="auto", max_memory={"cpu": budget}, attn_implementation="eager",
-        offload_folder=str(Path(folder) / "offload"))
+        folder,
+        dtype=torch.float32,
+        device_map="auto",
+        max_memory={"cpu": budget},
+        attn_implementation="eager",
+        offload_folder=str(Path(folder) / "offload"),
+    )
     if "disk" not in model.hf_device_map.values():
         raise SystemExit("accelerate left nothing on disk within this budget")
 
@@ -89,10 +94,17 @@ def main(engine: str, folder: str, budget: str, count: str, threads: str, cache:
         started = time.perf_counter()
         ids.append(next(stream))
         seconds.append(time.perf_counter() - started)
-    print(json.dumps({
-        "ids": ids, "seconds_per_token": statistics.median(seconds),
-        "disk_bytes_per_token": (bytes_read() - read) / int(count),
-        "peak_rss_bytes": peak_rss(), "rss_bytes_before_loading": start}))
+    print(
+        json.dumps(
+            {
+                "ids": ids,
+                "seconds_per_token": statistics.median(seconds),
+                "disk_bytes_per_token": (bytes_read() - read) / int(count),
+                "peak_rss_bytes": peak_rss(),
+                "rss_bytes_before_loading": start,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -46,8 +46,11 @@ def sources() -> list[Path]:
 def targets(capabilities: Sequence[int]) -> list[str]:
     """Options that ask for machine code of each capability, and PTX of the last."""
     codes = [f"arch=compute_{card},code=sm_{card}" for card in capabilities]
-    return [option for code in [*codes, f"arch=compute_{capabilities[-1]},code=compute_{capabilities[-1]}"]
-            for option in ("-gencode", code)]
+    return [
+        option
+        for code in [*codes, f"arch=compute_{capabilities[-1]},code=compute_{capabilities[-1]}"]
+        for option in ("-gencode", code)
+    ]
 
 
 def compile_all(nvcc: str, folder: Path, includes: Iterable[str]) -> list[Path]:
@@ -58,8 +61,15 @@ def compile_all(nvcc: str, folder: Path, includes: Iterable[str]) -> list[Path]:
     capabilities = architectures()
     folder = folder / ("cuda-" + "-".join(map(str, capabilities)))
     folder.mkdir(parents=True, exist_ok=True)
-    options = [*FLAGS, *targets(capabilities), "--threads", "0", "-I", str(ROOT / "csrc"),
-               *(option for path in includes for option in ("-I", path))]
+    options = [
+        *FLAGS,
+        *targets(capabilities),
+        "--threads",
+        "0",
+        "-I",
+        str(ROOT / "csrc"),
+        *(option for path in includes for option in ("-I", path)),
+    ]
 
     def compile_one(source: Path) -> Path:
         made, used = folder / (source.name + ".o"), folder / (source.name + ".d")
@@ -82,8 +92,22 @@ def newer(made: Path, used: Path) -> bool:
 def link(nvcc: str, objects: Iterable[Path], library: Path) -> None:
     """A shared library that holds the CUDA runtime, and shows only what asks to be seen."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    run([nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-Xcompiler", "-pthread",
-         *map(str, objects), "-o", str(library)], library.name)
+    run(
+        [
+            nvcc,
+            "-shared",
+            "-cudart",
+            "static",
+            "-Xlinker",
+            "--exclude-libs,ALL",
+            "-Xcompiler",
+            "-pthread",
+            *map(str, objects),
+            "-o",
+            str(library),
+        ],
+        library.name,
+    )
 
 
 def run(command: list[str], name: str) -> None:

@@ -13,8 +13,19 @@ COLUMNS = 1024  # of a program
 
 
 @triton.jit
-def _predict(streams, coefficients, out, streams_count, rows, width, s_stream, s_row, c_row, STREAMS: tl.constexpr,
-             COLUMNS: tl.constexpr):
+def _predict(
+    streams,
+    coefficients,
+    out,
+    streams_count,
+    rows,
+    width,
+    s_stream,
+    s_row,
+    c_row,
+    STREAMS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     j = tl.arange(0, STREAMS)[:, None]
@@ -29,8 +40,22 @@ def _predict(streams, coefficients, out, streams_count, rows, width, s_stream, s
 
 
 @triton.jit
-def _correct(predicted, activated, coefficients, out, active, streams_count, rows, width, p_stream, p_row, a_row,
-             c_row, STREAMS: tl.constexpr, COLUMNS: tl.constexpr):
+def _correct(
+    predicted,
+    activated,
+    coefficients,
+    out,
+    active,
+    streams_count,
+    rows,
+    width,
+    p_stream,
+    p_row,
+    a_row,
+    c_row,
+    STREAMS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     j = tl.arange(0, STREAMS)[:, None]
@@ -44,8 +69,23 @@ def _correct(predicted, activated, coefficients, out, active, streams_count, row
 
 
 @triton.jit
-def _coefficients(x, weight, router, matrix, out, width, streams_count, made, eps, offset, x_row, router_row,
-                  matrix_row, WIDTH: tl.constexpr, MADE: tl.constexpr):
+def _coefficients(
+    x,
+    weight,
+    router,
+    matrix,
+    out,
+    width,
+    streams_count,
+    made,
+    eps,
+    offset,
+    x_row,
+    router_row,
+    matrix_row,
+    WIDTH: tl.constexpr,
+    MADE: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, WIDTH)
     inside = d < width
@@ -82,8 +122,18 @@ def predict(streams: Tensor, coefficients: Tensor) -> Tensor:
     size = min(triton.next_power_of_2(width), COLUMNS)
     if out.numel():
         _predict[rows, triton.cdiv(width, size)](
-            streams, coefficients, out, count, rows, width, *streams.stride()[:2], coefficients.stride(0),
-            STREAMS=triton.next_power_of_2(count), COLUMNS=size, num_warps=4)
+            streams,
+            coefficients,
+            out,
+            count,
+            rows,
+            width,
+            *streams.stride()[:2],
+            coefficients.stride(0),
+            STREAMS=triton.next_power_of_2(count),
+            COLUMNS=size,
+            num_warps=4,
+        )
     return out
 
 
@@ -95,9 +145,21 @@ def correct(predicted: Tensor, activated: Tensor, active: int, coefficients: Ten
     size = min(triton.next_power_of_2(width), COLUMNS)
     if out.numel():
         _correct[rows, triton.cdiv(width, size)](
-            predicted, activated, coefficients, out, active, count, rows, width, *predicted.stride()[:2],
-            activated.stride(0), coefficients.stride(0), STREAMS=triton.next_power_of_2(count), COLUMNS=size,
-            num_warps=4)
+            predicted,
+            activated,
+            coefficients,
+            out,
+            active,
+            count,
+            rows,
+            width,
+            *predicted.stride()[:2],
+            activated.stride(0),
+            coefficients.stride(0),
+            STREAMS=triton.next_power_of_2(count),
+            COLUMNS=size,
+            num_warps=4,
+        )
     return out
 
 
@@ -109,9 +171,23 @@ def coefficients(x: Tensor, weight: Tensor, eps: float, router: Tensor, matrix: 
     size = triton.next_power_of_2(width)
     if out.numel():
         _coefficients[(rows,)](
-            x, weight, router, matrix, out, width, router.shape[0], matrix.shape[0], eps, offset, x.stride(0),
-            router.stride(0), matrix.stride(0), WIDTH=size,
-            MADE=triton.next_power_of_2(matrix.shape[0]), num_warps=min(max(size // 512, 1), 32))
+            x,
+            weight,
+            router,
+            matrix,
+            out,
+            width,
+            router.shape[0],
+            matrix.shape[0],
+            eps,
+            offset,
+            x.stride(0),
+            router.stride(0),
+            matrix.stride(0),
+            WIDTH=size,
+            MADE=triton.next_power_of_2(matrix.shape[0]),
+            num_warps=min(max(size // 512, 1), 32),
+        )
     return out
 
 
@@ -122,8 +198,20 @@ def spread(streams: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out, streams, x = streams.new_empty(streams.shape), _streams(streams, rows), _rows(x, rows)
     size = triton.next_power_of_2(width)
     if out.numel():
-        _spread[(rows,)](streams, x, weight, out, count, rows, width, eps, *streams.stride()[:2], x.stride(0),
-                         WIDTH=size, num_warps=min(max(size // 512, 1), 32))
+        _spread[(rows,)](
+            streams,
+            x,
+            weight,
+            out,
+            count,
+            rows,
+            width,
+            eps,
+            *streams.stride()[:2],
+            x.stride(0),
+            WIDTH=size,
+            num_warps=min(max(size // 512, 1), 32),
+        )
     return out
 
 

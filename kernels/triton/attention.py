@@ -69,13 +69,64 @@ def pieces(rows: int, keys: int, key_heads: int) -> int:
 
 
 @triton.jit(do_not_specialize=["past", "piece", "capacity", "window", "hidden"])
-def _attend(query, key, value, key_scales, value_scales, blocked, weight, query_cos, query_sin, key_cos, key_sin, out,
-            highest, total, scale, eps, rows, past, window, capacity, piece, hidden, width, group, key_heads,
-            q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, ks_batch, ks_head, vs_batch,
-            vs_head, m_batch, m_head, m_row, m_key, o_batch, o_head, o_row,
-            ON_DEVICE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr,
-            NORM: tl.constexpr, PIECES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-            KEYS: tl.constexpr, WIDTH: tl.constexpr):
+def _attend(
+    query,
+    key,
+    value,
+    key_scales,
+    value_scales,
+    blocked,
+    weight,
+    query_cos,
+    query_sin,
+    key_cos,
+    key_sin,
+    out,
+    highest,
+    total,
+    scale,
+    eps,
+    rows,
+    past,
+    window,
+    capacity,
+    piece,
+    hidden,
+    width,
+    group,
+    key_heads,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    ks_batch,
+    ks_head,
+    vs_batch,
+    vs_head,
+    m_batch,
+    m_head,
+    m_row,
+    m_key,
+    o_batch,
+    o_head,
+    o_row,
+    ON_DEVICE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RING: tl.constexpr,
+    NORM: tl.constexpr,
+    PIECES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Position p of the keys is in row p mod capacity; column `hidden` + j of positions is column j of `blocked`."""
     first, head_batch, cut = tl.program_id(1) * ROWS, tl.program_id(0), tl.program_id(2)
     b, shared = (head_batch // key_heads).to(tl.int64), head_batch % key_heads
@@ -88,8 +139,17 @@ def _attend(query, key, value, key_scales, value_scales, blocked, weight, query_
     q_at = query + b * q_batch + (head * q_head)[:, None] + t[:, None].to(tl.int64) * q_row
     q_mask = inside[:, None] & (d < width)
     turn = t[:, None] * width
-    q = prepared(q_at, weight, eps, query_cos if query_cos is None else query_cos + turn,
-                 query_sin if query_sin is None else query_sin + turn, d, q_mask, width, NORM).to(DTYPE)
+    q = prepared(
+        q_at,
+        weight,
+        eps,
+        query_cos if query_cos is None else query_cos + turn,
+        query_sin if query_sin is None else query_sin + turn,
+        d,
+        q_mask,
+        width,
+        NORM,
+    ).to(DTYPE)
     lowest = tl.maximum(past - window + 1, 0) if WINDOW else 0
     begin = lowest + cut * piece
     live = begin < past + rows
@@ -126,8 +186,15 @@ def _attend(query, key, value, key_scales, value_scales, blocked, weight, query_
         if WINDOW:
             seen &= s[None, :] > position[:, None] - window
         if blocked is not None:
-            mask = tl.load(blocked + b * m_batch + (head * m_head)[:, None] + t[:, None].to(tl.int64) * m_row
-                           + (s - hidden).to(tl.int64)[None, :] * m_key, mask=seen, other=1)
+            mask = tl.load(
+                blocked
+                + b * m_batch
+                + (head * m_head)[:, None]
+                + t[:, None].to(tl.int64) * m_row
+                + (s - hidden).to(tl.int64)[None, :] * m_key,
+                mask=seen,
+                other=1,
+            )
             seen &= mask == 0
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, axis=1))
@@ -155,8 +222,27 @@ def _attend(query, key, value, key_scales, value_scales, blocked, weight, query_
 
 
 @triton.jit(do_not_specialize=["count", "past", "piece", "window"])
-def _join(parts, highest, total, out, count, rows, past, window, piece, width, group, key_heads, o_batch, o_head, o_row,
-          ON_DEVICE: tl.constexpr, WINDOW: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+def _join(
+    parts,
+    highest,
+    total,
+    out,
+    count,
+    rows,
+    past,
+    window,
+    piece,
+    width,
+    group,
+    key_heads,
+    o_batch,
+    o_head,
+    o_row,
+    ON_DEVICE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Pieces [B * A_k, count, rows * group, d] of a softmax over keys, joined for one row; those behind the last key
     hold nothing."""
     m, head_batch = tl.program_id(1), tl.program_id(0)
@@ -170,17 +256,31 @@ def _join(parts, highest, total, out, count, rows, past, window, piece, width, g
     most = tl.max(best, axis=0)
     fade = tl.exp(best - tl.where(most == float("-inf"), 0.0, most))
     weight = tl.sum(fade * tl.load(total + at, mask=live, other=0.0), axis=0)
-    held = tl.load(parts + at[:, None].to(tl.int64) * width + d[None, :], mask=live[:, None] & (d < width)[None, :],
-                   other=0.0)
-    tl.store(out + b * o_batch + head * o_head + t * o_row + d, tl.sum(fade[:, None] * held, axis=0) / weight,
-             mask=d < width)
+    held = tl.load(
+        parts + at[:, None].to(tl.int64) * width + d[None, :], mask=live[:, None] & (d < width)[None, :], other=0.0
+    )
+    tl.store(
+        out + b * o_batch + head * o_head + t * o_row + d, tl.sum(fade[:, None] * held, axis=0) / weight, mask=d < width
+    )
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: Tensor | None = None, *,
-              causal: bool = False, window: int | None = None, key_scales: Tensor | None = None,
-              value_scales: Tensor | None = None, query_norm: tuple[Tensor | None, float] | None = None,
-              query_tables: tuple[Tensor, Tensor] | None = None, key_tables: tuple[Tensor, Tensor] | None = None,
-              past: int | Tensor | None = None, at_most: int | None = None) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    blocked: Tensor | None = None,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+    query_norm: tuple[Tensor | None, float] | None = None,
+    query_tables: tuple[Tensor, Tensor] | None = None,
+    key_tables: tuple[Tensor, Tensor] | None = None,
+    past: int | Tensor | None = None,
+    at_most: int | None = None,
+) -> Tensor:
     """softmax(scale * query keyᵀ) value: query [B, A, T, d], key and value [B, A_k, S, d] -> [B, A, T, d].
 
     d up to 256, A a multiple of A_k; any strides. The last row of the queries stands at the last of the S positions.
@@ -201,8 +301,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
     batch, heads, rows, width = query.shape
     key_heads, capacity = key.shape[1:3]
     if width > WIDEST or heads % key_heads:
-        raise ValueError(f"attention: expected at most {WIDEST} features a head and query heads in equal groups; found "
-                         f"{width} features, {heads} query heads, {key_heads} key heads")
+        raise ValueError(
+            f"attention: expected at most {WIDEST} features a head and query heads in equal groups; found "
+            f"{width} features, {heads} query heads, {key_heads} key heads"
+        )
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     # Positions before heads: what follows joins the heads of a position, which then are in one row already.
     out = query.new_empty(batch, rows, heads, width).transpose(1, 2)
@@ -234,30 +336,118 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
         mask_strides = blocked.stride()
     weight, eps = (None, 0.0) if query_norm is None else query_norm
     query_cos, query_sin = (None, None) if query_tables is None else (x.contiguous() for x in query_tables)
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *_leading(key_scales),
-               *_leading(value_scales), *mask_strides, *out.stride()[:3])
-    sees = {"ON_DEVICE": not known, "CAUSAL": causal, "WINDOW": window is not None,
-            "RING": ring and window is not None, "NORM": query_norm is not None, "PIECES": count > 1}
+    strides = (
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *_leading(key_scales),
+        *_leading(value_scales),
+        *mask_strides,
+        *out.stride()[:3],
+    )
+    sees = {
+        "ON_DEVICE": not known,
+        "CAUSAL": causal,
+        "WINDOW": window is not None,
+        "RING": ring and window is not None,
+        "NORM": query_norm is not None,
+        "PIECES": count > 1,
+    }
     if few:
         decode[batch * key_heads, count](
-            query, key, value, key_scales, value_scales, blocked, weight, query_cos, query_sin, made, highest, total,
-            scale, eps, rows, past, window or 0, capacity, piece, hidden, width, group, key_heads, *strides, **sees,
-            ROWS=sizes.rows, KEYS=sizes.keys, WIDTH=padded, STAGES=sizes.stages, num_warps=sizes.warps,
-            ptx_options=ALL_REGISTERS)
+            query,
+            key,
+            value,
+            key_scales,
+            value_scales,
+            blocked,
+            weight,
+            query_cos,
+            query_sin,
+            made,
+            highest,
+            total,
+            scale,
+            eps,
+            rows,
+            past,
+            window or 0,
+            capacity,
+            piece,
+            hidden,
+            width,
+            group,
+            key_heads,
+            *strides,
+            **sees,
+            ROWS=sizes.rows,
+            KEYS=sizes.keys,
+            WIDTH=padded,
+            STAGES=sizes.stages,
+            num_warps=sizes.warps,
+            ptx_options=ALL_REGISTERS,
+        )
     else:
         key_cos, key_sin = (None, None) if key_tables is None else (x.contiguous() for x in key_tables)
         _attend[batch * key_heads, triton.cdiv(rows * group, sizes.rows), count](
-            query, key, value, key_scales, value_scales, blocked, weight, query_cos, query_sin, key_cos, key_sin, made,
-            highest, total, scale, eps, rows, past, window or 0, capacity, piece, hidden, width, group, key_heads,
-            *strides, **sees, DTYPE=TYPES[query.dtype if half else torch.float32],
-            PRECISION="ieee" if card < 80 or half or width > WIDEST_SPLIT else "tf32x3", ROWS=sizes.rows,
-            KEYS=sizes.keys, WIDTH=padded, num_warps=sizes.warps, num_stages=sizes.stages, ptx_options=ALL_REGISTERS)
+            query,
+            key,
+            value,
+            key_scales,
+            value_scales,
+            blocked,
+            weight,
+            query_cos,
+            query_sin,
+            key_cos,
+            key_sin,
+            made,
+            highest,
+            total,
+            scale,
+            eps,
+            rows,
+            past,
+            window or 0,
+            capacity,
+            piece,
+            hidden,
+            width,
+            group,
+            key_heads,
+            *strides,
+            **sees,
+            DTYPE=TYPES[query.dtype if half else torch.float32],
+            PRECISION="ieee" if card < 80 or half or width > WIDEST_SPLIT else "tf32x3",
+            ROWS=sizes.rows,
+            KEYS=sizes.keys,
+            WIDTH=padded,
+            num_warps=sizes.warps,
+            num_stages=sizes.stages,
+            ptx_options=ALL_REGISTERS,
+        )
     if count > 1:
         features = min(padded, JOINED)
         _join[batch * key_heads, rows * group, triton.cdiv(width, features)](
-            made, highest, total, out, count, rows, past, window or 0, piece, width, group, key_heads,
-            *out.stride()[:3], ON_DEVICE=not known, WINDOW=window is not None,
-            COUNT=triton.next_power_of_2(triton.cdiv(cuttable, piece)), WIDTH=features, num_warps=4)
+            made,
+            highest,
+            total,
+            out,
+            count,
+            rows,
+            past,
+            window or 0,
+            piece,
+            width,
+            group,
+            key_heads,
+            *out.stride()[:3],
+            ON_DEVICE=not known,
+            WINDOW=window is not None,
+            COUNT=triton.next_power_of_2(triton.cdiv(cuttable, piece)),
+            WIDTH=features,
+            num_warps=4,
+        )
     return out
 
 

@@ -32,24 +32,82 @@ def _keep(at, weight, eps, cos, sin, rows, scales, width, NORM: tl.constexpr, WI
 
 
 @triton.jit(do_not_specialize=["past"])
-def _append(key, value, keys, values, key_scales, value_scales, weight, cos, sin, key_eps, value_eps, past, heads,
-            capacity, width, k_batch, k_row, k_head, v_batch, v_row, v_head, c_batch, c_head, c_row, s_batch, s_head,
-            ON_DEVICE: tl.constexpr, KEY_NORM: tl.constexpr, VALUE_NORM: tl.constexpr, WIDTH: tl.constexpr):
+def _append(
+    key,
+    value,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    weight,
+    cos,
+    sin,
+    key_eps,
+    value_eps,
+    past,
+    heads,
+    capacity,
+    width,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    c_batch,
+    c_head,
+    c_row,
+    s_batch,
+    s_head,
+    ON_DEVICE: tl.constexpr,
+    KEY_NORM: tl.constexpr,
+    VALUE_NORM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     t, b, h = tl.program_id(1).to(tl.int64), (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     row = (counted(past, ON_DEVICE) + t) % capacity
     kept, scale = b * c_batch + h * c_head + row * c_row, b * s_batch + h * s_head + row
     if tl.program_id(2) == 0:
-        _keep(key + b * k_batch + t * k_row + h * k_head, weight, key_eps, cos if cos is None else cos + t * width,
-              sin if sin is None else sin + t * width, keys + kept,
-              key_scales if key_scales is None else key_scales + scale, width, KEY_NORM, WIDTH)
+        _keep(
+            key + b * k_batch + t * k_row + h * k_head,
+            weight,
+            key_eps,
+            cos if cos is None else cos + t * width,
+            sin if sin is None else sin + t * width,
+            keys + kept,
+            key_scales if key_scales is None else key_scales + scale,
+            width,
+            KEY_NORM,
+            WIDTH,
+        )
     else:
-        _keep(value + b * v_batch + t * v_row + h * v_head, None, value_eps, None, None, values + kept,
-              value_scales if value_scales is None else value_scales + scale, width, VALUE_NORM, WIDTH)
+        _keep(
+            value + b * v_batch + t * v_row + h * v_head,
+            None,
+            value_eps,
+            None,
+            None,
+            values + kept,
+            value_scales if value_scales is None else value_scales + scale,
+            width,
+            VALUE_NORM,
+            WIDTH,
+        )
 
 
-def append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None,
-           value_scales: Tensor | None, past: int | Tensor, *, key_norm: tuple[Tensor, float] | None = None,
-           value_eps: float | None = None, tables: tuple[Tensor, Tensor] | None = None) -> None:
+def append(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    past: int | Tensor,
+    *,
+    key_norm: tuple[Tensor, float] | None = None,
+    value_eps: float | None = None,
+    tables: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Stores key and value [B, T, A, d] in the rows of positions `past` to past + T - 1 of keys, values [B, A, C, d].
 
     The cache is floats, or int8 with float32 scales [B, A, C]; keys and values have equal strides. past: a number or an
@@ -58,16 +116,38 @@ def append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, key_scales:
     """
     batch, rows, heads, width = key.shape
     if keys.stride() != values.stride() or keys.stride(-1) != 1 or rows > keys.shape[2]:
-        raise ValueError(f"append: expected keys and values of equal strides with room for {rows} rows, found shapes "
-                         f"{list(keys.shape)} and {list(values.shape)}, strides {keys.stride()} and {values.stride()}")
+        raise ValueError(
+            f"append: expected keys and values of equal strides with room for {rows} rows, found shapes "
+            f"{list(keys.shape)} and {list(values.shape)}, strides {keys.stride()} and {values.stride()}"
+        )
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     cos, sin = (None, None) if tables is None else (x.contiguous() for x in tables)
     weight, key_eps = (None, 0.0) if key_norm is None else key_norm
     if not key.numel():
         return
     _append[batch * heads, rows, 2](
-        key, value, keys, values, key_scales, value_scales, weight, cos, sin, key_eps, value_eps or 0.0, past, heads,
-        keys.shape[2], width, *key.stride()[:3], *value.stride()[:3], *keys.stride()[:3],
-        *((0, 0) if key_scales is None else key_scales.stride()[:2]), ON_DEVICE=isinstance(past, Tensor),
-        KEY_NORM=key_norm is not None, VALUE_NORM=value_eps is not None,
-        WIDTH=max(triton.next_power_of_2(width), 16), num_warps=1)
+        key,
+        value,
+        keys,
+        values,
+        key_scales,
+        value_scales,
+        weight,
+        cos,
+        sin,
+        key_eps,
+        value_eps or 0.0,
+        past,
+        heads,
+        keys.shape[2],
+        width,
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *keys.stride()[:3],
+        *((0, 0) if key_scales is None else key_scales.stride()[:2]),
+        ON_DEVICE=isinstance(past, Tensor),
+        KEY_NORM=key_norm is not None,
+        VALUE_NORM=value_eps is not None,
+        WIDTH=max(triton.next_power_of_2(width), 16),
+        num_warps=1,
+    )

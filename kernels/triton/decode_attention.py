@@ -13,12 +13,61 @@ from thl_engine.kernels.triton.heads import prepared
 
 
 @triton.jit(do_not_specialize=["past", "piece", "capacity", "window", "hidden"])
-def decode(query, key, value, key_scales, value_scales, blocked, weight, cos, sin, out, highest, total, scale, eps,
-           rows, past, window, capacity, piece, hidden, width, group, key_heads,
-           q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, ks_batch, ks_head, vs_batch, vs_head,
-           m_batch, m_head, m_row, m_key, o_batch, o_head, o_row,
-           ON_DEVICE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, NORM: tl.constexpr,
-           PIECES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr):
+def decode(
+    query,
+    key,
+    value,
+    key_scales,
+    value_scales,
+    blocked,
+    weight,
+    cos,
+    sin,
+    out,
+    highest,
+    total,
+    scale,
+    eps,
+    rows,
+    past,
+    window,
+    capacity,
+    piece,
+    hidden,
+    width,
+    group,
+    key_heads,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    ks_batch,
+    ks_head,
+    vs_batch,
+    vs_head,
+    m_batch,
+    m_head,
+    m_row,
+    m_key,
+    o_batch,
+    o_head,
+    o_row,
+    ON_DEVICE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RING: tl.constexpr,
+    NORM: tl.constexpr,
+    PIECES: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """As `_attend` in attention.py, for all of a key/value head's rows at once."""
     head_batch, cut = tl.program_id(0), tl.program_id(1)
     b, shared = (head_batch // key_heads).to(tl.int64), head_batch % key_heads
@@ -30,8 +79,20 @@ def decode(query, key, value, key_scales, value_scales, blocked, weight, cos, si
     features = tl.arange(0, WIDTH)[None, :]
     q_at = query + b * q_batch + (head * q_head)[:, None] + t[:, None].to(tl.int64) * q_row
     turn = t[:, None] * width
-    q = prepared(q_at, weight, eps, cos if cos is None else cos + turn, sin if sin is None else sin + turn, features,
-                 inside[:, None] & (features < width), width, NORM)[:, None, :] * scale
+    q = (
+        prepared(
+            q_at,
+            weight,
+            eps,
+            cos if cos is None else cos + turn,
+            sin if sin is None else sin + turn,
+            features,
+            inside[:, None] & (features < width),
+            width,
+            NORM,
+        )[:, None, :]
+        * scale
+    )
     lowest = tl.maximum(past - window + 1, 0) if WINDOW else 0
     begin = lowest + cut * piece
     live = begin < past + rows
@@ -63,8 +124,15 @@ def decode(query, key, value, key_scales, value_scales, blocked, weight, cos, si
         if WINDOW:
             seen &= there > position - window
         if blocked is not None:
-            mask = tl.load(blocked + b * m_batch + (head * m_head)[:, None] + t[:, None].to(tl.int64) * m_row
-                           + (there - hidden).to(tl.int64) * m_key, mask=seen, other=1)
+            mask = tl.load(
+                blocked
+                + b * m_batch
+                + (head * m_head)[:, None]
+                + t[:, None].to(tl.int64) * m_row
+                + (there - hidden).to(tl.int64) * m_key,
+                mask=seen,
+                other=1,
+            )
             seen &= mask == 0
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(best, scores)

@@ -16,8 +16,9 @@ ELEMENTS = 1024  # of a program, at most
 
 
 @triton.jit
-def _elementwise(a, b, c, vector, out, scale, width, a_row, b_row, c_row, out_row, KIND: tl.constexpr,
-                 WIDTH: tl.constexpr):
+def _elementwise(
+    a, b, c, vector, out, scale, width, a_row, b_row, c_row, out_row, KIND: tl.constexpr, WIDTH: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = d < width
@@ -65,8 +66,6 @@ def gelu(x: Tensor) -> Tensor:
     return _launch("gelu", x.new_empty(x.shape), x)
 
 
-
-
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """As the reference without a quantile (`sparse.geglu` takes one): gelu(gate) * up, both [..., F], by tanh."""
     return _launch("geglu", gate.new_empty(gate.shape), gate, up)
@@ -92,6 +91,15 @@ def _launch(kind: str, out: Tensor, *inputs: Tensor, vector: Tensor | None = Non
     into = out.view(rows, width)
     size = min(triton.next_power_of_2(width), ELEMENTS)
     _elementwise[rows, triton.cdiv(width, size)](
-        *flat, vector, into, scale, width, *(0 if x is None else x.stride(0) for x in flat), into.stride(0), KIND=kind,
-        WIDTH=size, num_warps=max(size // 256, 1))
+        *flat,
+        vector,
+        into,
+        scale,
+        width,
+        *(0 if x is None else x.stride(0) for x in flat),
+        into.stride(0),
+        KIND=kind,
+        WIDTH=size,
+        num_warps=max(size // 256, 1),
+    )
     return out

@@ -7,8 +7,23 @@ from thl_engine.kernels.triton.arithmetic import gelu, gelu_tanh, silu
 
 
 @triton.jit
-def finish(acc, up, b, r, inside, bias, fast, blend, residual, out, fast_row, residual_row, out_row, rows,
-           ACTIVATION: tl.constexpr):
+def finish(
+    acc,
+    up,
+    b,
+    r,
+    inside,
+    bias,
+    fast,
+    blend,
+    residual,
+    out,
+    fast_row,
+    residual_row,
+    out_row,
+    rows,
+    ACTIVATION: tl.constexpr,
+):
     """Writes acc and what is made of it to rows b and columns r of out; b and r broadcast to acc's shape."""
     if bias is not None:
         acc += tl.load(bias + r, mask=r < rows, other=0.0).to(tl.float32)

@@ -18,8 +18,20 @@ WIDEST = 64  # units of the controller's hidden layer, at most: as many as publi
 
 
 @triton.jit
-def _inner(at, n, rows, width, w, w_row, c, units, HIDDEN: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-           FEATURES: tl.constexpr):
+def _inner(
+    at,
+    n,
+    rows,
+    width,
+    w,
+    w_row,
+    c,
+    units,
+    HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
     """Rows n of features at `at` times the transpose of w [units, width]: [HIDDEN, ROWS]."""
     acc = tl.zeros([HIDDEN, ROWS], tl.float32)
     for start in range(0, width, FEATURES):
@@ -31,8 +43,21 @@ def _inner(at, n, rows, width, w, w_row, c, units, HIDDEN: tl.constexpr, PRECISI
 
 
 @triton.jit
-def _third(hidden, w, scales, bias, third, d, width, w_row, units, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
-           ROWS: tl.constexpr, FEATURES: tl.constexpr):
+def _third(
+    hidden,
+    w,
+    scales,
+    bias,
+    third,
+    d,
+    width,
+    w_row,
+    units,
+    HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
     """One third of the controller's output, for features d: [FEATURES, ROWS]."""
     c = tl.arange(0, HIDDEN)[None, :]
     row = third * width + d
@@ -44,11 +69,41 @@ def _third(hidden, w, scales, bias, third, d, width, w_row, units, HIDDEN: tl.co
 
 
 @triton.jit(do_not_specialize=["steps", "others"])
-def _integrate(x, context, w1, scales1, bias1, w2, scales2, bias2, mu, xs, vs, iterations, made, rows, width, units,
-               x_row, context_row, w1_row, w2_row, steps, threshold, others, DT: tl.constexpr,
-               FIRST_CHECK: tl.constexpr, STOPS: tl.constexpr, FREEZES: tl.constexpr, GOES_ON: tl.constexpr,
-               HIDDEN: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
-               OTHERS: tl.constexpr):
+def _integrate(
+    x,
+    context,
+    w1,
+    scales1,
+    bias1,
+    w2,
+    scales2,
+    bias2,
+    mu,
+    xs,
+    vs,
+    iterations,
+    made,
+    rows,
+    width,
+    units,
+    x_row,
+    context_row,
+    w1_row,
+    w2_row,
+    steps,
+    threshold,
+    others,
+    DT: tl.constexpr,
+    FIRST_CHECK: tl.constexpr,
+    STOPS: tl.constexpr,
+    FREEZES: tl.constexpr,
+    GOES_ON: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    OTHERS: tl.constexpr,
+):
     """STOPS: until all rows have converged, and rows that have rest if FREEZES. GOES_ON: from the step that `made`
     tells for this program to the latest of all `others` programs', as when every row waits for the last one."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
@@ -72,24 +127,30 @@ def _integrate(x, context, w1, scales1, bias1, w2, scales2, bias2, mu, xs, vs, i
     going = t < steps
     while going:
         tl.debug_barrier()  # other threads wrote what is read now
-        hidden = fixed + _inner(xs + far * width, n, rows, width, w1 + width, w1_row, c, units, HIDDEN, PRECISION, ROWS,
-                                FEATURES)
-        hidden += _inner(vs + far * width, n, rows, width, w1 + 2 * width, w1_row, c, units, HIDDEN, PRECISION, ROWS,
-                         FEATURES)
+        hidden = fixed + _inner(
+            xs + far * width, n, rows, width, w1 + width, w1_row, c, units, HIDDEN, PRECISION, ROWS, FEATURES
+        )
+        hidden += _inner(
+            vs + far * width, n, rows, width, w1 + 2 * width, w1_row, c, units, HIDDEN, PRECISION, ROWS, FEATURES
+        )
         if scales1 is not None:
             hidden *= tl.load(scales1 + c, mask=c < units, other=0.0)
-        hidden = tl.maximum(hidden + tl.load(bias1 + c, mask=c < units, other=0.0), 0.0,
-                            propagate_nan=tl.PropagateNan.ALL)
+        hidden = tl.maximum(
+            hidden + tl.load(bias1 + c, mask=c < units, other=0.0), 0.0, propagate_nan=tl.PropagateNan.ALL
+        )
         tl.debug_barrier()
         square = tl.zeros([FEATURES, ROWS], tl.float32)
         for start in range(0, width, FEATURES):
             d = start + tl.arange(0, FEATURES)
-            alpha = tl.sigmoid(_third(hidden, w2, scales2, bias2, 0, d, width, w2_row, units, HIDDEN, PRECISION, ROWS,
-                                      FEATURES))
-            beta = softplus(_third(hidden, w2, scales2, bias2, 1, d, width, w2_row, units, HIDDEN, PRECISION, ROWS,
-                                   FEATURES))
-            gate = tl.sigmoid(_third(hidden, w2, scales2, bias2, 2, d, width, w2_row, units, HIDDEN, PRECISION, ROWS,
-                                     FEATURES))
+            alpha = tl.sigmoid(
+                _third(hidden, w2, scales2, bias2, 0, d, width, w2_row, units, HIDDEN, PRECISION, ROWS, FEATURES)
+            )
+            beta = softplus(
+                _third(hidden, w2, scales2, bias2, 1, d, width, w2_row, units, HIDDEN, PRECISION, ROWS, FEATURES)
+            )
+            gate = tl.sigmoid(
+                _third(hidden, w2, scales2, bias2, 2, d, width, w2_row, units, HIDDEN, PRECISION, ROWS, FEATURES)
+            )
             inside = (d < width)[:, None] & (n < rows)
             at = far * width + d[:, None]
             position = tl.load(xs + at, mask=inside, other=0.0)
@@ -114,8 +175,19 @@ def _integrate(x, context, w1, scales1, bias1, w2, scales2, bias2, mu, xs, vs, i
         tl.store(made + tl.program_id(0), t)
 
 
-def integrate(x: Tensor, context: Tensor, first: Weights, first_bias: Tensor, second: Weights, second_bias: Tensor,
-              mu: Tensor, *, steps: int, threshold: float | None = None, together: bool = False) -> Integration:
+def integrate(
+    x: Tensor,
+    context: Tensor,
+    first: Weights,
+    first_bias: Tensor,
+    second: Weights,
+    second_bias: Tensor,
+    mu: Tensor,
+    *,
+    steps: int,
+    threshold: float | None = None,
+    together: bool = False,
+) -> Integration:
     """As the reference, float32: x and context [N, D], controller first [C, 3 D] and second [3 D, C], C up to WIDEST.
 
     Matrices are floats or int8 with one scale a row. Where `threshold` is given, `steps` is on the device, int32 [].
@@ -138,12 +210,43 @@ def integrate(x: Tensor, context: Tensor, first: Weights, first_bias: Tensor, se
 
     def launch(goes_on: bool) -> None:
         _integrate[(blocks,)](
-            x, context, first.data, first.scales, first_bias, second.data, second.scales, second_bias, mu, values[0],
-            values[1], iterations, made, rows, width, units, x.stride(0), context.stride(0), first.data.stride(0),
-            second.data.stride(0), steps, threshold or 0.0, blocks, DT=DT, FIRST_CHECK=FIRST_CHECK,
-            STOPS=threshold is not None and not goes_on, FREEZES=threshold is not None and not together,
-            GOES_ON=goes_on, HIDDEN=WIDEST, PRECISION=how, ROWS=ROWS, FEATURES=features,
-            OTHERS=triton.next_power_of_2(blocks), num_warps=warps, num_stages=1, ptx_options=ALL_REGISTERS)
+            x,
+            context,
+            first.data,
+            first.scales,
+            first_bias,
+            second.data,
+            second.scales,
+            second_bias,
+            mu,
+            values[0],
+            values[1],
+            iterations,
+            made,
+            rows,
+            width,
+            units,
+            x.stride(0),
+            context.stride(0),
+            first.data.stride(0),
+            second.data.stride(0),
+            steps,
+            threshold or 0.0,
+            blocks,
+            DT=DT,
+            FIRST_CHECK=FIRST_CHECK,
+            STOPS=threshold is not None and not goes_on,
+            FREEZES=threshold is not None and not together,
+            GOES_ON=goes_on,
+            HIDDEN=WIDEST,
+            PRECISION=how,
+            ROWS=ROWS,
+            FEATURES=features,
+            OTHERS=triton.next_power_of_2(blocks),
+            num_warps=warps,
+            num_stages=1,
+            ptx_options=ALL_REGISTERS,
+        )
 
     launch(False)
     if together and threshold is not None and blocks > 1:

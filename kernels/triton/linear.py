@@ -83,10 +83,20 @@ class LowRank(NamedTuple):
     factor: float
 
 
-def linear(x: Tensor, w: Weights, bias: Tensor | None = None, *, up: Tensor | None = None,
-           low_rank: LowRank | None = None, gelu: bool = False, fast: Tensor | None = None,
-           blend: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None,
-           rounded: bool = False) -> Tensor:
+def linear(
+    x: Tensor,
+    w: Weights,
+    bias: Tensor | None = None,
+    *,
+    up: Tensor | None = None,
+    low_rank: LowRank | None = None,
+    gelu: bool = False,
+    fast: Tensor | None = None,
+    blend: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    rounded: bool = False,
+) -> Tensor:
     """x [..., C] times the transpose of w [R, C], plus bias [R]: [..., R] of x's type.
 
     up [..., C]: the product is of silu(x) * up. low_rank: of rank WIDEST_RANK at most, added. gelu: by the normal
@@ -95,8 +105,19 @@ def linear(x: Tensor, w: Weights, bias: Tensor | None = None, *, up: Tensor | No
     all rows of x; it may be the residual. rounded: more than FEW_ROWS rows of x may be rounded to int8 where w is int8
     and the card can multiply these; not the default, since the result is then no longer that of other backends.
     """
-    return _launch(x, w, bias=bias, x_up=up, low_rank=low_rank, activation="gelu" if gelu else None, fast=fast,
-                   blend=blend, residual=residual, out=out, rounded=rounded)
+    return _launch(
+        x,
+        w,
+        bias=bias,
+        x_up=up,
+        low_rank=low_rank,
+        activation="gelu" if gelu else None,
+        fast=fast,
+        blend=blend,
+        residual=residual,
+        out=out,
+        rounded=rounded,
+    )
 
 
 def gated_linear(x: Tensor, gate: Weights, up: Weights, activation: str = "silu", out: Tensor | None = None) -> Tensor:
@@ -133,17 +154,26 @@ class _Around(NamedTuple):
     rounded: bool = False
 
 
-def _launch(x: Tensor, w: Weights, *, out: Tensor | None, low_rank: LowRank | None = None, x_up: Tensor | None = None,
-            fast: Tensor | None = None, residual: Tensor | None = None, **rest) -> Tensor:
+def _launch(
+    x: Tensor,
+    w: Weights,
+    *,
+    out: Tensor | None,
+    low_rank: LowRank | None = None,
+    x_up: Tensor | None = None,
+    fast: Tensor | None = None,
+    residual: Tensor | None = None,
+    **rest,
+) -> Tensor:
     rows, lead = w.data.shape[0], x.shape[:-1]
     batch = prod(lead)
     made = x.new_empty(batch, rows) if out is None else out
     if batch * rows:
         if low_rank is not None:
-            rest |= {"low": _matrix(low_rank.low, batch), "lift": _contiguous(low_rank.lift),
-                     "factor": low_rank.factor}
-        around = _Around(x_up=_matrix(x_up, batch), fast=_matrix(fast, batch), residual=_matrix(residual, batch),
-                         **rest)
+            rest |= {"low": _matrix(low_rank.low, batch), "lift": _contiguous(low_rank.lift), "factor": low_rank.factor}
+        around = _Around(
+            x_up=_matrix(x_up, batch), fast=_matrix(fast, batch), residual=_matrix(residual, batch), **rest
+        )
         (_stream if batch <= FEW_ROWS else _tile)(_matrix(x, batch), _contiguous(w.data), w, around, made)
     return made.view(*lead, rows) if out is None else out
 
@@ -162,12 +192,32 @@ def _stream(x: Tensor, data: Tensor, w: Weights, a: _Around, out: Tensor, per_he
     tile, span = gemv_tile(batch, rows, columns, data.itemsize, a.w_up is not None)
     tensors, strides, rank = _operands(data, w, a, out)
     gemv[triton.cdiv(rows, tile.rows), triton.cdiv(batch, tile.batch)](
-        x, *tensors, batch, rows, columns, first, per_head, rank, x.stride(0), x.stride(1) if x.dim() == 3 else 0,
-        *strides, ACTIVATION=a.activation, GATED=a.w_up is not None, HEADS=x.dim() == 3, BATCH=tile.batch,
-        PADDED=triton.next_power_of_2(tile.batch), ROWS=tile.rows // tile.fold, FOLD=tile.fold,
-        LANES=tile.columns // span, SPAN=span, GROUP=_group(w), RANK=triton.next_power_of_2(max(rank, 1)),
-        EVEN=columns % tile.columns == 0, num_warps=tile.warps,
-        ptx_options=ALL_REGISTERS if tile.batch > 4 else None)
+        x,
+        *tensors,
+        batch,
+        rows,
+        columns,
+        first,
+        per_head,
+        rank,
+        x.stride(0),
+        x.stride(1) if x.dim() == 3 else 0,
+        *strides,
+        ACTIVATION=a.activation,
+        GATED=a.w_up is not None,
+        HEADS=x.dim() == 3,
+        BATCH=tile.batch,
+        PADDED=triton.next_power_of_2(tile.batch),
+        ROWS=tile.rows // tile.fold,
+        FOLD=tile.fold,
+        LANES=tile.columns // span,
+        SPAN=span,
+        GROUP=_group(w),
+        RANK=triton.next_power_of_2(max(rank, 1)),
+        EVEN=columns % tile.columns == 0,
+        num_warps=tile.warps,
+        ptx_options=ALL_REGISTERS if tile.batch > 4 else None,
+    )
 
 
 def _tile(x: Tensor, data: Tensor, w: Weights, a: _Around, out: Tensor) -> None:
@@ -180,9 +230,26 @@ def _tile(x: Tensor, data: Tensor, w: Weights, a: _Around, out: Tensor) -> None:
     tile = gemm_tile(batch, how, card, a.w_up is not None, group)
     tensors, strides, rank = _operands(data, w, a, out)
     gemm[triton.cdiv(batch, tile.batch), triton.cdiv(rows, tile.rows)](
-        x, x_scales, *tensors, batch, rows, columns, rank, x.stride(0), *strides, ACTIVATION=a.activation,
-        GATED=a.w_up is not None, PRECISION=how, BATCH=tile.batch, ROWS=tile.rows, COLUMNS=tile.columns, GROUP=group,
-        num_warps=tile.warps, num_stages=tile.stages, ptx_options=ALL_REGISTERS if how == "ieee" else None)
+        x,
+        x_scales,
+        *tensors,
+        batch,
+        rows,
+        columns,
+        rank,
+        x.stride(0),
+        *strides,
+        ACTIVATION=a.activation,
+        GATED=a.w_up is not None,
+        PRECISION=how,
+        BATCH=tile.batch,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        GROUP=group,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        ptx_options=ALL_REGISTERS if how == "ieee" else None,
+    )
 
 
 def _group(w: Weights) -> int | None:

@@ -13,8 +13,9 @@ from thl_engine.kernels.triton.epilogue import finish
 
 
 @triton.jit
-def _summed(sums, FOLD: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
-            PADDED: tl.constexpr):
+def _summed(
+    sums, FOLD: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, PADDED: tl.constexpr
+):
     """Sums of ROWS * BATCH tensors [FOLD, LANES], all at once: [FOLD, ROWS, PADDED], BATCH of whose columns count."""
     parts = ()
     for i in tl.static_range(ROWS * PADDED):
@@ -33,11 +34,52 @@ def _summed(sums, FOLD: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, B
 
 
 @triton.jit
-def gemv(x, x_up, w, scales, w_up, scales_up, bias, low, lift, fast, blend, residual, out, factor, batch, rows, columns,
-         first, per_head, rank, x_row, x_head, x_up_row, w_row, scales_row, up_row, scales_up_row, low_row, lift_row,
-         fast_row, residual_row, out_row, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HEADS: tl.constexpr,
-         BATCH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, FOLD: tl.constexpr, LANES: tl.constexpr,
-         SPAN: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr):
+def gemv(
+    x,
+    x_up,
+    w,
+    scales,
+    w_up,
+    scales_up,
+    bias,
+    low,
+    lift,
+    fast,
+    blend,
+    residual,
+    out,
+    factor,
+    batch,
+    rows,
+    columns,
+    first,
+    per_head,
+    rank,
+    x_row,
+    x_head,
+    x_up_row,
+    w_row,
+    scales_row,
+    up_row,
+    scales_up_row,
+    low_row,
+    lift_row,
+    fast_row,
+    residual_row,
+    out_row,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    HEADS: tl.constexpr,
+    BATCH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    FOLD: tl.constexpr,
+    LANES: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """Rows of x, or of silu(x) * x_up, times rows of w; if GATED also times w_up. HEADS: a row takes its head's x.
 
     FOLD rows of w are one tile: 1 on a card, where activations then have weights' layout; many for the interpreter.
@@ -73,8 +115,11 @@ def gemv(x, x_up, w, scales, w_up, scales_up, bias, low, lift, fast, blend, resi
             for j in tl.static_range(BATCH):
                 if HEADS:
                     b = tl.minimum(part + j, batch - 1).to(tl.int64)
-                    value = tl.load(x + b * x_row + ((first + r) // per_head * x_head)[:, :, None] + start + k,
-                                    mask=seen, other=zero).to(tl.float32)
+                    value = tl.load(
+                        x + b * x_row + ((first + r) // per_head * x_head)[:, :, None] + start + k,
+                        mask=seen,
+                        other=zero,
+                    ).to(tl.float32)
                 else:
                     value = values[j]
                 dots = tl.sum(weights * value, axis=2)
@@ -100,9 +145,11 @@ def gemv(x, x_up, w, scales, w_up, scales_up, bias, low, lift, fast, blend, resi
             up *= tl.load(scales_up + r, mask=r < rows, other=0.0)
     if lift is not None:
         j = tl.arange(0, RANK)
-        lows = tl.load(low + b[:, :, :, None].to(tl.int64) * low_row + j, mask=(b < batch)[:, :, :, None] & (j < rank),
-                       other=0.0)
-        lifts = tl.load(lift + r[:, :, :, None].to(tl.int64) * lift_row + j,
-                        mask=(r < rows)[:, :, :, None] & (j < rank), other=0.0).to(tl.float32)
+        lows = tl.load(
+            low + b[:, :, :, None].to(tl.int64) * low_row + j, mask=(b < batch)[:, :, :, None] & (j < rank), other=0.0
+        )
+        lifts = tl.load(
+            lift + r[:, :, :, None].to(tl.int64) * lift_row + j, mask=(r < rows)[:, :, :, None] & (j < rank), other=0.0
+        ).to(tl.float32)
         acc += factor * tl.sum(lows * lifts, axis=3)
     finish(acc, up, b, r, inside, bias, fast, blend, residual, out, fast_row, residual_row, out_row, rows, ACTIVATION)

@@ -15,10 +15,45 @@ from thl_engine.kernels.triton.epilogue import finish
 
 
 @triton.jit
-def gemm(x, x_scales, x_up, w, scales, w_up, scales_up, bias, low, lift, fast, blend, residual, out, factor, batch,
-         rows, columns, rank, x_row, x_up_row, w_row, scales_row, up_row, scales_up_row, low_row, lift_row, fast_row,
-         residual_row, out_row, ACTIVATION: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
-         BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+def gemm(
+    x,
+    x_scales,
+    x_up,
+    w,
+    scales,
+    w_up,
+    scales_up,
+    bias,
+    low,
+    lift,
+    fast,
+    blend,
+    residual,
+    out,
+    factor,
+    batch,
+    rows,
+    columns,
+    rank,
+    x_row,
+    x_up_row,
+    w_row,
+    scales_row,
+    up_row,
+    scales_up_row,
+    low_row,
+    lift_row,
+    fast_row,
+    residual_row,
+    out_row,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Rows of x, or of silu(x) * x_up, times rows of w; if GATED also times w_up."""
     # Weights are the left operand: they are widened in registers, where tensor cores take that operand from.
     b = tl.program_id(0) * BATCH + tl.arange(0, BATCH)[None, :]
@@ -65,8 +100,23 @@ def gemm(x, x_scales, x_up, w, scales, w_up, scales_up, bias, low, lift, fast, b
             lifts = tl.load(lift + far * lift_row + j[None, :], mask=(r < rows) & (j < rank)[None, :], other=0.0)
             added = dot(lifts.to(tl.float32), lows.to(tl.float32), added, exact)
         acc += factor * added
-    finish(acc, up, b, r, (b < batch) & (r < rows), bias, fast, blend, residual, out, fast_row, residual_row, out_row,
-           rows, ACTIVATION)
+    finish(
+        acc,
+        up,
+        b,
+        r,
+        (b < batch) & (r < rows),
+        bias,
+        fast,
+        blend,
+        residual,
+        out,
+        fast_row,
+        residual_row,
+        out_row,
+        rows,
+        ACTIVATION,
+    )
 
 
 @triton.jit
@@ -75,8 +125,9 @@ def _quantize(x, out, scales, width, x_row, WIDTH: tl.constexpr):
     d = tl.arange(0, WIDTH)
     most = tl.zeros([WIDTH], tl.float32)
     for start in range(0, width, WIDTH):
-        most = tl.maximum(most, tl.abs(tl.load(x + row * x_row + start + d, mask=start + d < width,
-                                               other=0.0).to(tl.float32)))
+        most = tl.maximum(
+            most, tl.abs(tl.load(x + row * x_row + start + d, mask=start + d < width, other=0.0).to(tl.float32))
+        )
     scale = tl.div_rn(tl.max(most, axis=0), 127.0)
     divisor = tl.where(scale == 0.0, 1.0, scale)
     for start in range(0, width, WIDTH):

@@ -16,9 +16,33 @@ LEAST = 128  # rows of a piece
 
 
 @triton.jit
-def _transposed(x, w, scales, indices, count, out, batch, rows, columns, first, per_head, group, pieces, x_row, x_head,
-                w_row, scales_row, out_piece, out_row, out_head, GROUPED: tl.constexpr, ACCUMULATE: tl.constexpr,
-                BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _transposed(
+    x,
+    w,
+    scales,
+    indices,
+    count,
+    out,
+    batch,
+    rows,
+    columns,
+    first,
+    per_head,
+    group,
+    pieces,
+    x_row,
+    x_head,
+    w_row,
+    scales_row,
+    out_piece,
+    out_row,
+    out_head,
+    GROUPED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     # Tiles are [batch, rows, columns]. Each program adds up all rows of its piece of a head, in one order.
     head, piece = tl.program_id(2) // pieces, tl.program_id(2) % pieces
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)[:, None, None]
@@ -42,8 +66,11 @@ def _transposed(x, w, scales, indices, count, out, batch, rows, columns, first, 
             known = i < end
         far = r.to(tl.int64)
         inside = known & (c < columns)
-        values = tl.load(x + b.to(tl.int64) * x_row + head * x_head + r + first - head * per_head,
-                         mask=(b < batch) & known, other=0.0).to(tl.float32)
+        values = tl.load(
+            x + b.to(tl.int64) * x_row + head * x_head + r + first - head * per_head,
+            mask=(b < batch) & known,
+            other=0.0,
+        ).to(tl.float32)
         weights = tl.load(w + far * w_row + c, mask=inside, other=0).to(tl.float32)
         if GROUPED:
             weights *= tl.load(scales + far * scales_row + c // group, mask=inside, other=0.0)
@@ -61,8 +88,9 @@ def _transposed(x, w, scales, indices, count, out, batch, rows, columns, first, 
 
 
 @triton.jit
-def _joined(parts, out, pieces, columns, heads, parts_piece, out_row, out_head, ACCUMULATE: tl.constexpr,
-            COLUMNS: tl.constexpr):
+def _joined(
+    parts, out, pieces, columns, heads, parts_piece, out_row, out_head, ACCUMULATE: tl.constexpr, COLUMNS: tl.constexpr
+):
     b, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     at = out + b * out_row + head * out_head + c
@@ -74,8 +102,16 @@ def _joined(parts, out, pieces, columns, heads, parts_piece, out_row, out_head, 
     tl.store(at, total, mask=c < columns)
 
 
-def linear_transposed(x: Tensor, w: Weights, heads: int, rows: int, first: int, out: Tensor, accumulate: bool,
-                      alive: tuple[Tensor, Tensor] | None = None) -> None:
+def linear_transposed(
+    x: Tensor,
+    w: Weights,
+    heads: int,
+    rows: int,
+    first: int,
+    out: Tensor,
+    accumulate: bool,
+    alive: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Each head's features times its own rows of a matrix [rows, C], of which w is rows [first, first + n).
 
     x [B, H, rows / H], out [B, H, C], added to if `accumulate`. A matrix may come in several calls, in order of rows.
@@ -92,11 +128,42 @@ def linear_transposed(x: Tensor, w: Weights, heads: int, rows: int, first: int, 
         into = out.new_empty(pieces, batch, heads, columns)
     indices, count = (None, None) if alive is None else alive
     _transposed[(*blocks, heads * pieces)](
-        x, data, w.scales, indices, count, into, batch, data.shape[0], columns, first, rows // heads, w.group or 1,
-        pieces, x.stride(0), x.stride(1), data.stride(0), 0 if w.scales is None else w.scales.stride(0),
-        into.stride(0) if pieces > 1 else 0, into.stride(-3), into.stride(-2), GROUPED=grouped,
-        ACCUMULATE=accumulate and pieces == 1, BATCH=BATCH if batch > 1 else 1, ROWS=ROWS, COLUMNS=COLUMNS)
+        x,
+        data,
+        w.scales,
+        indices,
+        count,
+        into,
+        batch,
+        data.shape[0],
+        columns,
+        first,
+        rows // heads,
+        w.group or 1,
+        pieces,
+        x.stride(0),
+        x.stride(1),
+        data.stride(0),
+        0 if w.scales is None else w.scales.stride(0),
+        into.stride(0) if pieces > 1 else 0,
+        into.stride(-3),
+        into.stride(-2),
+        GROUPED=grouped,
+        ACCUMULATE=accumulate and pieces == 1,
+        BATCH=BATCH if batch > 1 else 1,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+    )
     if pieces > 1:
         _joined[triton.cdiv(columns, 256), batch * heads](
-            into, out, pieces, columns, heads, into.stride(0), out.stride(0), out.stride(1), ACCUMULATE=accumulate,
-            COLUMNS=256)
+            into,
+            out,
+            pieces,
+            columns,
+            heads,
+            into.stride(0),
+            out.stride(0),
+            out.stride(1),
+            ACCUMULATE=accumulate,
+            COLUMNS=256,
+        )

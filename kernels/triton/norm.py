@@ -10,8 +10,25 @@ WIDEST = 16384  # features of a row, which one program holds
 
 
 @triton.jit
-def _norm(x, addend, weight, bias, out, total, behind, second, width, eps, scale, x_row, addend_row, behind_row,
-          second_row, CENTRE: tl.constexpr, WIDTH: tl.constexpr):
+def _norm(
+    x,
+    addend,
+    weight,
+    bias,
+    out,
+    total,
+    behind,
+    second,
+    width,
+    eps,
+    scale,
+    x_row,
+    addend_row,
+    behind_row,
+    second_row,
+    CENTRE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, WIDTH)
     inside = d < width
@@ -55,15 +72,26 @@ def add_rms_norm(x: Tensor, addend: Tensor, weight: Tensor | None, eps: float) -
     return _launch(x, addend, weight, None, eps, False)[0]
 
 
-def rms_norm_add(x: Tensor, weight: Tensor | None, eps: float, addend: Tensor, second: Tensor | None = None,
-                 scale: float = 1.0) -> Tensor:
+def rms_norm_add(
+    x: Tensor, weight: Tensor | None, eps: float, addend: Tensor, second: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
     """(addend + `rms_norm` of x + second) * scale, all [..., D]: a residual sum behind the normalisation."""
     return _launch(x, None, weight, None, eps, False, behind=addend, second=second, scale=scale)[0]
 
 
-def _launch(x: Tensor, addend: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool, *,
-            keep: bool = False, behind: Tensor | None = None, second: Tensor | None = None,
-            scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
+def _launch(
+    x: Tensor,
+    addend: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centre: bool,
+    *,
+    keep: bool = False,
+    behind: Tensor | None = None,
+    second: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
     width, rows = x.shape[-1], prod(x.shape[:-1])
     check_width(width)
     out, total = x.new_empty(x.shape), x.new_empty(x.shape) if keep else None
@@ -71,9 +99,23 @@ def _launch(x: Tensor, addend: Tensor | None, weight: Tensor | None, bias: Tenso
         return out, total
     flat, added, behind, second = (None if t is None else _rows(t, rows) for t in (x, addend, behind, second))
     size = triton.next_power_of_2(width)
-    _norm[(rows,)](flat, added, weight, bias, out, total, behind, second, width, eps, scale,
-                   *(0 if t is None else t.stride(0) for t in (flat, added, behind, second)), CENTRE=centre, WIDTH=size,
-                   num_warps=min(max(size // 512, 1), 32))
+    _norm[(rows,)](
+        flat,
+        added,
+        weight,
+        bias,
+        out,
+        total,
+        behind,
+        second,
+        width,
+        eps,
+        scale,
+        *(0 if t is None else t.stride(0) for t in (flat, added, behind, second)),
+        CENTRE=centre,
+        WIDTH=size,
+        num_warps=min(max(size // 512, 1), 32),
+    )
     return out, total
 
 

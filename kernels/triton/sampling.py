@@ -97,8 +97,21 @@ def _extremes(logits, tops, places, masses, count, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _weigh(logits, tops, places, masses, numbers, weights, row, out, count, chunks, CHUNK: tl.constexpr,
-           CHUNKS: tl.constexpr, GREEDY: tl.constexpr):
+def _weigh(
+    logits,
+    tops,
+    places,
+    masses,
+    numbers,
+    weights,
+    row,
+    out,
+    count,
+    chunks,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GREEDY: tl.constexpr,
+):
     """Weights of all tokens, and of the row its largest logit and the logarithm of all exponentials; the greedy choice
     into `out`, or -1 for a row that is not finite."""
     c = tl.arange(0, CHUNKS)
@@ -120,8 +133,9 @@ def _weigh(logits, tops, places, masses, numbers, weights, row, out, count, chun
 
 
 @triton.jit
-def _add_up(logits, weights, sums, facts, numbers, count, CHUNK: tl.constexpr, PHASE: tl.constexpr,
-            LEVEL: tl.constexpr):
+def _add_up(
+    logits, weights, sums, facts, numbers, count, CHUNK: tl.constexpr, PHASE: tl.constexpr, LEVEL: tl.constexpr
+):
     """The measure of tokens whose first LEVEL digits are those found, by their next digit."""
     i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     key = _key(tl.load(logits + i, mask=i < count, other=0.0))
@@ -172,8 +186,20 @@ def _chunk_sums(logits, weights, facts, sums, count, CHUNK: tl.constexpr, RANKED
 
 
 @triton.jit
-def _pick(logits, weights, facts, sums, numbers, row, out, count, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-          RANKED: tl.constexpr):
+def _pick(
+    logits,
+    weights,
+    facts,
+    sums,
+    numbers,
+    row,
+    out,
+    count,
+    chunks,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    RANKED: tl.constexpr,
+):
     """The token at which the sum in order of ids first exceeds the rank or the draw, and its log-probability."""
     c = tl.arange(0, CHUNKS)
     partial = tl.load(sums + c, mask=c < chunks, other=0)
@@ -193,8 +219,9 @@ def _pick(logits, weights, facts, sums, numbers, row, out, count, chunks, CHUNK:
         tl.store(out + 1, tl.load(logits + token).to(tl.float64) - tl.load(row + 1))
 
 
-def sample(logits: Tensor, uniform: float, temperature: float, top_k: int | None = None,
-           top_p: float | None = None) -> Tensor:
+def sample(
+    logits: Tensor, uniform: float, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
     """float64 [2] on the logits' device: the token's id, and its log-probability under the logits as they are.
 
     logits: float32 [V], V up to 4 million. uniform: from 0 to 1, 1 excluded; unused where temperature is 0, which takes
@@ -214,8 +241,9 @@ def sample(logits: Tensor, uniform: float, temperature: float, top_k: int | None
     numbers = torch.tensor([temperature, top_k or 0, 1.0 if top_p is None else top_p, uniform], dtype=torch.float64)
     numbers = numbers.to(logits.device, non_blocking=True)
     weights, partial = logits.new_empty(count, dtype=torch.int64), places
-    _weigh[grid](logits, tops, places, masses, numbers, weights, row, out, count, grid[0], GREEDY=False, num_warps=8,
-                 **chunks)
+    _weigh[grid](
+        logits, tops, places, masses, numbers, weights, row, out, count, grid[0], GREEDY=False, num_warps=8, **chunks
+    )
     facts = torch.zeros(FACTS, dtype=torch.int64, device=logits.device)
     ranked = top_p is not None and top_p < 1
     phases = [COUNT.value] * bool(top_k and top_k < count) + [NUCLEUS.value, DRAW.value] * ranked
@@ -223,8 +251,9 @@ def sample(logits: Tensor, uniform: float, temperature: float, top_k: int | None
         sums = torch.zeros(PHASES, DIGITS * COPIES.value * BINS.value, dtype=torch.int64, device=logits.device)
     for phase in phases:
         for level in range(DIGITS):
-            _add_up[grid](logits, weights, sums[phase], facts, numbers, count, CHUNK=CHUNK, PHASE=phase,
-                          LEVEL=level, num_warps=8)
+            _add_up[grid](
+                logits, weights, sums[phase], facts, numbers, count, CHUNK=CHUNK, PHASE=phase, LEVEL=level, num_warps=8
+            )
         _settle[1,](sums[phase], facts, numbers, row, PHASE=phase, num_warps=8)
     _chunk_sums[grid](logits, weights, facts, partial, count, CHUNK=CHUNK, RANKED=ranked, num_warps=8)
     _pick[1,](logits, weights, facts, partial, numbers, row, out, count, grid[0], RANKED=ranked, num_warps=8, **chunks)

@@ -9,8 +9,9 @@ from thl_engine.kernels.triton.norm import check_width
 
 
 @triton.jit
-def _erase_then_add(memory, erase, add, out, slots, width, eps, memory_batch, memory_row, erase_row, add_row,
-                    WIDTH: tl.constexpr):
+def _erase_then_add(
+    memory, erase, add, out, slots, width, eps, memory_batch, memory_row, erase_row, add_row, WIDTH: tl.constexpr
+):
     slot, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     d = tl.arange(0, WIDTH)
     inside = d < width
@@ -31,6 +32,18 @@ def erase_then_add(memory: Tensor, erase: Tensor, add: Tensor) -> Tensor:
     size = triton.next_power_of_2(width)
     if out.numel():
         _erase_then_add[slots, batch](
-            memory, erase, add, out, slots, width, NORM_EPS, memory.stride(0) if memory.shape[0] > 1 else 0,
-            memory.stride(1), erase.stride(0), add.stride(0), WIDTH=size, num_warps=min(max(size // 512, 1), 32))
+            memory,
+            erase,
+            add,
+            out,
+            slots,
+            width,
+            NORM_EPS,
+            memory.stride(0) if memory.shape[0] > 1 else 0,
+            memory.stride(1),
+            erase.stride(0),
+            add.stride(0),
+            WIDTH=size,
+            num_warps=min(max(size // 512, 1), 32),
+        )
     return out

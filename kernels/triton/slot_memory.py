@@ -13,15 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thl_engine.kernels.slot_memory import (
-    CLIP_EPS,
-    EMPTY,
-    EMPTY_NORM,
-    LEAST_USEFUL,
-    NORM_EPS,
-    UPDATE,
-    Write,
-)
+from thl_engine.kernels.slot_memory import CLIP_EPS, EMPTY, EMPTY_NORM, LEAST_USEFUL, NORM_EPS, UPDATE, Write
 from thl_engine.kernels.triton.arithmetic import ALL_REGISTERS
 from thl_engine.kernels.triton.counter import counted
 from thl_engine.kernels.triton.slot_choice import (
@@ -84,9 +76,27 @@ def write_tile(slots: int, width: int) -> Tile:
 
 
 @triton.jit
-def _scores(query, memory, read_ema, out, heads, slots, width, share, shares, scale, load_penalty, query_batch,
-            query_head, memory_batch, memory_slot, ema_batch, HEADS: tl.constexpr, SLOTS: tl.constexpr,
-            WIDTH: tl.constexpr):
+def _scores(
+    query,
+    memory,
+    read_ema,
+    out,
+    heads,
+    slots,
+    width,
+    share,
+    shares,
+    scale,
+    load_penalty,
+    query_batch,
+    query_head,
+    memory_batch,
+    memory_slot,
+    ema_batch,
+    HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """A share's part of each score: out [batch, shares, heads, slots]."""
     part = tl.program_id(1) % shares
     h = tl.program_id(1) // shares * HEADS + tl.arange(0, HEADS)[None, :, None]
@@ -123,8 +133,18 @@ def _select(scores, keys_out, heads, slots, shares, k, CHUNK: tl.constexpr, ONE:
 
 
 @triton.jit
-def _best_keys(at, heads, slots, shares, k, r, HEADS: tl.constexpr, ENTRIES: tl.constexpr, CHUNKS: tl.constexpr,
-               LANES: tl.constexpr):
+def _best_keys(
+    at,
+    heads,
+    slots,
+    shares,
+    k,
+    r,
+    HEADS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Keys [ENTRIES, HEADS] of each head's k best slots, whose scores' terms begin at `at`."""
     h = tl.arange(0, HEADS)[None, :, None]
     j = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
@@ -157,9 +177,35 @@ def _capped(weights, slot, order, chosen, entries, capacity):
 
 
 @triton.jit(do_not_specialize=["t"])
-def _serve(scores, chosen, memory, mixed, alpha, indices, read_ema, last_read, heads, slots, width, shares, k, t,
-           capacity, mixers, decay, gain, memory_batch, memory_slot, COUNTED: tl.constexpr, CAP: tl.constexpr,
-           HEADS: tl.constexpr, ENTRIES: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+def _serve(
+    scores,
+    chosen,
+    memory,
+    mixed,
+    alpha,
+    indices,
+    read_ema,
+    last_read,
+    heads,
+    slots,
+    width,
+    shares,
+    k,
+    t,
+    capacity,
+    mixers,
+    decay,
+    gain,
+    memory_batch,
+    memory_slot,
+    COUNTED: tl.constexpr,
+    CAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """All heads' best slots, chosen here or, with `chosen`, before. The first `mixers` programs add up WIDTH features
     of what they hold, the others renew the metadata of WIDTH slots."""
     program, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -167,8 +213,9 @@ def _serve(scores, chosen, memory, mixed, alpha, indices, read_ema, last_read, h
     real, order = (r < k) & (h < heads), h * k + r
     entries = heads * k
     if chosen is None:
-        best = _best_keys(scores + b * shares * heads * slots, heads, slots, shares, k, r, HEADS, ENTRIES, CHUNKS,
-                          LANES)
+        best = _best_keys(
+            scores + b * shares * heads * slots, heads, slots, shares, k, r, HEADS, ENTRIES, CHUNKS, LANES
+        )
     else:
         best = tl.load(chosen + b * entries + order, mask=real, other=NONE)
     values = tl.where(real, value_of(best), float("-inf"))
@@ -182,11 +229,17 @@ def _serve(scores, chosen, memory, mixed, alpha, indices, read_ema, last_read, h
             tl.store(alpha + b * entries + order, weights, mask=real)
             tl.store(indices + b * entries + order, slot.to(tl.int64), mask=real)
         d = program * WIDTH + tl.arange(0, WIDTH)
-        rows = tl.load(memory + b * memory_batch + slot[:, :, None].to(tl.int64) * memory_slot + d[None, None, :],
-                       mask=real[:, :, None] & (d < width)[None, None, :], other=0.0)
+        rows = tl.load(
+            memory + b * memory_batch + slot[:, :, None].to(tl.int64) * memory_slot + d[None, None, :],
+            mask=real[:, :, None] & (d < width)[None, None, :],
+            other=0.0,
+        )
         head = tl.arange(0, HEADS)[:, None]
-        tl.store(mixed + (b * heads + head) * width + d[None, :], tl.sum(weights[:, :, None] * rows, axis=0),
-                 mask=(head < heads) & (d < width)[None, :])
+        tl.store(
+            mixed + (b * heads + head) * width + d[None, :],
+            tl.sum(weights[:, :, None] * rows, axis=0),
+            mask=(head < heads) & (d < width)[None, :],
+        )
     else:
         j = (program - mixers) * WIDTH + tl.arange(0, WIDTH)
         hit = real[:, :, None] & (slot[:, :, None] == j[None, None, :])
@@ -198,10 +251,35 @@ def _serve(scores, chosen, memory, mixed, alpha, indices, read_ema, last_read, h
 
 
 @triton.jit(do_not_specialize=["t"])
-def _decay(candidate, memory, norms, values, length, read_ema, write_ema, last_write, slots, width, t, decay,
-           clip_max, ema_decay, stale_weight, underuse_weight, candidate_batch, memory_batch, memory_slot, ema_batch,
-           CLIP_EPS: tl.constexpr, NORM_EPS: tl.constexpr, EMPTY_NORM: tl.constexpr, WRITE: tl.constexpr,
-           COUNTED: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
+def _decay(
+    candidate,
+    memory,
+    norms,
+    values,
+    length,
+    read_ema,
+    write_ema,
+    last_write,
+    slots,
+    width,
+    t,
+    decay,
+    clip_max,
+    ema_decay,
+    stale_weight,
+    underuse_weight,
+    candidate_batch,
+    memory_batch,
+    memory_slot,
+    ema_batch,
+    CLIP_EPS: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    EMPTY_NORM: tl.constexpr,
+    WRITE: tl.constexpr,
+    COUNTED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """Norms of a tile's slots; with WRITE, after their decay, with all that the choice of slots needs to know of them.
 
     values [batch, VALUES, slots] are what a slot is chosen by in each branch; length [batch] is the candidate's.
@@ -247,10 +325,39 @@ def _decay(candidate, memory, norms, values, length, read_ema, write_ema, last_w
 
 
 @triton.jit(do_not_specialize=["t"])
-def _add(candidate, memory, norms, values, length, write_ema, last_write, vector, gate, novelty, branch, indices,
-         slots, width, t, clip_max, theta, beta, ema_gain, candidate_batch, memory_batch, memory_slot,
-         CLIP_EPS: tl.constexpr, UPDATE: tl.constexpr, LEAST_USEFUL: tl.constexpr, EMPTY: tl.constexpr,
-         COUNTED: tl.constexpr, CHUNK: tl.constexpr, ONE: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
+def _add(
+    candidate,
+    memory,
+    norms,
+    values,
+    length,
+    write_ema,
+    last_write,
+    vector,
+    gate,
+    novelty,
+    branch,
+    indices,
+    slots,
+    width,
+    t,
+    clip_max,
+    theta,
+    beta,
+    ema_gain,
+    candidate_batch,
+    memory_batch,
+    memory_slot,
+    CLIP_EPS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    LEAST_USEFUL: tl.constexpr,
+    EMPTY: tl.constexpr,
+    COUNTED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ONE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """How novel a row's candidate is, how strongly it is written, and its sum with the slot that comes w-th."""
     w, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = values + b * 3 * slots
@@ -299,8 +406,7 @@ def _add(candidate, memory, norms, values, length, write_ema, last_write, vector
         tl.store(branch + b, way.to(tl.int64))
 
 
-def partial_scores(query: Tensor, memory: Tensor, read_ema: Tensor | None, scale: float,
-                   load_penalty: float) -> Tensor:
+def partial_scores(query: Tensor, memory: Tensor, read_ema: Tensor | None, scale: float, load_penalty: float) -> Tensor:
     """Scores in terms that the next launch adds up: query [B, H, d], memory [B, J, d] -> [B, shares, H, J]."""
     query, memory = _contiguous(query), _contiguous(memory)
     read_ema = None if read_ema is None else _contiguous(read_ema)
@@ -312,15 +418,41 @@ def partial_scores(query: Tensor, memory: Tensor, read_ema: Tensor | None, scale
     shares = triton.cdiv(width, share)
     out = query.new_empty(batch, shares, heads, slots, dtype=memory.dtype)
     _scores[triton.cdiv(slots, tile.slots), shares * triton.cdiv(heads, together), batch](
-        query, memory, read_ema, out, heads, slots, width, share, shares, scale, load_penalty, *query.stride()[:2],
-        *memory.stride()[:2], 0 if read_ema is None else read_ema.stride(0), HEADS=together, SLOTS=tile.slots,
-        WIDTH=tile.width, num_warps=tile.warps)
+        query,
+        memory,
+        read_ema,
+        out,
+        heads,
+        slots,
+        width,
+        share,
+        shares,
+        scale,
+        load_penalty,
+        *query.stride()[:2],
+        *memory.stride()[:2],
+        0 if read_ema is None else read_ema.stride(0),
+        HEADS=together,
+        SLOTS=tile.slots,
+        WIDTH=tile.width,
+        num_warps=tile.warps,
+    )
     return out
 
 
-def slot_read(query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int | Tensor, *, k: int,
-              capacity: int | None, scale: float, load_penalty: float,
-              decay: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def slot_read(
+    query: Tensor,
+    memory: Tensor,
+    read_ema: Tensor,
+    last_read: Tensor,
+    t: int | Tensor,
+    *,
+    k: int,
+    capacity: int | None,
+    scale: float,
+    load_penalty: float,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the reference, float32, but read_ema and last_read, contiguous [B, J], are updated in place.
 
     (mixed [B, H, d], alpha, indices [B, H, k], read_ema, last_read). t may be an int64 tensor of one element.
@@ -337,18 +469,43 @@ def slot_read(query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor
     chosen = None
     if capacity is not None or keys > CHOICES:
         chosen, keys = last_read.new_empty(batch, heads, k), 0
-        _select[heads, batch](scores, chosen, heads, slots, shares, k, ptx_options=ALL_REGISTERS,
-                               **choice_sizes(slots, CHUNK))
+        _select[heads, batch](
+            scores, chosen, heads, slots, shares, k, ptx_options=ALL_REGISTERS, **choice_sizes(slots, CHUNK)
+        )
     mixed, alpha = memory.new_empty(batch, heads, width), memory.new_empty(batch, heads, k)
     indices = last_read.new_empty(batch, heads, k)
     across = max(16, min(LANES, CHOICES // (all_heads * entries)))
     mixers = triton.cdiv(width, across)
     _serve[mixers + triton.cdiv(slots, across), batch](
-        scores, chosen, memory, mixed, alpha, indices, read_ema, last_read, heads, slots, width, shares, k, t,
-        capacity or 0, mixers, decay, 1.0 - decay, *memory.stride()[:2], COUNTED=isinstance(t, Tensor),
-        CAP=capacity is not None, HEADS=all_heads, ENTRIES=entries, CHUNKS=max(keys // (LANES * all_heads), 1),
-        LANES=LANES, WIDTH=across, ptx_options=ALL_REGISTERS,
-        num_warps=8 if max(keys, all_heads * entries * across) > 4096 else 4)
+        scores,
+        chosen,
+        memory,
+        mixed,
+        alpha,
+        indices,
+        read_ema,
+        last_read,
+        heads,
+        slots,
+        width,
+        shares,
+        k,
+        t,
+        capacity or 0,
+        mixers,
+        decay,
+        1.0 - decay,
+        *memory.stride()[:2],
+        COUNTED=isinstance(t, Tensor),
+        CAP=capacity is not None,
+        HEADS=all_heads,
+        ENTRIES=entries,
+        CHUNKS=max(keys // (LANES * all_heads), 1),
+        LANES=LANES,
+        WIDTH=across,
+        ptx_options=ALL_REGISTERS,
+        num_warps=8 if max(keys, all_heads * entries * across) > 4096 else 4,
+    )
     return mixed, alpha, indices, read_ema, last_read
 
 
@@ -358,15 +515,55 @@ def slot_norms(memory: Tensor) -> Tensor:
     batch, slots, width = memory.shape
     norms, tile = memory.new_empty(batch, slots), write_tile(slots, width)
     _decay[triton.cdiv(slots, tile.slots), batch](
-        None, memory, norms, None, None, None, None, None, slots, width, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0,
-        *memory.stride()[:2], 0, CLIP_EPS=CLIP_EPS, NORM_EPS=NORM_EPS, EMPTY_NORM=EMPTY_NORM, WRITE=False,
-        COUNTED=False, SLOTS=tile.slots, WIDTH=tile.width, num_warps=tile.warps)
+        None,
+        memory,
+        norms,
+        None,
+        None,
+        None,
+        None,
+        None,
+        slots,
+        width,
+        0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0,
+        *memory.stride()[:2],
+        0,
+        CLIP_EPS=CLIP_EPS,
+        NORM_EPS=NORM_EPS,
+        EMPTY_NORM=EMPTY_NORM,
+        WRITE=False,
+        COUNTED=False,
+        SLOTS=tile.slots,
+        WIDTH=tile.width,
+        num_warps=tile.warps,
+    )
     return norms
 
 
-def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Tensor, write_ema: Tensor,
-                  last_write: Tensor, t: int | Tensor, *, slots: int, clip_max: float, theta: float, beta: float,
-                  decay: float, ema_decay: float, stale_weight: float, underuse_weight: float) -> Write:
+def novelty_write(
+    candidate: Tensor,
+    memory: Tensor,
+    norms: Tensor,
+    read_ema: Tensor,
+    write_ema: Tensor,
+    last_write: Tensor,
+    t: int | Tensor,
+    *,
+    slots: int,
+    clip_max: float,
+    theta: float,
+    beta: float,
+    decay: float,
+    ema_decay: float,
+    stale_weight: float,
+    underuse_weight: float,
+) -> Write:
     """As the reference, but memory, norms, write_ema and last_write, all contiguous, are updated in place.
 
     t may be an int64 tensor of one element.
@@ -381,15 +578,67 @@ def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Te
     on_device, tile = isinstance(t, Tensor), write_tile(count, width)
     # Without fused multiply-adds, which would tell slots apart that are equal in float32.
     _decay[triton.cdiv(count, tile.slots), batch](
-        candidate, memory, norms, values, length, read_ema, write_ema, last_write, count, width, t, decay, clip_max,
-        ema_decay, stale_weight, underuse_weight, candidate.stride(0), *memory.stride()[:2], read_ema.stride(0),
-        CLIP_EPS=CLIP_EPS, NORM_EPS=NORM_EPS, EMPTY_NORM=EMPTY_NORM, WRITE=True, COUNTED=on_device, SLOTS=tile.slots,
-        WIDTH=tile.width, num_warps=tile.warps, enable_fp_fusion=False)
+        candidate,
+        memory,
+        norms,
+        values,
+        length,
+        read_ema,
+        write_ema,
+        last_write,
+        count,
+        width,
+        t,
+        decay,
+        clip_max,
+        ema_decay,
+        stale_weight,
+        underuse_weight,
+        candidate.stride(0),
+        *memory.stride()[:2],
+        read_ema.stride(0),
+        CLIP_EPS=CLIP_EPS,
+        NORM_EPS=NORM_EPS,
+        EMPTY_NORM=EMPTY_NORM,
+        WRITE=True,
+        COUNTED=on_device,
+        SLOTS=tile.slots,
+        WIDTH=tile.width,
+        num_warps=tile.warps,
+        enable_fp_fusion=False,
+    )
     _add[slots, batch](
-        candidate, memory, norms, values, length, write_ema, last_write, vector, gate, novelty, branch, indices, count,
-        width, t, clip_max, theta, beta, 1.0 - ema_decay, candidate.stride(0), *memory.stride()[:2],
-        CLIP_EPS=CLIP_EPS, UPDATE=UPDATE, LEAST_USEFUL=LEAST_USEFUL, EMPTY=EMPTY, COUNTED=on_device,
-        SLOTS=tile.slots, WIDTH=tile.width, ptx_options=ALL_REGISTERS, **choice_sizes(count, CHUNK // 2))
+        candidate,
+        memory,
+        norms,
+        values,
+        length,
+        write_ema,
+        last_write,
+        vector,
+        gate,
+        novelty,
+        branch,
+        indices,
+        count,
+        width,
+        t,
+        clip_max,
+        theta,
+        beta,
+        1.0 - ema_decay,
+        candidate.stride(0),
+        *memory.stride()[:2],
+        CLIP_EPS=CLIP_EPS,
+        UPDATE=UPDATE,
+        LEAST_USEFUL=LEAST_USEFUL,
+        EMPTY=EMPTY,
+        COUNTED=on_device,
+        SLOTS=tile.slots,
+        WIDTH=tile.width,
+        ptx_options=ALL_REGISTERS,
+        **choice_sizes(count, CHUNK // 2),
+    )
     return Write(memory, norms, write_ema, last_write, vector, gate, novelty, branch, indices)
 
 

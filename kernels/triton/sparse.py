@@ -47,9 +47,34 @@ def _survivors(x, indices, count, batch, width, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _multiply(x, w, scales, low, lift, indices, count, out, factor, batch, rows, columns, first, rank, group, x_row,
-              w_row, scales_row, low_row, lift_row, out_row, GROUPED: tl.constexpr, BATCH: tl.constexpr,
-              ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr):
+def _multiply(
+    x,
+    w,
+    scales,
+    low,
+    lift,
+    indices,
+    count,
+    out,
+    factor,
+    batch,
+    rows,
+    columns,
+    first,
+    rank,
+    group,
+    x_row,
+    w_row,
+    scales_row,
+    low_row,
+    lift_row,
+    out_row,
+    GROUPED: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+):
     # Tiles are [batch, rows, columns].
     b = tl.arange(0, BATCH)[:, None, None]
     k = tl.arange(0, COLUMNS)[None, None, :]
@@ -76,8 +101,9 @@ def _multiply(x, w, scales, low, lift, indices, count, out, factor, batch, rows,
         if lift is not None:
             j = tl.arange(0, RANK)[None, None, :]
             lows = tl.load(low + b * low_row + j, mask=(b < batch) & (j < rank), other=0.0)
-            lifts = tl.load(lift + r[:, :, None].to(tl.int64) * lift_row + j, mask=known[:, :, None] & (j < rank),
-                            other=0.0).to(tl.float32)
+            lifts = tl.load(
+                lift + r[:, :, None].to(tl.int64) * lift_row + j, mask=known[:, :, None] & (j < rank), other=0.0
+            ).to(tl.float32)
             total += factor * tl.sum(lows * lifts, axis=2)
         at = out + tl.arange(0, BATCH)[:, None] * out_row + first + r
         mask = known & (tl.arange(0, BATCH)[:, None] < batch)
@@ -94,8 +120,17 @@ def geglu(gate: Tensor, up: Tensor | None, quantile: float) -> Tensor:
         return out
     flat, added = _rows(gate), None if up is None else _rows(up.expand(gate.shape))
     size = triton.next_power_of_2(width)
-    _gate[(flat.shape[0],)](flat, added, out, width, quantile, flat.stride(0), 0 if added is None else added.stride(0),
-                            WIDTH=size, num_warps=min(max(size // 512, 1), 32))
+    _gate[(flat.shape[0],)](
+        flat,
+        added,
+        out,
+        width,
+        quantile,
+        flat.stride(0),
+        0 if added is None else added.stride(0),
+        WIDTH=size,
+        num_warps=min(max(size // 512, 1), 32),
+    )
     return out
 
 
@@ -112,8 +147,9 @@ def survivors(gate: Tensor, quantile: float) -> tuple[Tensor, tuple[Tensor, Tens
     return out, (indices, count)
 
 
-def multiply(out: Tensor, alive: tuple[Tensor, Tensor], x: Tensor, w: Weights, first: int = 0,
-             low_rank: LowRank | None = None) -> None:
+def multiply(
+    out: Tensor, alive: tuple[Tensor, Tensor], x: Tensor, w: Weights, first: int = 0, low_rank: LowRank | None = None
+) -> None:
     """out [B, F] times x [B, C] through w, rows [first, first + n) of [F, C], of which those alive are read.
 
     out has a contiguous last axis and is zero for all rows that are not alive. low_rank: added to the product, its
@@ -126,11 +162,33 @@ def multiply(out: Tensor, alive: tuple[Tensor, Tensor], x: Tensor, w: Weights, f
     width = min(triton.next_power_of_2(columns), COLUMNS)
     held = max(ROWS // padded, 1)
     _multiply[(min(triton.cdiv(data.shape[0], held), PROGRAMS),)](
-        x, data, w.scales, low, lift, *alive, out, factor, batch, data.shape[0], columns, first,
-        0 if lift is None else lift.shape[1], w.group or 1, x.stride(0), data.stride(0),
-        0 if w.scales is None else w.scales.stride(0), 0 if low is None else low.stride(0),
-        0 if lift is None else lift.stride(0), out.stride(0), GROUPED=w.group is not None, BATCH=padded, ROWS=held,
-        COLUMNS=width, RANK=1 if lift is None else triton.next_power_of_2(lift.shape[1]), num_warps=4)
+        x,
+        data,
+        w.scales,
+        low,
+        lift,
+        *alive,
+        out,
+        factor,
+        batch,
+        data.shape[0],
+        columns,
+        first,
+        0 if lift is None else lift.shape[1],
+        w.group or 1,
+        x.stride(0),
+        data.stride(0),
+        0 if w.scales is None else w.scales.stride(0),
+        0 if low is None else low.stride(0),
+        0 if lift is None else lift.stride(0),
+        out.stride(0),
+        GROUPED=w.group is not None,
+        BATCH=padded,
+        ROWS=held,
+        COLUMNS=width,
+        RANK=1 if lift is None else triton.next_power_of_2(lift.shape[1]),
+        num_warps=4,
+    )
 
 
 def _rows(x: Tensor) -> Tensor:

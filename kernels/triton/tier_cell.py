@@ -31,8 +31,27 @@ def joined_tile(batch: int, widths: Sequence[int]) -> Tile:
 
 
 @triton.jit
-def _place(acc, x, addend, x_row, addend_row, w, scales, first, width, group, n, r, batch, rows, w_row, scales_row,
-           GROUPED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+def _place(
+    acc,
+    x,
+    addend,
+    x_row,
+    addend_row,
+    w,
+    scales,
+    first,
+    width,
+    group,
+    n,
+    r,
+    batch,
+    rows,
+    w_row,
+    scales_row,
+    GROUPED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """acc [BATCH, ROWS, COLUMNS] and the products of one place with the columns of w from `first`."""
     for start in tl.range(0, width, COLUMNS, num_stages=STAGES):
         c = start + tl.arange(0, COLUMNS)[None, None, :]
@@ -48,20 +67,107 @@ def _place(acc, x, addend, x_row, addend_row, w, scales, first, width, group, n,
 
 
 @triton.jit
-def _joined(x, y, z, addend, w, scales, bias, gate, state, out, batch, rows, x_width, y_width, z_width, group, x_row,
-            y_row, z_row, addend_row, w_row, scales_row, gate_row, state_row, out_row, GROUPED: tl.constexpr,
-            GATE: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+def _joined(
+    x,
+    y,
+    z,
+    addend,
+    w,
+    scales,
+    bias,
+    gate,
+    state,
+    out,
+    batch,
+    rows,
+    x_width,
+    y_width,
+    z_width,
+    group,
+    x_row,
+    y_row,
+    z_row,
+    addend_row,
+    w_row,
+    scales_row,
+    gate_row,
+    state_row,
+    out_row,
+    GROUPED: tl.constexpr,
+    GATE: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     n = tl.arange(0, BATCH)[:, None, None].to(tl.int64)
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :, None]).to(tl.int64)
     acc = tl.zeros([BATCH, ROWS, COLUMNS], tl.float32)
-    acc = _place(acc, x, None, x_row, 0, w, scales, 0, x_width, group, n, r, batch, rows, w_row, scales_row, GROUPED,
-                 COLUMNS, STAGES)
+    acc = _place(
+        acc,
+        x,
+        None,
+        x_row,
+        0,
+        w,
+        scales,
+        0,
+        x_width,
+        group,
+        n,
+        r,
+        batch,
+        rows,
+        w_row,
+        scales_row,
+        GROUPED,
+        COLUMNS,
+        STAGES,
+    )
     if y is not None:
-        acc = _place(acc, y, None, y_row, 0, w, scales, x_width, y_width, group, n, r, batch, rows, w_row, scales_row,
-                     GROUPED, COLUMNS, STAGES)
+        acc = _place(
+            acc,
+            y,
+            None,
+            y_row,
+            0,
+            w,
+            scales,
+            x_width,
+            y_width,
+            group,
+            n,
+            r,
+            batch,
+            rows,
+            w_row,
+            scales_row,
+            GROUPED,
+            COLUMNS,
+            STAGES,
+        )
     if z is not None:
-        acc = _place(acc, z, addend, z_row, addend_row, w, scales, x_width + y_width, z_width, group, n, r, batch, rows,
-                     w_row, scales_row, GROUPED, COLUMNS, STAGES)
+        acc = _place(
+            acc,
+            z,
+            addend,
+            z_row,
+            addend_row,
+            w,
+            scales,
+            x_width + y_width,
+            z_width,
+            group,
+            n,
+            r,
+            batch,
+            rows,
+            w_row,
+            scales_row,
+            GROUPED,
+            COLUMNS,
+            STAGES,
+        )
     n = tl.arange(0, BATCH)[:, None].to(tl.int64)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
     inside = (n < batch) & (r < rows)
@@ -101,8 +207,9 @@ def _scaled(x, width, mean, factor, weight, bias, out, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _joined_norm(x, y, z, weight, bias, out, x_width, y_width, z_width, x_row, y_row, z_row, out_row, eps,
-                 WIDTH: tl.constexpr):
+def _joined_norm(
+    x, y, z, weight, bias, out, x_width, y_width, z_width, x_row, y_row, z_row, out_row, eps, WIDTH: tl.constexpr
+):
     n = tl.program_id(0).to(tl.int64)
     width = x_width + y_width + z_width
     zero = tl.zeros([WIDTH], tl.float32)
@@ -134,14 +241,32 @@ def joined_layer_norm(places: Sequence[Tensor], weight: Tensor, bias: Tensor, ep
     rest = PLACES - len(places)
     places = [_rows(x) for x in places] + [None] * rest
     size = min(max(triton.next_power_of_2(max(widths)), 128), 2048)
-    _joined_norm[(batch,)](*places, weight, bias, out, *widths, *[0] * rest, *map(_stride, (*places, out)), eps,
-                           WIDTH=size, num_warps=max(size // 256, 1))
+    _joined_norm[(batch,)](
+        *places,
+        weight,
+        bias,
+        out,
+        *widths,
+        *[0] * rest,
+        *map(_stride, (*places, out)),
+        eps,
+        WIDTH=size,
+        num_warps=max(size // 256, 1),
+    )
     return out
 
 
-def joined_linear(places: Sequence[Tensor], w: Weights, bias: Tensor | None, out: Tensor, *,
-                  addend: Tensor | None = None, gate: str | None = None, update: Tensor | None = None,
-                  state: Tensor | None = None) -> None:
+def joined_linear(
+    places: Sequence[Tensor],
+    w: Weights,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    addend: Tensor | None = None,
+    gate: str | None = None,
+    update: Tensor | None = None,
+    state: Tensor | None = None,
+) -> None:
     """out [B, R] = the product of the places [B, C_i], joined, with w [R, sum of C_i], plus bias; B at most 64.
 
     addend [B, C]: added to the last of three places. gate: None; "update", its sigmoid; "reset", its sigmoid times
@@ -155,10 +280,29 @@ def joined_linear(places: Sequence[Tensor], w: Weights, bias: Tensor | None, out
     places = [_rows(x) for x in places] + [None] * (PLACES - len(places))
     addend = None if addend is None else _rows(addend)
     _joined[(triton.cdiv(rows, tile.rows),)](
-        *places, addend, data, w.scales, bias, update, state, out, batch, rows, *widths, *[0] * (PLACES - len(widths)),
-        w.group or 1, *map(_stride, (*places, addend, data, w.scales, update, state, out)), GROUPED=grouped, GATE=gate,
-        BATCH=tile.batch, ROWS=tile.rows, COLUMNS=tile.columns, STAGES=stages, num_warps=tile.warps,
-        ptx_options=ALL_REGISTERS)
+        *places,
+        addend,
+        data,
+        w.scales,
+        bias,
+        update,
+        state,
+        out,
+        batch,
+        rows,
+        *widths,
+        *[0] * (PLACES - len(widths)),
+        w.group or 1,
+        *map(_stride, (*places, addend, data, w.scales, update, state, out)),
+        GROUPED=grouped,
+        GATE=gate,
+        BATCH=tile.batch,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        STAGES=stages,
+        num_warps=tile.warps,
+        ptx_options=ALL_REGISTERS,
+    )
 
 
 def _rows(x: Tensor) -> Tensor:

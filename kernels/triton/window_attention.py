@@ -22,8 +22,23 @@ def _scores_of(at, i, entries, shares):
 
 
 @triton.jit(do_not_specialize=["valid"])
-def _mix_and_append(scores, buffer, entry, mixed, entries, width, shares, valid, buffer_batch, buffer_row, entry_row,
-                    COUNTED: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _mix_and_append(
+    scores,
+    buffer,
+    entry,
+    mixed,
+    entries,
+    width,
+    shares,
+    valid,
+    buffer_batch,
+    buffer_row,
+    entry_row,
+    COUNTED: tl.constexpr,
+    ALL: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     b = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     held = tl.minimum(counted(valid, COUNTED), entries).to(tl.int32)
@@ -44,12 +59,16 @@ def _mix_and_append(scores, buffer, entry, mixed, entries, width, shares, valid,
         tl.store(at - buffer_row, tile, mask=((i > 0) & (i < held) & (held == entries))[:, None] & (d < width)[None, :])
     tl.store(mixed + b * width + d, acc, mask=d < width)
     free = tl.minimum(held, entries - 1).to(tl.int64)
-    tl.store(buffer + b * buffer_batch + free * buffer_row + d,
-             tl.load(entry + b * entry_row + d, mask=d < width, other=0.0), mask=d < width)
+    tl.store(
+        buffer + b * buffer_batch + free * buffer_row + d,
+        tl.load(entry + b * entry_row + d, mask=d < width, other=0.0),
+        mask=d < width,
+    )
 
 
-def window_read(query: Tensor, buffer: Tensor, valid: int | Tensor, entry: Tensor,
-                scale: float) -> tuple[Tensor, Tensor]:
+def window_read(
+    query: Tensor, buffer: Tensor, valid: int | Tensor, entry: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """As the reference, float32, but buffer [B, W, d] is updated in place: (mixed [B, d], buffer).
 
     valid may be an int64 tensor of one element; what passes W counts as W.
@@ -60,6 +79,19 @@ def window_read(query: Tensor, buffer: Tensor, valid: int | Tensor, entry: Tenso
     scores = partial_scores(query[:, None], buffer, None, scale, 0.0)
     mixed, entry = query.new_empty(batch, width), entry.contiguous()
     _mix_and_append[triton.cdiv(width, WIDTH), batch](
-        scores, buffer, entry, mixed, entries, width, scores.shape[1], valid, *buffer.stride()[:2], entry.stride(0),
-        COUNTED=isinstance(valid, Tensor), ALL=triton.next_power_of_2(entries), ROWS=ROWS, WIDTH=WIDTH)
+        scores,
+        buffer,
+        entry,
+        mixed,
+        entries,
+        width,
+        scores.shape[1],
+        valid,
+        *buffer.stride()[:2],
+        entry.stride(0),
+        COUNTED=isinstance(valid, Tensor),
+        ALL=triton.next_power_of_2(entries),
+        ROWS=ROWS,
+        WIDTH=WIDTH,
+    )
     return mixed, buffer

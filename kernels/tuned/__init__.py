@@ -22,7 +22,7 @@ import torch
 
 # operation -> implementation -> what `launch` is made of, with the values that each may have; none: its own choice
 FORMS: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
-    "gemv_int8": {"cuda": {"rows": (2, 4), "split": (1, 2, 4, 8)}, "triton": {}},
+    "gemv_int8": {"cuda": {"rows": (2, 4), "split": (1, 2, 4, 8)}, "triton": {}}
 }
 NEAR = 1.0  # octaves that each of rows and columns may lie from what was measured
 
@@ -54,8 +54,13 @@ def find(operation: str, batch: int, rows: int, columns: int, device: torch.devi
 def nearest(choices: tuple[Choice, ...], batch: int, rows: int, columns: int) -> Choice | None:
     """Of the choices for the least batch that is enough, the one nearest in size, within NEAR octaves."""
     enough = min((choice.batch for choice in choices if choice.batch >= batch), default=None)
-    found = [(max(far), sum(far), choice) for choice in choices if choice.batch == enough
-             for far in [(abs(log2(choice.rows / rows)), abs(log2(choice.columns / columns)))] if max(far) <= NEAR]
+    found = [
+        (max(far), sum(far), choice)
+        for choice in choices
+        if choice.batch == enough
+        for far in [(abs(log2(choice.rows / rows)), abs(log2(choice.columns / columns)))]
+        if max(far) <= NEAR
+    ]
     return min(found)[2] if found else None
 
 
@@ -73,6 +78,7 @@ def file_name(card: str) -> str:
 
 def parse(text: str, file: str, card: str) -> Table:
     """Operation -> choices of a table. Raises ValueError with file, place, what was expected and what was found."""
+
     def bad(place: str, expected: str, found: object) -> ValueError:
         return ValueError(f"{file}: {place}: expected {expected}, found {found!r}")
 
@@ -103,8 +109,10 @@ def parse(text: str, file: str, card: str) -> Table:
     for name in FORMS:
         if not isinstance(table.get(name, []), list):
             raise bad(name, "a list", table[name])
-    return {name: tuple(choice(f"{name}[{i}]", entry, forms) for i, entry in enumerate(table.get(name, [])))
-            for name, forms in FORMS.items()}
+    return {
+        name: tuple(choice(f"{name}[{i}]", entry, forms) for i, entry in enumerate(table.get(name, [])))
+        for name, forms in FORMS.items()
+    }
 
 
 def to_text(card: str, measured: str, table: Table) -> str:

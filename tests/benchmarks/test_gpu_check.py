@@ -27,8 +27,12 @@ CIRCUMSTANCES = {"date": "2026-01-02", "commit": "abc", "sources": "0", "on": "a
 
 
 def run(*argv: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu_check.py", *map(str, argv)], cwd=ROOT,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu_check.py", *map(str, argv)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -94,9 +98,13 @@ def call(tmp_path, monkeypatch):
     return gpu_check.Check(Namespace(rehearse=True, out=tmp_path, seconds=100.0), tmp_path)
 
 
-@pytest.mark.parametrize("program, state", [
-    ("import time; print('begun', flush=True); time.sleep(60)", "out of time after 2 s"),
-    ("print('broken'); raise SystemExit(3)", "failed with exit code 3")])
+@pytest.mark.parametrize(
+    "program, state",
+    [
+        ("import time; print('begun', flush=True); time.sleep(60)", "out of time after 2 s"),
+        ("print('broken'); raise SystemExit(3)", "failed with exit code 3"),
+    ],
+)
 def test_a_stage_that_fails_or_runs_out_of_time_is_a_row(call, monkeypatch, program, state):
     monkeypatch.setattr(call, "_command", lambda stage, rows, report: [sys.executable, "-c", program])
     started = time.monotonic()
@@ -110,23 +118,28 @@ def test_stages_that_do_not_fit_are_left(call, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(call, "left", iter([300.0, 100.0]).__next__)
     results = Results(tmp_path, "card", [*gpu_check.STAGES])
     assert gpu_check.run_stages(call, results, ["kernels", "engine-thl", "pager"], CIRCUMSTANCES) == [
-        "engine-thl", "pager"]
+        "engine-thl",
+        "pager",
+    ]
     assert results.good("kernels") and "pager" not in results.stages
 
 
 def test_pytest_reports_become_rows(tmp_path):
     report = tmp_path / "tests.xml"
     assert gpu_check.test_rows(report)[0].met is False
-    report.write_text('<testsuites><testsuite><testcase classname="a" name="b"/><testcase classname="a" name="c">'
-                      '<failure message="assert 1 == 2&#10;more"/></testcase><testcase classname="a" name="d">'
-                      "<skipped/></testcase></testsuite></testsuites>")
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="b"/><testcase classname="a" name="c">'
+        '<failure message="assert 1 == 2&#10;more"/></testcase><testcase classname="a" name="d">'
+        "<skipped/></testcase></testsuite></testsuites>"
+    )
     summary, failed = gpu_check.test_rows(report)
     assert summary.what == "1 tests" and summary.met is False and summary.note == "1 skipped, 1 failed"
     assert failed.what == "a::c" and failed.note == "assert 1 == 2"
 
 
-@pytest.mark.parametrize("name, file", [("thl-7b", "thl-7b"), ("inl-5b", "inl-5b"), ("gemma-e4b", "gemma-3n-e4b"),
-                                        (None, "thl-default")])
+@pytest.mark.parametrize(
+    "name, file", [("thl-7b", "thl-7b"), ("inl-5b", "inl-5b"), ("gemma-e4b", "gemma-3n-e4b"), (None, "thl-default")]
+)
 def test_models_are_the_published_ones(name, file):
     model_type, config = ("thl", THL_DEFAULT) if name is None else MODELS[name][:2]
     if name is not None:

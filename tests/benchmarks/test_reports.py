@@ -27,8 +27,21 @@ def test_stopping(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(ODD.to_dict()))
     (tmp_path / "vocab.json").write_text(json.dumps(CHARACTERS))
     (tmp_path / "text.txt").write_text("".join(CHARACTERS) * 9)
-    stopping.main([str(tmp_path), str(tmp_path / "text.txt"), "--out", str(tmp_path / "out.json"), "--windows", "3",
-                   "--length", "12", "--thresholds", "0.3", "0"])
+    stopping.main(
+        [
+            str(tmp_path),
+            str(tmp_path / "text.txt"),
+            "--out",
+            str(tmp_path / "out.json"),
+            "--windows",
+            "3",
+            "--length",
+            "12",
+            "--thresholds",
+            "0.3",
+            "0",
+        ]
+    )
     found = json.loads((tmp_path / "out.json").read_text())
     assert found.keys() >= WHERE and found["config"]["d_model"] == ODD.d_model
     early, never = found["trained, threshold 0.3"], found["trained, threshold 0"]

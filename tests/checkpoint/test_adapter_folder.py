@@ -46,7 +46,8 @@ def expected(**options) -> torch.Tensor:
 
 def test_base_and_adapters_as_one_model(folder, base, backend):
     assert sorted(load_file(folder / "l_adapter" / "adapter_model.safetensors"))[0] == (
-        "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight")
+        "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
+    )
     wanted = expected(backend=backend)
     for options in ({}, {"stream": True}, {"stream": False}):
         with Engine.from_pretrained(folder, device="cpu", backend=backend, **options) as engine:
@@ -131,21 +132,34 @@ def edited(file: Path, **changes) -> None:
     file.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
 
 
-@pytest.mark.parametrize(("file", "changes", "error", "message"), [
-    ("config.json", {"base_model": ...}, ConfigError, "base_model is None; it must be the path"),
-    ("config.json", {"base_model": "nowhere"}, CheckpointError, "base_model: .*nowhere: cannot open"),
-    ("config.json", {"base_model": "."}, ConfigError, "holds adapters itself"),
-    ("config.json", {"model_type": "gemma3n"}, ConfigError, "model_type is 'gemma3n', but 'hrm_gemma3n'"),
-    ("config.json", {"hidden_size": 41}, ConfigError, "hidden_size is 41, but the base has 40; leave it out"),
-    ("config.json", {"hidden_sise": 41}, ConfigError, "unknown field 'hidden_sise'"),
-    ("config.json", {"hrm": {}}, CheckpointError, "l_adapter/adapter_config.json: r is 2; it must be 32.*L_rank"),
-    ("h_adapter/adapter_config.json", {"r": 4}, CheckpointError, r"r is 4; it must be 3, as .* \(H_rank\)"),
-    ("h_adapter/adapter_config.json", {"lora_alpha": 4}, CheckpointError, "lora_alpha is 4; it must be 5.0"),
-    ("l_adapter/adapter_config.json", {"peft_type": "IA3"}, CheckpointError, "peft_type is 'IA3'; it must be 'LORA'"),
-    ("l_adapter/adapter_config.json", {"use_rslora": True}, CheckpointError, "use_rslora is True; adapters with it"),
-    ("l_adapter/adapter_config.json", {"rank_pattern": {"q_proj": 8}}, CheckpointError, "rank_pattern is"),
-    ("l_adapter/adapter_config.json", {"bias": "all"}, CheckpointError, "bias is 'all'; supported is 'none'"),
-])
+@pytest.mark.parametrize(
+    ("file", "changes", "error", "message"),
+    [
+        ("config.json", {"base_model": ...}, ConfigError, "base_model is None; it must be the path"),
+        ("config.json", {"base_model": "nowhere"}, CheckpointError, "base_model: .*nowhere: cannot open"),
+        ("config.json", {"base_model": "."}, ConfigError, "holds adapters itself"),
+        ("config.json", {"model_type": "gemma3n"}, ConfigError, "model_type is 'gemma3n', but 'hrm_gemma3n'"),
+        ("config.json", {"hidden_size": 41}, ConfigError, "hidden_size is 41, but the base has 40; leave it out"),
+        ("config.json", {"hidden_sise": 41}, ConfigError, "unknown field 'hidden_sise'"),
+        ("config.json", {"hrm": {}}, CheckpointError, "l_adapter/adapter_config.json: r is 2; it must be 32.*L_rank"),
+        ("h_adapter/adapter_config.json", {"r": 4}, CheckpointError, r"r is 4; it must be 3, as .* \(H_rank\)"),
+        ("h_adapter/adapter_config.json", {"lora_alpha": 4}, CheckpointError, "lora_alpha is 4; it must be 5.0"),
+        (
+            "l_adapter/adapter_config.json",
+            {"peft_type": "IA3"},
+            CheckpointError,
+            "peft_type is 'IA3'; it must be 'LORA'",
+        ),
+        (
+            "l_adapter/adapter_config.json",
+            {"use_rslora": True},
+            CheckpointError,
+            "use_rslora is True; adapters with it",
+        ),
+        ("l_adapter/adapter_config.json", {"rank_pattern": {"q_proj": 8}}, CheckpointError, "rank_pattern is"),
+        ("l_adapter/adapter_config.json", {"bias": "all"}, CheckpointError, "bias is 'all'; supported is 'none'"),
+    ],
+)
 def test_descriptions_that_do_not_fit(folder, file, changes, error, message):
     edited(folder / file, **changes)
     with pytest.raises(error, match=message):
@@ -157,11 +171,12 @@ def test_tensors_that_do_not_fit(folder):
     file = folder / "l_adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     for changed, message in (
-            ({f"{module}.lora_A.weight": None}, r"layers.1.self_attn.q_proj.lora_A.weight' \[2, 40\] is missing"),
-            ({f"{module}.lora_A.weight": torch.ones(3, 40)}, r"has shape \[3, 40\], the config needs \[2, 40\]"),
-            ({f"{module}.lora_A.weight": torch.ones(2, 40).double()}, "is F64; save it as"),
-            ({"base_model.model.model.norm.weight": torch.ones(40)}, "is no part of this hrm_gemma3n model"),
-            ({"hrm.P_out.weight": torch.ones(40, 23)}, "'hrm.P_out.weight' is in .*adapter_model.safetensors as well")):
+        ({f"{module}.lora_A.weight": None}, r"layers.1.self_attn.q_proj.lora_A.weight' \[2, 40\] is missing"),
+        ({f"{module}.lora_A.weight": torch.ones(3, 40)}, r"has shape \[3, 40\], the config needs \[2, 40\]"),
+        ({f"{module}.lora_A.weight": torch.ones(2, 40).double()}, "is F64; save it as"),
+        ({"base_model.model.model.norm.weight": torch.ones(40)}, "is no part of this hrm_gemma3n model"),
+        ({"hrm.P_out.weight": torch.ones(40, 23)}, "'hrm.P_out.weight' is in .*adapter_model.safetensors as well"),
+    ):
         save_file({name: value for name, value in (tensors | changed).items() if value is not None}, file)
         with pytest.raises(CheckpointError, match=message):
             open_store(folder)

@@ -90,8 +90,9 @@ def test_convert_to_a_folder_and_to_a_file(tmp_path, dtype):
     for result in ("folder", "file.safetensors"):
         store = open_store(tmp_path / result)
         assert store.config == CONFIG
-        assert json.loads(store.tokenizer_json) == {name: (source / name).read_text() for name in
-                                                    ("tokenizer.json", "tokenizer_config.json")}
+        assert json.loads(store.tokenizer_json) == {
+            name: (source / name).read_text() for name in ("tokenizer.json", "tokenizer_config.json")
+        }
         for block in thl.blocks(MODEL):
             kept = dtype if block.kind != "vector" and dtype != torch.float64 else torch.float32
             assert torch.equal(store.read(block.name), weights[block.name].to(kept))

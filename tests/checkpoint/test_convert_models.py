@@ -34,11 +34,19 @@ def continual(vocabulary: dict[str, int]) -> str:
 @pytest.mark.parametrize("place", ["inside", "beside"])
 def test_trainers_files(model, key, place, succeeds, tmp_path):
     fields, tensors = published(model)
-    saved = tensors if key is None else {key: {f"module.{name}": value for name, value in tensors.items()}, "epoch": 3,
-                                         "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 0.1}]}}
+    saved = (
+        tensors
+        if key is None
+        else {
+            key: {f"module.{name}": value for name, value in tensors.items()},
+            "epoch": 3,
+            "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        }
+    )
     if place == "inside" and key is not None:
-        saved["model_config"] = {**fields, "dropout": 0.1} if model != "hrm" else {
-            **fields, "forward_dtype": torch.float32}
+        saved["model_config"] = (
+            {**fields, "dropout": 0.1} if model != "hrm" else {**fields, "forward_dtype": torch.float32}
+        )
     else:
         (tmp_path / "config.json").write_text(json.dumps(fields))
     torch.save(saved, tmp_path / "last.pt")
@@ -88,8 +96,11 @@ def test_the_continual_vocabulary_comes_along(hrm, succeeds):
         assert succeeds.err == ""
         with Engine.from_pretrained(target) as engine:
             assert engine.tokenizer.encode("to") == [4, 5] and engine.tokenizer.eos_id == 3
-    assert {path.name for path in (hrm / "out").iterdir()} == {"config.json", "continual_tokenizer.json",
-                                                               "model.safetensors"}
+    assert {path.name for path in (hrm / "out").iterdir()} == {
+        "config.json",
+        "continual_tokenizer.json",
+        "model.safetensors",
+    }
 
 
 def test_a_lost_vocabulary_is_recovered(hrm, succeeds, fails):
@@ -156,10 +167,14 @@ def test_growing_by_numbers(small_hrm, succeeds, tmp_path):
     torch.testing.assert_close(other[..., : one.shape[-1]], one)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--vocabulary", 5], "vocab_size is 5"), (["--layers", 0], "L_layers is 0"),
-    (["--text", "absent.txt"], "absent.txt"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--vocabulary", 5], "vocab_size is 5"),
+        (["--layers", 0], "L_layers is 0"),
+        (["--text", "absent.txt"], "absent.txt"),
+    ],
+)
 def test_growth_that_cannot_work(argv, words, small_hrm, fails, tmp_path):
     assert words in fails("grow", small_hrm, tmp_path / "out.safetensors", *argv)
     assert not (tmp_path / "out.safetensors").exists()
@@ -174,8 +189,9 @@ def test_what_does_not_grow(small_hrm, plain, packed, succeeds, fails, tmp_path)
     (tmp_path / "continual_tokenizer.json").unlink()
     (tmp_path / "text.txt").write_text("x")
     succeeds("convert", tmp_path, out)
-    assert "no vocabulary in or beside" in fails("grow", out, tmp_path / "y.safetensors", "--text",
-                                                 tmp_path / "text.txt")
+    assert "no vocabulary in or beside" in fails(
+        "grow", out, tmp_path / "y.safetensors", "--text", tmp_path / "text.txt"
+    )
     with pytest.raises(SystemExit) as stop:
         succeeds("grow", small_hrm, out)
     assert stop.value.code == 2

@@ -40,17 +40,20 @@ def test_growing_refuses_what_cannot_work():
         expand_vocabulary(ODD, {**tensors, "output_head.weight": torch.zeros(36, 30)}, 40)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"num_heads": 5}, "hidden_size is 256; it must be a multiple of num_heads"),
-    ({"hidden_size": 24, "num_heads": 8}, "even number of features"),
-    ({"hidden_size": -256}, "hidden_size is -256"),
-    ({"halt_max_steps": 0}, "halt_max_steps is 0"),
-    ({"L_layers": 0}, "L_layers is 0"),
-    ({"expansion": 0.0}, "expansion is 0"),
-    ({"expansion": 1e300}, "expansion is"),
-    ({"expansion": "2"}, "expansion must be a number"),
-    ({"num_head": 8}, "did you mean 'num_heads'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_heads": 5}, "hidden_size is 256; it must be a multiple of num_heads"),
+        ({"hidden_size": 24, "num_heads": 8}, "even number of features"),
+        ({"hidden_size": -256}, "hidden_size is -256"),
+        ({"halt_max_steps": 0}, "halt_max_steps is 0"),
+        ({"L_layers": 0}, "L_layers is 0"),
+        ({"expansion": 0.0}, "expansion is 0"),
+        ({"expansion": 1e300}, "expansion is"),
+        ({"expansion": "2"}, "expansion must be a number"),
+        ({"num_head": 8}, "did you mean 'num_heads'"),
+    ],
+)
 def test_a_bad_configuration_is_one_clear_line(change, message):
     with pytest.raises(ConfigError, match=message) as caught:
         parse_config({"model_type": "hrm", **change})
@@ -58,9 +61,20 @@ def test_a_bad_configuration_is_one_clear_line(change, message):
 
 
 def test_published_configurations_load():
-    config = parse_config({"vocab_size": 100, "hidden_size": 256, "num_heads": 8, "L_layers": 3, "H_layers": 3,
-                           "expansion": 2.5, "max_seq_len": 64, "halt_max_steps": 8, "halt_exploration_prob": 0.1,
-                           "forward_dtype": torch.float32})
+    config = parse_config(
+        {
+            "vocab_size": 100,
+            "hidden_size": 256,
+            "num_heads": 8,
+            "L_layers": 3,
+            "H_layers": 3,
+            "expansion": 2.5,
+            "max_seq_len": 64,
+            "halt_max_steps": 8,
+            "halt_exploration_prob": 0.1,
+            "forward_dtype": torch.float32,
+        }
+    )
     assert (config.model_type, config.inner_size, config.head_dim) == ("hrm", 512, 32)
     assert parse_config(config.to_dict()) == config
     assert HRMConfig(hidden_size=768, num_heads=12).inner_size == 1280  # a multiple of 256 already

@@ -209,12 +209,7 @@ def test_config_may_be_nested_and_must_be_sound(tmp_path):
 
 
 SOUND = raw(
-    {
-        "__metadata__": {"k": "v"},
-        "a": entry(),
-        "b": entry("I8", (3, 4), (8, 20)),
-        "c": entry("BF16", (), (20, 22)),
-    },
+    {"__metadata__": {"k": "v"}, "a": entry(), "b": entry("I8", (3, 4), (8, 20)), "c": entry("BF16", (), (20, 22))},
     bytes(22),
 )
 VALUES = st.recursive(
@@ -235,10 +230,7 @@ def only_engine_errors(content):
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)), max_size=4),
-    st.integers(0, len(SOUND)),
-)
+@given(st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)), max_size=4), st.integers(0, len(SOUND)))
 def test_fuzz_bytes(changes, length):
     content = bytearray(SOUND)
     for position, value in changes:

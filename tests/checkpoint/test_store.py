@@ -116,9 +116,7 @@ def test_layout(tmp_path, small_pages, quantize):
             assert tensor.pages[0].offset % ALIGNMENT == 0
 
 
-@pytest.mark.parametrize(
-    "kind, limit", [("matrix", 4 * pack.PAGE_BYTES), ("table", 16 * pack.TABLE_PAGE_BYTES)]
-)
+@pytest.mark.parametrize("kind, limit", [("matrix", 4 * pack.PAGE_BYTES), ("table", 16 * pack.TABLE_PAGE_BYTES)])
 @pytest.mark.parametrize("row_bytes", [1, 16, 768, 1001, 4096, 8960, 12288, 36864, 50_000_001])
 def test_page_rows(kind, limit, row_bytes):
     rows = page_rows(kind, 1 << 40, row_bytes)

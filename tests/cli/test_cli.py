@@ -64,12 +64,24 @@ def test_every_option_is_explained(command, monkeypatch):
             assert "%(default)s" in action.help, action.option_strings
 
 
-@pytest.mark.parametrize("argv", [
-    [], ["walk"], ["run"], ["run", "--model", "x", "--max-new-tokens", "many"], ["run", "--model", "x", "--promt", "y"],
-    ["quantize", "in"], ["quantize", "in", "out", "--bits", "4"], ["plan", "x", "--disk-bandwidth", "-1"],
-    ["plan", "x", "--disk-bandwidth", "fast"], ["bench"], ["init", "out"],
-    ["init", "--base", "x", "--quantize", "int8", "out"], ["train", "--data", "x"],
-])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["walk"],
+        ["run"],
+        ["run", "--model", "x", "--max-new-tokens", "many"],
+        ["run", "--model", "x", "--promt", "y"],
+        ["quantize", "in"],
+        ["quantize", "in", "out", "--bits", "4"],
+        ["plan", "x", "--disk-bandwidth", "-1"],
+        ["plan", "x", "--disk-bandwidth", "fast"],
+        ["bench"],
+        ["init", "out"],
+        ["init", "--base", "x", "--quantize", "int8", "out"],
+        ["train", "--data", "x"],
+    ],
+)
 def test_wrong_usage(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
@@ -78,21 +90,43 @@ def test_wrong_usage(argv, capsys):
 
 
 def test_help_does_not_wait_for_torch():
-    code = ("import sys\nfrom thl_engine.cli import main, run_main\n"
-            "for command, argv in ((main, ['--help']), (main, ['bench', '--tokens', 'x']), (run_main, [])):\n"
-            "    try:\n        command(argv)\n    except SystemExit: pass\n"
-            "print('torch' in sys.modules)")
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                           cwd=Path(__file__).parents[2])
+    code = (
+        "import sys\nfrom thl_engine.cli import main, run_main\n"
+        "for command, argv in ((main, ['--help']), (main, ['bench', '--tokens', 'x']), (run_main, [])):\n"
+        "    try:\n        command(argv)\n    except SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
     assert found.stdout.splitlines()[-1] == "False"
 
 
 def test_run_writes_what_the_engine_generates(packed, succeeds, capsys):
     with Engine.from_pretrained(packed) as engine:
-        expected = list(engine.generate("To be,", max_new_tokens=30, temperature=0.8, top_k=20, top_p=0.9, seed=5,
-                                        repetition_penalty=1.1))
-    argv = ["--model", packed, "--prompt", "To be,", "--max-new-tokens", 30, "--temperature", 0.8, "--top-k", 20,
-            "--top-p", 0.9, "--seed", 5, "--repetition-penalty", 1.1]
+        expected = list(
+            engine.generate(
+                "To be,", max_new_tokens=30, temperature=0.8, top_k=20, top_p=0.9, seed=5, repetition_penalty=1.1
+            )
+        )
+    argv = [
+        "--model",
+        packed,
+        "--prompt",
+        "To be,",
+        "--max-new-tokens",
+        30,
+        "--temperature",
+        0.8,
+        "--top-k",
+        20,
+        "--top-p",
+        0.9,
+        "--seed",
+        5,
+        "--repetition-penalty",
+        1.1,
+    ]
     text = "".join(piece.text for piece in expected)
     assert succeeds("run", *argv) == text + "\n" and succeeds.err == ""
     found = json.loads(succeeds("run", *argv, "--json"))
@@ -104,11 +138,12 @@ def test_run_writes_what_the_engine_generates(packed, succeeds, capsys):
 
 def test_run_with_several_prompts(packed, succeeds, fails):
     argv = ["run", "--model", packed, "--max-new-tokens", 9, "--seed", 3, "--stream"]
-    prompts = ["To be,", "x", "what \"is\""]
+    prompts = ["To be,", "x", 'what "is"']
     alone = [succeeds(*argv, "--prompt", prompt) for prompt in prompts]
     several = [argument for prompt in prompts for argument in ("--prompt", prompt)]
     assert succeeds(*argv, *several) == "".join(
-        f"[{i}] {json.dumps(prompt)}\n{text}" for i, (prompt, text) in enumerate(zip(prompts, alone, strict=True), 1))
+        f"[{i}] {json.dumps(prompt)}\n{text}" for i, (prompt, text) in enumerate(zip(prompts, alone, strict=True), 1)
+    )
     found = json.loads(succeeds(*argv, *several, "--json"))
     assert [one["text"] + "\n" for one in found] == alone and found[0]["stats"]["new_tokens"] == 27
     assert "one prompt" in fails(*argv, *several, "--save-state", "x")
@@ -128,15 +163,31 @@ def test_options_of_the_cache(with_cache, packed, succeeds, fails, monkeypatch):
     monkeypatch.setattr(bench, "PRODUCT_SECONDS", 0.02)
     plan = ["plan", with_cache, "--disk-bandwidth", 2, "--memory-bandwidth", 20, "--json"]
     whole, short, int8, window, four = (
-        json.loads(succeeds(*plan, *options)) for options in (
-            (), ("--context", 100), ("--kv-cache", "int8"), ("--sliding-window", 20), ("--batch-size", 4)))
+        json.loads(succeeds(*plan, *options))
+        for options in ((), ("--context", 100), ("--kv-cache", "int8"), ("--sliding-window", 20), ("--batch-size", 4))
+    )
     assert short["state_bytes"] < whole["state_bytes"] / 5 and window["state_bytes"] < short["state_bytes"]
     assert int8["state_bytes"] < 0.6 * whole["state_bytes"] and four["state_bytes"] > 3.9 * whole["state_bytes"]
     assert window["state_bytes_per_step"] < short["state_bytes_per_step"] < whole["state_bytes_per_step"]
     assert four["tokens_per_second"] > whole["tokens_per_second"]
     assert "525 tokens" in succeeds("inspect", with_cache) and "any length" in succeeds("inspect", packed)
-    found = json.loads(succeeds("bench", with_cache, "--tokens", 4, "--warmup", 1, "--batch-size", 2,
-                                "--kv-cache", "int8", "--context", 8, "--json"))
+    found = json.loads(
+        succeeds(
+            "bench",
+            with_cache,
+            "--tokens",
+            4,
+            "--warmup",
+            1,
+            "--batch-size",
+            2,
+            "--kv-cache",
+            "int8",
+            "--context",
+            8,
+            "--json",
+        )
+    )
     assert found["batch_size"] == 2 and found["tokens_per_second"] == pytest.approx(8 / found["seconds"])
     run = ["run", "--model", with_cache, "--prompt", "ab", "--max-new-tokens", 5, "--seed", 1]
     text = succeeds(*run, "--sliding-window", 3, "--stats")
@@ -353,9 +404,19 @@ def test_plan_agrees_with_the_engine(packed, succeeds):
     for budget in (least, least + 20_000, "1GiB"):
         with Engine.from_pretrained(packed, memory_budget=budget) as engine:
             expected = engine.plan().to_dict()
-        found = json.loads(succeeds("plan", packed, "--memory-budget", budget, "--json", "--disk-bandwidth",
-                               expected["disk_bandwidth"] / 1e9, "--memory-bandwidth",
-                               expected["memory_bandwidth"] / 1e9))
+        found = json.loads(
+            succeeds(
+                "plan",
+                packed,
+                "--memory-budget",
+                budget,
+                "--json",
+                "--disk-bandwidth",
+                expected["disk_bandwidth"] / 1e9,
+                "--memory-bandwidth",
+                expected["memory_bandwidth"] / 1e9,
+            )
+        )
         assert found == {**expected, "backend": engine.ops.name, "device": "cpu"}
 
 
@@ -380,8 +441,25 @@ def test_train(succeeds, tmp_path):
     text, config = tmp_path / "text.txt", tmp_path / "config.json"
     text.write_text("It was the best of times, it was the worst of times. " * 30)
     config.write_text(json.dumps({key: value for key, value in SMALL.to_dict().items() if key != "vocab_size"}))
-    argv = ["train", "--model-type", "thl", "--config", config, "--data", text, "--out", tmp_path / "out",
-            "--tokenizer-type", "char", "--batch-size", 2, "--chunk", 8, "--sample-tokens", 4]
+    argv = [
+        "train",
+        "--model-type",
+        "thl",
+        "--config",
+        config,
+        "--data",
+        text,
+        "--out",
+        tmp_path / "out",
+        "--tokenizer-type",
+        "char",
+        "--batch-size",
+        2,
+        "--chunk",
+        8,
+        "--sample-tokens",
+        4,
+    ]
     assert "bits per character" in succeeds(*argv, "--steps", 2) and "perplexity" in succeeds.err
     assert "bits per character" in succeeds(*argv, "--steps", 3, "--resume")
     assert succeeds("run", "--model", tmp_path / "out", "--prompt", "It", "--max-new-tokens", 3)

@@ -60,28 +60,52 @@ def _pipe(path: Path) -> Path:
 # What is wrong with a checkpoint: (how to make it from a sound one, what the message must say).
 DAMAGED = {
     "empty": (lambda plain, packed, tmp: _file(tmp / "x.safetensors", b""), ["x.safetensors", "empty"]),
-    "truncated": (lambda plain, packed, tmp: _file(tmp / "x.safetensors", packed.read_bytes()[:-5000]),
-                  ["x.safetensors", "ends"]),
-    "truncated header": (lambda plain, packed, tmp: _file(tmp / "x.safetensors", packed.read_bytes()[:100]),
-                         ["x.safetensors", "header"]),
-    "bit flipped": (lambda plain, packed, tmp: _flipped(packed, tmp / "x.safetensors"),
-                    ["x.safetensors", "router.W_q.weight", "checksum"]),
-    "wrong dtype": (lambda plain, packed, tmp: _edited(plain, tmp / "x", lambda t: t.update(
-        {"router.W_q.weight": t["router.W_q.weight"].to(torch.int32)})), ["router.W_q.weight", "I32", "F32"]),
-    "wrong shape": (lambda plain, packed, tmp: _edited(plain, tmp / "x", lambda t: t.update(
-        {"layer_norm.bias": torch.zeros(5)})), ["layer_norm.bias", "[5]", "[101]"]),
-    "missing tensor": (lambda plain, packed, tmp: _edited(plain, tmp / "x", lambda t: t.pop("layer_norm.bias")),
-                       ["layer_norm.bias", "missing"]),
-    "extra tensor": (lambda plain, packed, tmp: _edited(plain, tmp / "x", lambda t: t.update(
-        {"router.W_z.weight": torch.zeros(1)})), ["router.W_z.weight"]),
-    "absurd header": (lambda plain, packed, tmp: _file(tmp / "x.safetensors", b"\xff" * 8 + b"{}"),
-                      ["x.safetensors", "header"]),
-    "not a checkpoint": (lambda plain, packed, tmp: _file(tmp / "x.safetensors", b"once upon a time, long ago"),
-                         ["x.safetensors", "header"]),
-    "config typo": (lambda plain, packed, tmp: _config(plain, tmp / "x", memory_slot=3),
-                    ["config.json", "memory_slot", "memory_slots"]),
-    "config value": (lambda plain, packed, tmp: _config(plain, tmp / "x", num_heads="four"),
-                     ["config.json", "num_heads", "'four'"]),
+    "truncated": (
+        lambda plain, packed, tmp: _file(tmp / "x.safetensors", packed.read_bytes()[:-5000]),
+        ["x.safetensors", "ends"],
+    ),
+    "truncated header": (
+        lambda plain, packed, tmp: _file(tmp / "x.safetensors", packed.read_bytes()[:100]),
+        ["x.safetensors", "header"],
+    ),
+    "bit flipped": (
+        lambda plain, packed, tmp: _flipped(packed, tmp / "x.safetensors"),
+        ["x.safetensors", "router.W_q.weight", "checksum"],
+    ),
+    "wrong dtype": (
+        lambda plain, packed, tmp: _edited(
+            plain, tmp / "x", lambda t: t.update({"router.W_q.weight": t["router.W_q.weight"].to(torch.int32)})
+        ),
+        ["router.W_q.weight", "I32", "F32"],
+    ),
+    "wrong shape": (
+        lambda plain, packed, tmp: _edited(plain, tmp / "x", lambda t: t.update({"layer_norm.bias": torch.zeros(5)})),
+        ["layer_norm.bias", "[5]", "[101]"],
+    ),
+    "missing tensor": (
+        lambda plain, packed, tmp: _edited(plain, tmp / "x", lambda t: t.pop("layer_norm.bias")),
+        ["layer_norm.bias", "missing"],
+    ),
+    "extra tensor": (
+        lambda plain, packed, tmp: _edited(plain, tmp / "x", lambda t: t.update({"router.W_z.weight": torch.zeros(1)})),
+        ["router.W_z.weight"],
+    ),
+    "absurd header": (
+        lambda plain, packed, tmp: _file(tmp / "x.safetensors", b"\xff" * 8 + b"{}"),
+        ["x.safetensors", "header"],
+    ),
+    "not a checkpoint": (
+        lambda plain, packed, tmp: _file(tmp / "x.safetensors", b"once upon a time, long ago"),
+        ["x.safetensors", "header"],
+    ),
+    "config typo": (
+        lambda plain, packed, tmp: _config(plain, tmp / "x", memory_slot=3),
+        ["config.json", "memory_slot", "memory_slots"],
+    ),
+    "config value": (
+        lambda plain, packed, tmp: _config(plain, tmp / "x", num_heads="four"),
+        ["config.json", "num_heads", "'four'"],
+    ),
     "config missing": (lambda plain, packed, tmp: _without(plain, tmp / "x", "config.json"), ["config.json"]),
     "weights missing": (lambda plain, packed, tmp: _without(plain, tmp / "x", "model.safetensors"), ["safetensors"]),
     "absent": (lambda plain, packed, tmp: tmp / "x.safetensors", ["x.safetensors", "No such file"]),
@@ -100,8 +124,12 @@ def test_damaged_checkpoints(damage, plain, packed, fails, tmp_path):
         line = fails("inspect", path, "--verify")
         assert all(word in line for word in words), line
         return
-    for command in (["inspect", path], ["plan", path, "--disk-bandwidth", 1, "--memory-bandwidth", 1],
-                    ["bench", path, "--tokens", 1], ["quantize", path, tmp_path / "out.safetensors"]):
+    for command in (
+        ["inspect", path],
+        ["plan", path, "--disk-bandwidth", 1, "--memory-bandwidth", 1],
+        ["bench", path, "--tokens", 1],
+        ["quantize", path, tmp_path / "out.safetensors"],
+    ):
         line = fails(*command)
         assert all(word in line for word in words), line
     assert not list(tmp_path.glob("*out*"))
@@ -131,13 +159,23 @@ def test_budget_too_small(packed, fails):
     assert "stream" in fails("run", "--model", packed, "--prompt", "x", "--memory-budget", "5KiB", "--no-stream")
 
 
-@pytest.mark.parametrize("argv, word", [
-    (["--device", "tpu"], "tpu"), (["--device", "cuda:99"], "CUDA"), (["--backend", "fortran"], "fortran"),
-    (["--threads", "0"], "threads"), (["--temperature", "-1"], "temperature"), (["--top-p", "2"], "top_p"),
-    (["--top-k", "-1"], "top_k"), (["--max-new-tokens", "-1"], "max_new_tokens"), (["--seed", "-1"], "seed"),
-    (["--quantize", "none"], "int8"), (["--state", "/nowhere/x"], "/nowhere/x"),
-    (["--save-state", "/nowhere/x", "--max-new-tokens", "0"], "/nowhere/x"),
-])
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["--device", "tpu"], "tpu"),
+        (["--device", "cuda:99"], "CUDA"),
+        (["--backend", "fortran"], "fortran"),
+        (["--threads", "0"], "threads"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "2"], "top_p"),
+        (["--top-k", "-1"], "top_k"),
+        (["--max-new-tokens", "-1"], "max_new_tokens"),
+        (["--seed", "-1"], "seed"),
+        (["--quantize", "none"], "int8"),
+        (["--state", "/nowhere/x"], "/nowhere/x"),
+        (["--save-state", "/nowhere/x", "--max-new-tokens", "0"], "/nowhere/x"),
+    ],
+)
 def test_bad_options(argv, word, packed, capsys):
     assert main(["run", "--model", str(packed), "--prompt", "x", *argv]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -151,8 +189,7 @@ def test_full_disk(plain, fails, tmp_path, monkeypatch):
     out = tmp_path / "out.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        for line in (fails("quantize", plain, out),
-                     fails("init", "--config", plain / "config.json", out)):
+        for line in (fails("quantize", plain, out), fails("init", "--config", plain / "config.json", out)):
             assert "No space left" in line and "out.safetensors" in line
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
@@ -163,8 +200,10 @@ def test_full_disk(plain, fails, tmp_path, monkeypatch):
 def test_a_really_full_disk(plain, fails, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small],
-                                      capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode
+    ):
         pytest.skip("needs the right to mount a small file system")
     try:
         assert "no space" in fails("quantize", plain, small / "out.safetensors").lower()
@@ -181,9 +220,13 @@ def test_quantize_twice_and_onto_itself(plain, packed, fails, tmp_path):
 
 
 def test_unexpected_errors_are_one_line(packed, fails, monkeypatch):
-    for error, word in ((MemoryError("cannot allocate 5 bytes"), "allocate 5 bytes"), (MemoryError(), "memory"),
-                        (OSError(errno.EIO, "Input/output error", "disk"), "Input/output error"),
-                        (RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore"), "allocate memory")):
+    for error, word in (
+        (MemoryError("cannot allocate 5 bytes"), "allocate 5 bytes"),
+        (MemoryError(), "memory"),
+        (OSError(errno.EIO, "Input/output error", "disk"), "Input/output error"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore"), "allocate memory"),
+    ):
+
         def fail(*_: object, error: Exception = error, **__: object) -> None:
             raise error
 

@@ -61,8 +61,22 @@ def test_a_prompt_beyond_the_context(models, fails):
 def test_run_writes_what_the_engine_generates(model, models, succeeds):
     with Engine.from_pretrained(models[model]) as engine:
         expected = list(engine.generate("To be", max_new_tokens=12, seed=3, top_k=20))
-    found = json.loads(succeeds("run", "--model", models[model], "--prompt", "To be", "--max-new-tokens", 12,
-                                "--seed", 3, "--top-k", 20, "--json"))
+    found = json.loads(
+        succeeds(
+            "run",
+            "--model",
+            models[model],
+            "--prompt",
+            "To be",
+            "--max-new-tokens",
+            12,
+            "--seed",
+            3,
+            "--top-k",
+            20,
+            "--json",
+        )
+    )
     assert found["ids"] == [piece.id for piece in expected]
     assert found["text"] == "".join(piece.text for piece in expected)
 
@@ -97,8 +111,11 @@ def test_a_kept_context_goes_on_in_another_mode(models, succeeds, tmp_path):
 @pytest.fixture
 def stubborn(models, tmp_path) -> Path:
     """An HRM model that writes "a" for ever."""
-    tensors = {name: tensor for name, tensor in load_file(models["hrm"] / "model.safetensors").items()
-               if not name.startswith("__padding__")}
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(models["hrm"] / "model.safetensors").items()
+        if not name.startswith("__padding__")
+    }
     high = tensors["H_module.layers.0.norm2.weight"]  # z_H is this, or its negative, where the block adds nothing
     tensors["output_head.weight"] = torch.zeros_like(tensors["output_head.weight"])
     tensors["H_module.layers.0.norm2.weight"] = torch.zeros_like(high)
@@ -138,8 +155,9 @@ def test_modes_of_plan_and_bench(models, succeeds, monkeypatch):
     from thl_engine.report import bench
 
     given = ["plan", models["hrm"], "--disk-bandwidth", 2, "--memory-bandwidth", 20, "--json"]
-    normal, fast, deep = (json.loads(succeeds(*given, *mode))["bytes_per_token"]
-                          for mode in ([], ["--mode", "fast"], ["--mode", "deep"]))
+    normal, fast, deep = (
+        json.loads(succeeds(*given, *mode))["bytes_per_token"] for mode in ([], ["--mode", "fast"], ["--mode", "deep"])
+    )
     assert fast < normal < deep
     monkeypatch.setattr(bench, "BUFFER_BYTES", 32 << 20)
     monkeypatch.setattr(bench, "PRODUCT_SECONDS", 0.02)
@@ -182,16 +200,21 @@ def test_a_file_of_prompts_needs_a_model_that_answers(models, fails, tmp_path):
     samples.write_text('[{"prompt": "a"}]')
     line = fails("run", "--model", models["inl"], "--input", samples, "--output", tmp_path / "out.json")
     assert "answer in one pass (him)" in line
-    assert "absent.json" in fails("run", "--model", models["him"], "--input", tmp_path / "absent.json",
-                                  "--output", tmp_path / "out.json")
+    assert "absent.json" in fails(
+        "run", "--model", models["him"], "--input", tmp_path / "absent.json", "--output", tmp_path / "out.json"
+    )
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--input", "a"], "go together"), (["--output", "a"], "go together"),
-    (["--input", "a", "--output", "b", "--prompt", "c"], "--prompt does not go with --input"),
-    (["--input", "a", "--output", "b", "--save-state", "c"], "--save-state does not go"),
-    (["--input", "a", "--output", "b", "--json"], "--json does not go"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--input", "a"], "go together"),
+        (["--output", "a"], "go together"),
+        (["--input", "a", "--output", "b", "--prompt", "c"], "--prompt does not go with --input"),
+        (["--input", "a", "--output", "b", "--save-state", "c"], "--save-state does not go"),
+        (["--input", "a", "--output", "b", "--json"], "--json does not go"),
+    ],
+)
 def test_wrong_usage_of_the_batch_mode(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["run", "--model", "x", *argv])
@@ -202,18 +225,21 @@ def test_wrong_usage_of_the_batch_mode(argv, words, capsys):
 # --- what can be wrong ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model, change, words", [
-    ("inl", {"model_type": "lni"}, ["'lni' is not supported", "inl"]),
-    ("him", {"model_type": 3}, ["model_type must be a name"]),
-    ("inl", {"num_heads": 5}, ["d_model is 24", "num_heads (5)"]),
-    ("him", {"num_heads": 6}, ["embed_dim is 64", "num_heads (6)"]),
-    ("him", {"num_kv_heads": 3}, ["num_heads is 4", "num_kv_heads (3)"]),
-    ("hrm", {"num_heads": 7}, ["hidden_size is 24", "num_heads (7)"]),
-    ("inl", {"d_model": -24}, ["d_model is -24", "at least 1"]),
-    ("him", {"mem_slots": -3}, ["mem_slots is -3", "at least 1"]),
-    ("hrm", {"L_layers": -1}, ["L_layers is -1", "at least 1"]),
-    ("hrm", {"vocab_size": "many"}, ["vocab_size must be a whole number"]),
-])
+@pytest.mark.parametrize(
+    "model, change, words",
+    [
+        ("inl", {"model_type": "lni"}, ["'lni' is not supported", "inl"]),
+        ("him", {"model_type": 3}, ["model_type must be a name"]),
+        ("inl", {"num_heads": 5}, ["d_model is 24", "num_heads (5)"]),
+        ("him", {"num_heads": 6}, ["embed_dim is 64", "num_heads (6)"]),
+        ("him", {"num_kv_heads": 3}, ["num_heads is 4", "num_kv_heads (3)"]),
+        ("hrm", {"num_heads": 7}, ["hidden_size is 24", "num_heads (7)"]),
+        ("inl", {"d_model": -24}, ["d_model is -24", "at least 1"]),
+        ("him", {"mem_slots": -3}, ["mem_slots is -3", "at least 1"]),
+        ("hrm", {"L_layers": -1}, ["L_layers is -1", "at least 1"]),
+        ("hrm", {"vocab_size": "many"}, ["vocab_size must be a whole number"]),
+    ],
+)
 def test_configurations_that_cannot_work(model, change, words, models, fails, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": model, "vocab_size": 100, **CONFIGS[model], **change}))
@@ -237,8 +263,9 @@ def test_published_sizes_by_name(succeeds, fails, tmp_path, monkeypatch):
     assert json.loads(succeeds("inspect", out, "--json"))["config"] == PRESETS["inl-medium"].to_dict()
     line = fails("init", "--model-type", "inl", "--config", "huge", tmp_path / "x.safetensors")
     assert "huge" in line and "inl-small, inl-medium" in line
-    assert "inl-medium is a size of inl, not of thl" in fails("init", "--model-type", "thl", "--config", "inl-medium",
-                                                              tmp_path / "x.safetensors")
+    assert "inl-medium is a size of inl, not of thl" in fails(
+        "init", "--model-type", "thl", "--config", "inl-medium", tmp_path / "x.safetensors"
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "medium").write_text(json.dumps({"model_type": "inl", "vocab_size": 100, **CONFIGS["inl"]}))
     succeeds("init", "--config", "medium", tmp_path / "file.safetensors")  # a file of that name comes first
@@ -307,8 +334,15 @@ def test_a_vocabulary_of_32000(large_vocabulary, succeeds, tmp_path):
     tokenizer = load_tokenizer(large_vocabulary, 32_000, "large")
     assert tokenizer.vocab_size == 32_000 and tokenizer.eos_id == 2
     chosen = random.Random(0)
-    texts = ["banana caramelo", "To be, or not to be?\n", "  two  spaces ", "naïve 東京 👍🏽", "",
-             "</s> in text \x00\r\n", *("".join(chosen.choices("banecodu \n.é東", k=60)) for _ in range(50))]
+    texts = [
+        "banana caramelo",
+        "To be, or not to be?\n",
+        "  two  spaces ",
+        "naïve 東京 👍🏽",
+        "",
+        "</s> in text \x00\r\n",
+        *("".join(chosen.choices("banecodu \n.é東", k=60)) for _ in range(50)),
+    ]
     for text in texts[:5] + texts[6:]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and all(0 <= token < 32_000 for token in ids)
@@ -329,7 +363,8 @@ def test_a_vocabulary_of_32000(large_vocabulary, succeeds, tmp_path):
     argv = ["run", "--model", tmp_path, "--prompt", "banana caramelo", "--max-new-tokens", 12, "--seed", 1]
     assert succeeds(*argv) == "".join(piece.text for piece in pieces) + "\n"
     (tmp_path / "samples.json").write_text(json.dumps([{"prompt": "banana"}, {"prompt": "caramelo " * 30}]))
-    succeeds("run", "--model", tmp_path, "--input", tmp_path / "samples.json", "--output", tmp_path / "out.json",
-             "--seed", 0)
+    succeeds(
+        "run", "--model", tmp_path, "--input", tmp_path / "samples.json", "--output", tmp_path / "out.json", "--seed", 0
+    )
     results = json.loads((tmp_path / "out.json").read_text())
     assert [tokenizer.decode(result["ids"]) for result in results] == [result["output"] for result in results]

@@ -114,8 +114,12 @@ def test_what_is_computed_comes_from_the_arena_through_one_pool(stage):
     assert not stage.active and stage.devices == 0 and not stage.arenas.allocate(1000, 0)
     assert memory.pool_for_graphs is not None
     taken = 2048 + (1 << 17) + (1 << 19)
-    assert memory.stats(7) == {"peak_memory_bytes": taken, "peak_device_bytes": taken, "budget_enforced": True,
-                               "device_bytes_besides": (90 << 20) - (1 << 20)}
+    assert memory.stats(7) == {
+        "peak_memory_bytes": taken,
+        "peak_device_bytes": taken,
+        "budget_enforced": True,
+        "device_bytes_besides": (90 << 20) - (1 << 20),
+    }
 
 
 @needs_native
@@ -165,7 +169,8 @@ def test_without_the_extension_the_budget_is_planned_and_the_log_says_so(monkeyp
     with caplog.at_level(logging.WARNING, "thl_engine"):
         memory = DeviceMemory(CUDA, 1 << 20)
     assert [record.getMessage() for record in caplog.records] == [
-        "the memory budget is planned but not enforced on cuda:0: not built"]
+        "the memory budget is planned but not enforced on cuda:0: not built"
+    ]
     assert not memory.enforced and memory.pool_for_graphs is None
 
 
@@ -256,8 +261,17 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_nothing_on_the_device_passes_the_budget(backend):
     budget, before = parse_bytes("96MiB"), torch.cuda.memory_reserved()
-    with Engine.from_state_dict("thl", SMALL.to_dict(), random_weights(SMALL), quantize="int8", stream=True,
-                                device="cuda", backend=backend, memory_budget=budget, batch_size=3) as engine:
+    with Engine.from_state_dict(
+        "thl",
+        SMALL.to_dict(),
+        random_weights(SMALL),
+        quantize="int8",
+        stream=True,
+        device="cuda",
+        backend=backend,
+        memory_budget=budget,
+        batch_size=3,
+    ) as engine:
         outside = torch.cuda.memory_stats()["reserved_bytes.all.current"]
         state = engine.new_state(3)
         logits, state = engine.prefill(torch.randint(97, (3, 40)), state)
@@ -282,8 +296,12 @@ def test_nothing_on_the_device_passes_the_budget(backend):
 @needs_cuda
 def test_engines_share_a_device_without_sharing_a_budget():
     weights = random_weights(SMALL)
-    first, second = (Engine.from_state_dict("thl", SMALL.to_dict(), weights, quantize="int8", stream=True,
-                                            device="cuda", memory_budget="96MiB") for _ in range(2))
+    first, second = (
+        Engine.from_state_dict(
+            "thl", SMALL.to_dict(), weights, quantize="int8", stream=True, device="cuda", memory_budget="96MiB"
+        )
+        for _ in range(2)
+    )
     tokens, states = torch.tensor([[5, 7, 9, 2]]), (first.new_state(), second.new_state())
     logits = [engine.prefill(tokens, state)[0] for engine, state in zip((first, second), states, strict=True)]
     assert torch.equal(*logits)

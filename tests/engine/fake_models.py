@@ -60,8 +60,11 @@ class FakeModel:
                     self.weights[block.name] = torch.empty(block.shape, device=device)
                 elif block.kind in ("matrix", "table"):
                     by_columns = int8 and block.transposed
-                    data = torch.empty(block.shape[::-1] if by_columns else block.shape,
-                                       dtype=torch.int8 if int8 else torch.float32, device=device)
+                    data = torch.empty(
+                        block.shape[::-1] if by_columns else block.shape,
+                        dtype=torch.int8 if int8 else torch.float32,
+                        device=device,
+                    )
                     scales = torch.empty(data.shape[0], device=device) if int8 else None
                     self.weights[block.name] = FakeMatrix(data, scales, by_columns)
 
@@ -115,6 +118,9 @@ class HostReads(TorchDispatchMode):
         return out
 
     def _note(self):
-        own = [frame for frame in traceback.extract_stack()
-               if "/thl_engine/" in frame.filename or "/kernels/" in frame.filename]
+        own = [
+            frame
+            for frame in traceback.extract_stack()
+            if "/thl_engine/" in frame.filename or "/kernels/" in frame.filename
+        ]
         self.found.add(f"{own[-1].filename.rpartition('thl_engine/')[2]}:{own[-1].lineno} {own[-1].line}")

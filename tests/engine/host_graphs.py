@@ -13,8 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from triton.runtime.interpreter import InterpretedFunction
 
-HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh", "_unique2", "bincount",
-              "unique_dim", "unique_consecutive", "repeat_interleave"}
+HOST_READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "lift_fresh",
+    "_unique2",
+    "bincount",
+    "unique_dim",
+    "unique_consecutive",
+    "repeat_interleave",
+}
 HOST_METHODS = {"tolist", "numpy", "__array__", "cpu", "item", "__bool__", "__int__", "__float__", "__index__"}
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 
@@ -81,8 +91,10 @@ class HostCaptures:
 
     def note(self, func, args, kwargs):
         name = func.overloadpacket.__name__
-        if name in HOST_READS or (name.startswith("index") and any(
-                isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in tree_iter(args[1:]))):
+        if name in HOST_READS or (
+            name.startswith("index")
+            and any(isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in tree_iter(args[1:]))
+        ):
             raise CaptureError(f"{name} reads a value on the host")
         if self._entries is None:
             return func(*args, **kwargs)
@@ -90,12 +102,16 @@ class HostCaptures:
             self.keep((args, kwargs))
         out = func(*args, **kwargs)
         own = storages((args, kwargs))
-        fresh = [(i, t) for i, t in enumerate(tree_iter(out))
-                 if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in own]
+        fresh = [
+            (i, t)
+            for i, t in enumerate(tree_iter(out))
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in own
+        ]
         self._made |= storages([t for _, t in fresh])
         if name in ALLOCATIONS:
             self._entries.append((lambda: [spoil(t) for _, t in fresh], 0))
         elif fresh or func._schema.is_mutable:
+
             def again():
                 found = list(tree_iter(func(*args, **kwargs)))
                 for i, t in fresh:

@@ -41,11 +41,20 @@ def test_backends_agree_for_all_batch_sizes(small, batch):
             assert torch.allclose(value.double(), other_state.to_dict()[name].double(), atol=2e-5), name
 
 
-@pytest.mark.parametrize("change", [
-    {"local_window": 0}, {"num_tiers": 1, "tier_dims": [17], "tier_timescales": [1]}, {"local_window": 1},
-    {"read_topk": 11, "write_slots": 11}, {"read_slot_capacity": 2}, {"memory_slots": 3, "write_slots": 1},
-    {"num_heads": 1}, {"tier_timescales": [1, 7, 11]}, {"memory_slots": 1, "read_topk": 1, "write_slots": 1},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"local_window": 0},
+        {"num_tiers": 1, "tier_dims": [17], "tier_timescales": [1]},
+        {"local_window": 1},
+        {"read_topk": 11, "write_slots": 11},
+        {"read_slot_capacity": 2},
+        {"memory_slots": 3, "write_slots": 1},
+        {"num_heads": 1},
+        {"tier_timescales": [1, 7, 11]},
+        {"memory_slots": 1, "read_topk": 1, "write_slots": 1},
+    ],
+)
 def test_unusual_configurations(change):
     """Backends and residency agree where a part of the model is missing or as small as it gets."""
     from thl_engine.config import parse_config
@@ -145,31 +154,37 @@ def test_generate_by_ids(small, backend):
     assert first == again and len(first) == 20
 
 
-@pytest.mark.parametrize("tokens, message", [
-    (torch.tensor([97]), "id 97 is outside the vocabulary of 97"),
-    (torch.tensor([-1]), "id -1 is outside"),
-    (torch.tensor([1.0]), "expected an int64 tensor"),
-    (torch.tensor([], dtype=torch.int64), "expected an int64 tensor"),
-    (torch.tensor([1, 2]), "batch of 2, but the state holds 1"),
-    (5, "expected an int64 tensor"),
-])
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        (torch.tensor([97]), "id 97 is outside the vocabulary of 97"),
+        (torch.tensor([-1]), "id -1 is outside"),
+        (torch.tensor([1.0]), "expected an int64 tensor"),
+        (torch.tensor([], dtype=torch.int64), "expected an int64 tensor"),
+        (torch.tensor([1, 2]), "batch of 2, but the state holds 1"),
+        (5, "expected an int64 tensor"),
+    ],
+)
 def test_bad_tokens(small, tokens, message):
     engine = make(small)
     with pytest.raises((ConfigError, TokenizerError), match=message):
         engine.step(tokens, engine.new_state())
 
 
-@pytest.mark.parametrize("options, error, message", [
-    ({"stream": "yes"}, ConfigError, "stream"),
-    ({"quantize": "int4"}, ConfigError, "quantize"),
-    ({"backend": "fortran"}, ConfigError, "backend 'fortran'"),
-    ({"device": "tpu"}, ConfigError, "device 'tpu'"),
-    ({"device": "cuda:99"}, ConfigError, "CUDA"),
-    ({"threads": 0}, ConfigError, "threads"),
-    ({"memory_budget": "4 elephants"}, ConfigError, "4 elephants"),
-    ({"memory_budget": -3}, ConfigError, "-3"),
-    ({"memory_budget": 5000, "stream": False}, BudgetError, "streaming runs from"),
-])
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"stream": "yes"}, ConfigError, "stream"),
+        ({"quantize": "int4"}, ConfigError, "quantize"),
+        ({"backend": "fortran"}, ConfigError, "backend 'fortran'"),
+        ({"device": "tpu"}, ConfigError, "device 'tpu'"),
+        ({"device": "cuda:99"}, ConfigError, "CUDA"),
+        ({"threads": 0}, ConfigError, "threads"),
+        ({"memory_budget": "4 elephants"}, ConfigError, "4 elephants"),
+        ({"memory_budget": -3}, ConfigError, "-3"),
+        ({"memory_budget": 5000, "stream": False}, BudgetError, "streaming runs from"),
+    ],
+)
 def test_bad_options(small, options, error, message):
     config, weights = small
     with pytest.raises(error, match=message):

@@ -49,8 +49,10 @@ def test_rows_halt_by_themselves(backend):
     means = trace.steps[0]["segment0.z_H"].mean(dim=1)
     direction = means[0] - means[1:].mean(dim=0)
     threshold = ((means[0] @ direction) + (means[1:] @ direction).max()) / 2
-    tensors |= {"q_head.weight": torch.stack([direction, torch.zeros_like(direction)]),
-                "q_head.bias": torch.stack([-threshold, torch.tensor(0.0)])}
+    tensors |= {
+        "q_head.weight": torch.stack([direction, torch.zeros_like(direction)]),
+        "q_head.bias": torch.stack([-threshold, torch.tensor(0.0)]),
+    }
     engine = Engine.from_state_dict(kind, config, tensors, device="cpu", backend=backend)
     together, _ = engine.prefill(prompts, engine.new_state(3))
     segments = []
@@ -84,8 +86,9 @@ def test_a_budget_leaves_room_for_all(backend):
     with Engine.from_state_dict(kind, config, tensors, stream=True, batch_size=4, **options) as engine:
         four = engine.plan()
     assert four.state_bytes > 3.9 * one.state_bytes and four.least_budget > one.least_budget
-    with Engine.from_state_dict(kind, config, tensors, memory_budget=four.least_budget, batch_size=4,
-                                **options) as engine:
+    with Engine.from_state_dict(
+        kind, config, tensors, memory_budget=four.least_budget, batch_size=4, **options
+    ) as engine:
         assert engine.plan().peak_memory_bytes <= four.least_budget
         assert len(list(engine.generate_batch(PROMPTS, max_new_tokens=3))) == 12
         with pytest.raises(BudgetError, match="batch_size 5 takes .* batch_size=5"):

@@ -99,8 +99,11 @@ def test_streamed_equals_resident(model, quantize):
     with Engine.from_state_dict(model, config, weights, stream=True, **options) as engine:
         least = engine.plan().least_budget
     found = []
-    for given in ({"stream": False}, {"stream": True, "memory_budget": least},
-                  {"stream": True, "memory_budget": least + least // 8}):
+    for given in (
+        {"stream": False},
+        {"stream": True, "memory_budget": least},
+        {"stream": True, "memory_budget": least + least // 8},
+    ):
         with Engine.from_state_dict(model, config, weights, **options, **given) as engine:
             tokens = torch.randint(engine.config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(4))
             out, state = engine.prefill(tokens, engine.new_state())

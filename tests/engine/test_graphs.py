@@ -39,8 +39,9 @@ class HostOps(TritonOps):
 
     @staticmethod
     def novelty_write(candidate, memory, norms, read_ema, write_ema, last_write, t, **rule):
-        return ReferenceOps.novelty_write(candidate, memory, norms, read_ema, write_ema, last_write,
-                                          spread(t, last_write), **rule)
+        return ReferenceOps.novelty_write(
+            candidate, memory, norms, read_ema, write_ema, last_write, spread(t, last_write), **rule
+        )
 
     @staticmethod
     def window_read(query, buffer, valid, entry, scale):
@@ -56,8 +57,9 @@ class HostOps(TritonOps):
 
     def whole(self, matrix):
         out = torch.empty(matrix.shape)
-        self.each_part(matrix, lambda part: out[part.start : part.stop].copy_(
-            dequantize(part.data, part.scales, part.group)))
+        self.each_part(
+            matrix, lambda part: out[part.start : part.stop].copy_(dequantize(part.data, part.scales, part.group))
+        )
         return Held(out)
 
 
@@ -70,13 +72,32 @@ PLAIN = {name: value for kind in reversed(ReferenceOps.__mro__[:-1]) for name, v
 for name in {name for name in PLAIN if name[:2] != "__"} - set(vars(HostOps)) - HOOKS:
     setattr(HostOps, name, PLAIN[name])
 for name in ("product", "linear_heads", "linear_transposed", "linear_transposed_heads"):
-    setattr(HostOps, name, lambda self, x, matrix, *args, name=name: getattr(ReferenceOps, name)(
-        self, x, self.whole(matrix), *args))
+    setattr(
+        HostOps,
+        name,
+        lambda self, x, matrix, *args, name=name: getattr(ReferenceOps, name)(self, x, self.whole(matrix), *args),
+    )
 
-CONFIG = parse_config({
-    "vocab_size": 37, "embedding_dim": 8, "num_tiers": 3, "tier_dims": [12, 8, 9], "tier_timescales": [1, 2, 3],
-    "local_window": 2, "memory_slots": 5, "memory_dim": 7, "query_dim": 4, "value_dim": 8, "num_heads": 2,
-    "head_dim": 4, "read_topk": 2, "write_slots": 1, "novelty_theta": 0.25}, "thl")
+CONFIG = parse_config(
+    {
+        "vocab_size": 37,
+        "embedding_dim": 8,
+        "num_tiers": 3,
+        "tier_dims": [12, 8, 9],
+        "tier_timescales": [1, 2, 3],
+        "local_window": 2,
+        "memory_slots": 5,
+        "memory_dim": 7,
+        "query_dim": 4,
+        "value_dim": 8,
+        "num_heads": 2,
+        "head_dim": 4,
+        "read_topk": 2,
+        "write_slots": 1,
+        "novelty_theta": 0.25,
+    },
+    "thl",
+)
 WEIGHTS = random_weights(CONFIG)
 PERIOD = 6
 
@@ -110,8 +131,9 @@ def tokens(steps: int, batch: int, seed: int = 1) -> torch.Tensor:
 
 def options(batch: int) -> list[dict]:
     out = [{"stream": False, "quantize": quantize} for quantize in ("none", "int8")]
-    return out + [{"stream": True, "quantize": "int8", "batch_size": batch, "memory_budget": budget}
-                  for budget in budgets(batch)]
+    return out + [
+        {"stream": True, "quantize": "int8", "batch_size": batch, "memory_budget": budget} for budget in budgets(batch)
+    ]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -305,7 +327,8 @@ def test_what_cannot_be_captured_is_computed_without(stream, monkeypatch, caplog
             same(state, other)
     assert engine.stats()["replayed_steps"] == 0
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
-        "decoding steps are not captured as graphs"]
+        "decoding steps are not captured as graphs"
+    ]
 
 
 def test_an_error_of_a_page_is_raised(monkeypatch):
@@ -346,8 +369,14 @@ class Context:
 
 
 def context() -> Context:
-    return Context(3, torch.zeros(2, 3), None, [Inner(torch.ones(2), 5), Inner(torch.ones(2), 7)], "a",
-                   [torch.zeros(1), torch.zeros(2)])
+    return Context(
+        3,
+        torch.zeros(2, 3),
+        None,
+        [Inner(torch.ones(2), 5), Inner(torch.ones(2), 7)],
+        "a",
+        [torch.zeros(1), torch.zeros(2)],
+    )
 
 
 def test_a_state_is_settled_where_it_lies():
@@ -358,14 +387,20 @@ def test_a_state_is_settled_where_it_lies():
     state.layers[0].used += 2
     growth = settle(before, list(leaves(after)))
     assert [(before[at][:2], count) for at, count in growth.items()] == [
-        ((state, "timestep"), 1), ((state.layers[0], "used"), 2)]
+        ((state, "timestep"), 1),
+        ((state.layers[0], "used"), 2),
+    ]
     assert state.memory.eq(9).all() and state.tiers[1].eq(2).all() and state.tiers[0].eq(0).all()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"memory": torch.zeros(3, 3)}, r"memory from \[2, 3\] to \[3, 3\]"), ({"name": "b"}, "name from 'a' to 'b'"),
-    ({"scale": torch.zeros(1)}, "scale from None"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"memory": torch.zeros(3, 3)}, r"memory from \[2, 3\] to \[3, 3\]"),
+        ({"name": "b"}, "name from 'a' to 'b'"),
+        ({"scale": torch.zeros(1)}, "scale from None"),
+    ],
+)
 def test_other_changes_of_a_state_are_refused(change, message):
     state, after = context(), context()
     vars(after).update(change)
@@ -426,10 +461,20 @@ def test_captures_on_the_host_compute_nothing_before_a_replay():
     assert x.tolist() == [20, 21, 22] and y.tolist() == [21, 23, 25]
 
 
-@pytest.mark.parametrize("reads", [
-    lambda x: x.tolist(), lambda x: int(x[0]), lambda x: bool(x.any()), lambda x: x.cpu(), lambda x: x[x > 1],
-    lambda x: x.nonzero(), lambda x: torch.tensor([1.0]), lambda x: x.max().item(), lambda x: torch.equal(x, x),
-])
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda x: x.tolist(),
+        lambda x: int(x[0]),
+        lambda x: bool(x.any()),
+        lambda x: x.cpu(),
+        lambda x: x[x > 1],
+        lambda x: x.nonzero(),
+        lambda x: torch.tensor([1.0]),
+        lambda x: x.max().item(),
+        lambda x: torch.equal(x, x),
+    ],
+)
 def test_captures_on_the_host_refuse_reads(reads):
     captures = HostCaptures()
     with pytest.raises(CaptureError), captures.recording():

@@ -19,29 +19,58 @@ from thl_engine.models import ARCHITECTURES
 
 GPU = DEVICE == "cuda"
 STEPS = 30 if GPU else 3
-CASES = [("thl", True), ("inl", False), ("gemma3n", True), *([("thl", False), ("inl", True), ("gemma3n", False)]
-                                                             if GPU else [])]
+CASES = [
+    ("thl", True),
+    ("inl", False),
+    ("gemma3n", True),
+    *([("thl", False), ("inl", True), ("gemma3n", False)] if GPU else []),
+]
 pytestmark = pytest.mark.filterwarnings("ignore")  # the interpreter's arithmetic on what is captured and not yet made
 
 
 def small(name: str):
     """Two tiers, or one or two layers of a recorded configuration."""
     if name == "thl":
-        return replace(SMALL, embedding_dim=8, num_tiers=2, tier_dims=(12, 9), tier_timescales=(1, 1 + GPU),
-                       local_window=3, memory_slots=5, memory_dim=7, query_dim=4, value_dim=8, num_heads=2, head_dim=4,
-                       read_topk=2)
+        return replace(
+            SMALL,
+            embedding_dim=8,
+            num_tiers=2,
+            tier_dims=(12, 9),
+            tier_timescales=(1, 1 + GPU),
+            local_window=3,
+            memory_slots=5,
+            memory_dim=7,
+            query_dim=4,
+            value_dim=8,
+            num_heads=2,
+            head_dim=4,
+            read_topk=2,
+        )
     fields = load_case(FIXTURES / name / {"inl": "greedy", "gemma3n": "greedy16"}[name]).config
-    change = {"num_layers": 1} if name == "inl" else {"num_hidden_layers": 2, "num_kv_shared_layers": 0, **{
-        field: fields[field][1:3] for field in ("layer_types", "intermediate_size", "activation_sparsity_pattern")}}
+    change = (
+        {"num_layers": 1}
+        if name == "inl"
+        else {
+            "num_hidden_layers": 2,
+            "num_kv_shared_layers": 0,
+            **{
+                field: fields[field][1:3]
+                for field in ("layer_types", "intermediate_size", "activation_sparsity_pattern")
+            },
+        }
+    )
     return parse_config({**fields, **change}, name)
 
 
 def make(name: str, captured: bool, **options) -> Engine:
     config, generator = small(name), torch.Generator().manual_seed(0)
-    weights = {block.name: ARCHITECTURES[name].initial(config, block, slice(None), generator)
-               for block in ARCHITECTURES[name].blocks(config)}
-    engine = Engine.from_state_dict(name, config.to_dict(), weights, device=DEVICE, backend="triton",
-                                    quantize="int8", **options)
+    weights = {
+        block.name: ARCHITECTURES[name].initial(config, block, slice(None), generator)
+        for block in ARCHITECTURES[name].blocks(config)
+    }
+    engine = Engine.from_state_dict(
+        name, config.to_dict(), weights, device=DEVICE, backend="triton", quantize="int8", **options
+    )
     if not captured:
         engine._graphs = None
     elif not GPU:
@@ -94,8 +123,9 @@ def test_states_interleave_and_prompts_replay(stream):
 def test_a_failed_capture_leaves_the_device_usable(monkeypatch, caplog):
     eager, captured = (make("thl", captured) for captured in (False, True))
     layer_norm = captured.ops.layer_norm
-    monkeypatch.setattr(captured.ops, "layer_norm", lambda x, *rest: layer_norm(x + 0 * float(x.sum()), *rest),
-                        raising=False)
+    monkeypatch.setattr(
+        captured.ops, "layer_norm", lambda x, *rest: layer_norm(x + 0 * float(x.sum()), *rest), raising=False
+    )
     state, other = eager.new_state(), captured.new_state()
     with caplog.at_level(logging.WARNING):
         for token in range(12):

@@ -25,8 +25,9 @@ def test_streamed_equals_resident(quantize, backend):
     with Engine.from_state_dict("inl", ODD.to_dict(), tensors, stream=True, **options) as engine:
         least = engine.plan().least_budget
     for budget in (least, (least + peak) // 2):
-        with Engine.from_state_dict("inl", ODD.to_dict(), tensors, stream=True, memory_budget=budget,
-                                    **options) as engine:
+        with Engine.from_state_dict(
+            "inl", ODD.to_dict(), tensors, stream=True, memory_budget=budget, **options
+        ) as engine:
             for found, value in zip(run(engine, tokens), expected, strict=True):
                 assert torch.equal(found, value)
             assert (engine.stats()["bytes_streamed"] > 0) == (engine.plan().streamed_pages > 0)
@@ -51,8 +52,10 @@ def test_a_context_ends_at_the_longest_sequence():
     engine = Engine.from_state_dict("inl", case.config, case.weights, device="cpu", backend="reference")
     longest = case.config["max_seq_len"]
     _, state = engine.prefill(torch.zeros(1, longest, dtype=torch.int64), engine.new_state())
-    for attempt in (lambda: engine.step(torch.zeros(1, dtype=torch.int64), state),
-                    lambda: engine.forward(torch.zeros(1, longest + 1, dtype=torch.int64))):
+    for attempt in (
+        lambda: engine.step(torch.zeros(1, dtype=torch.int64), state),
+        lambda: engine.forward(torch.zeros(1, longest + 1, dtype=torch.int64)),
+    ):
         with pytest.raises(ConfigError, match=f"max_seq_len is {longest}"):
             attempt()
     before = state.to_dict()

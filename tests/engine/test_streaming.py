@@ -29,8 +29,7 @@ def test_streamed_equals_resident(model, quantize, backend):
     whole = resident.plan().peak_memory_bytes
     least = Engine.from_state_dict(model, config, weights, stream=True, **options).plan().least_budget
     for budget in (least, least + (whole - least) // 3, least + 2 * (whole - least) // 3):
-        with Engine.from_state_dict(model, config, weights, stream=True, memory_budget=budget,
-                                    **options) as engine:
+        with Engine.from_state_dict(model, config, weights, stream=True, memory_budget=budget, **options) as engine:
             for got, wanted in zip(outputs(engine), expected, strict=True):
                 assert torch.equal(got, wanted), budget
             assert engine.stats()["page_misses"] > 0

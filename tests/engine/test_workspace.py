@@ -21,23 +21,30 @@ from thl_engine.ops.backends import load_ops
 
 triton = pytest.importorskip("triton")
 
-RECORDED = {"thl": "batch3", "inl": "full_forward_early", "him": "encode3", "hrm": "forward_n2t2",
-            "gemma3n": "forward48"}
+RECORDED = {
+    "thl": "batch3",
+    "inl": "full_forward_early",
+    "him": "encode3",
+    "hrm": "forward_n2t2",
+    "gemma3n": "forward48",
+}
 _e4b = PRESETS["gemma3n-e4b"]
 WIDE = {  # real widths, but few layers: activations of one layer at a time are alive
     "thl": THLConfig(),
     "inl": replace(PRESETS["inl-5b"], num_layers=2, num_iterations_per_layer=4),
     "him": HIMConfig(),
     "hrm": HRMConfig(halt_max_steps=2, H_layers=2, L_layers=2),
-    "gemma3n": replace(_e4b, num_hidden_layers=7, num_kv_shared_layers=2, layer_types=_e4b.layer_types[:7],
-                       intermediate_size=_e4b.intermediate_size[:7],
-                       activation_sparsity_pattern=(0.95, *[0.0] * 6)),
+    "gemma3n": replace(
+        _e4b,
+        num_hidden_layers=7,
+        num_kv_shared_layers=2,
+        layer_types=_e4b.layer_types[:7],
+        intermediate_size=_e4b.intermediate_size[:7],
+        activation_sparsity_pattern=(0.95, *[0.0] * 6),
+    ),
 }
 # Where the host waits by design: whether rows halt, which decides what is read and computed next.
-AWAITED = {
-    "hrm": {"bool(halted.all())"},
-    "hrm_gemma3n": {"live = live[residual", "live = live[going]", "plan[going]"},
-}
+AWAITED = {"hrm": {"bool(halted.all())"}, "hrm_gemma3n": {"live = live[residual", "live = live[going]", "plan[going]"}}
 AWAITED_BY_REFERENCE = {"inl": {"bool(converged.all())"}}
 
 
@@ -113,16 +120,16 @@ def test_engines_keep_to_what_the_plan_counts(kind):
     pages and sampling included."""
     config, weights = recorded(kind)
     batch = 1 if kind == "him" else 2
-    with Engine.from_state_dict(kind, config, weights, backend="reference", quantize="int8", stream=True,
-                                batch_size=batch) as engine:
+    with Engine.from_state_dict(
+        kind, config, weights, backend="reference", quantize="int8", stream=True, batch_size=batch
+    ) as engine:
         plan, ids = engine.plan(), engine.config.vocab_size
         vectors = sum(x.nbytes for x in tensors(list(engine._weights.values())))
         planned = plan.state_bytes + plan.workspace_bytes + plan.fixed_bytes - vectors
         generator = torch.Generator().manual_seed(0)
         length = 8
         with LiveBytes() as meter:
-            for _ in engine.generate_batch([[1, 2, 3], [4] * 9][:batch], max_new_tokens=length, seed=1,
-                                           top_p=0.9):
+            for _ in engine.generate_batch([[1, 2, 3], [4] * 9][:batch], max_new_tokens=length, seed=1, top_p=0.9):
                 pass
             assert meter.peak <= planned
             meter.restart()

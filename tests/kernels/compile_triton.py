@@ -76,8 +76,10 @@ def compile_one(task: tuple[int, str]) -> dict[str, str | None]:
     def describe(name, kernel):
         registers, stack = resources(kernel.asm["cubin"])
         if stack or kernel.metadata.shared > SHARED[capability] * 1024:
-            return (f"sm_{capability} {launch} {name}: {stack} bytes spilled, {registers} registers, "
-                    f"{kernel.metadata.num_warps} warps, {kernel.metadata.shared} bytes shared")
+            return (
+                f"sm_{capability} {launch} {name}: {stack} bytes spilled, {registers} registers, "
+                f"{kernel.metadata.num_warps} warps, {kernel.metadata.shared} bytes shared"
+            )
         return None
 
     JITFunction.run = run
@@ -92,14 +94,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cards", help="compute capabilities, such as 75,90")
     parser.add_argument("launches", nargs="*", help="those whose names begin so (default: all)")
-    parser.add_argument("--share", action="store_true",
-                        help="divide the launches between 86 and 89, which have the same tiles and the same limits")
+    parser.add_argument(
+        "--share",
+        action="store_true",
+        help="divide the launches between 86 and 89, which have the same tiles and the same limits",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a processor)")
     given = parser.parse_args()
     cards = [int(card) for card in given.cards.split(",")]
     names = [name for name in LAUNCHES if not given.launches or name.startswith(tuple(given.launches))]
-    tasks = [(card, name) for card in cards for i, name in enumerate(names)
-             if not given.share or card not in (86, 89) or card == (86, 89)[i % 2]]
+    tasks = [
+        (card, name)
+        for card in cards
+        for i, name in enumerate(names)
+        if not given.share or card not in (86, 89) or card == (86, 89)[i % 2]
+    ]
     found: dict[int, dict[str, str | None]] = {card: {} for card in cards}
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
         for (card, _), compiled in zip(tasks, pool.imap(compile_one, tasks), strict=True):

@@ -26,8 +26,10 @@ def test_streams(count, shape):
     mixing, moving = device_randn(*shape[:-1], count, count), apart(device_randn(*shape[:-1], count))
     close(altup.predict(streams, mixing), reference.predict(*wide(streams, mixing)))
     for active in (0, count - 1):
-        close(altup.correct(streams, x, active, moving),
-              reference.correct(*wide(streams, x), active, moving.cpu().double()))
+        close(
+            altup.correct(streams, x, active, moving),
+            reference.correct(*wide(streams, x), active, moving.cpu().double()),
+        )
     close(altup.spread(streams, x, weight, 1e-5), ReferenceOps().altup_spread(*wide(streams, x, weight), 1e-5))
 
 
@@ -49,8 +51,12 @@ def test_sums_behind_a_norm(shape, dtype):
     x, addend, second = (apart(device_randn(*shape).to(dtype)) for _ in range(3))
     weight, ops = device_randn(shape[-1]), ReferenceOps()
     tolerance = 1e-6 if dtype == torch.float32 else 6e-3
-    close(norm.rms_norm_add(x, weight, 1e-5, addend), ops.rms_norm_add(*wide(x, weight), 1e-5, *wide(addend)),
-          tolerance)
-    close(norm.rms_norm_add(x, None, 1e-5, addend, second, 0.7),
-          ops.rms_norm_add(*wide(x), None, 1e-5, *wide(addend, second), 0.7), tolerance)
+    close(
+        norm.rms_norm_add(x, weight, 1e-5, addend), ops.rms_norm_add(*wide(x, weight), 1e-5, *wide(addend)), tolerance
+    )
+    close(
+        norm.rms_norm_add(x, None, 1e-5, addend, second, 0.7),
+        ops.rms_norm_add(*wide(x), None, 1e-5, *wide(addend, second), 0.7),
+        tolerance,
+    )
     assert norm.rms_norm_add(x, weight, 1e-5, addend).device.type == DEVICE

@@ -30,8 +30,17 @@ def heads(batch, count, rows, width):
     return device_randn(batch, rows, count, 2 * width)[..., :width].transpose(1, 2)
 
 
-SHAPES = [(1, 1, 1, 1, 1, 16), (2, 4, 2, 1, 37, 24), (1, 6, 2, 1, 280, 16), (2, 3, 3, 5, 21, 80), (1, 2, 1, 70, 70, 16),
-          (1, 4, 1, 33, 90, 40), (1, 1, 1, 3, 40, 256), (1, 12, 1, 1, 150, 16), (1, 2, 1, 2, 130, 80)]
+SHAPES = [
+    (1, 1, 1, 1, 1, 16),
+    (2, 4, 2, 1, 37, 24),
+    (1, 6, 2, 1, 280, 16),
+    (2, 3, 3, 5, 21, 80),
+    (1, 2, 1, 70, 70, 16),
+    (1, 4, 1, 33, 90, 40),
+    (1, 1, 1, 3, 40, 256),
+    (1, 12, 1, 1, 150, 16),
+    (1, 2, 1, 2, 130, 80),
+]
 
 
 @pytest.mark.parametrize("batch, query_heads, key_heads, rows, keys, width", SHAPES)
@@ -68,8 +77,9 @@ def test_blocked_keys(shape):
     close(attention.attention(one, key, value, 0.3, mask), expected(one, key, value, 0.3, mask))
     mask = torch.zeros(50, dtype=torch.bool, device=DEVICE)
     mask[3:30] = True
-    close(attention.attention(query, key, value, 0.3, mask, window=45),
-          expected(query, key, value, 0.3, mask, window=45))
+    close(
+        attention.attention(query, key, value, 0.3, mask, window=45), expected(query, key, value, 0.3, mask, window=45)
+    )
 
 
 @pytest.mark.parametrize("keys", [40, 600])
@@ -89,8 +99,9 @@ def test_rotation(rows, keys, both):
     cached = rotary.rotate(key.cpu(), *tables) if both else key
     tables = tuple(x.to(DEVICE) for x in tables)
     last = tuple(x[keys - rows :] for x in tables)
-    found = attention.attention(query, key, value, 0.3, causal=True, window=300, query_tables=last,
-                                key_tables=tables if both else None)
+    found = attention.attention(
+        query, key, value, 0.3, causal=True, window=300, query_tables=last, key_tables=tables if both else None
+    )
     close(found, expected(turned, cached, value, 0.3, causal=True, window=300), 2e-6)
 
 
@@ -100,8 +111,9 @@ def test_int8_keys_and_values(rows, keys, dtype, tolerance):
     query = heads(2, 4, rows, 24).to(dtype)
     key, value = (torch.randint(-127, 128, (2, 2, keys, 24), dtype=torch.int8, device=DEVICE) for _ in range(2))
     scales = [(torch.rand(2, 2, keys) / 100).to(DEVICE) for _ in range(2)]
-    found = attention.attention(query, key, value, 0.3, causal=True, window=500, key_scales=scales[0],
-                                value_scales=scales[1])
+    found = attention.attention(
+        query, key, value, 0.3, causal=True, window=500, key_scales=scales[0], value_scales=scales[1]
+    )
     wide = [x.double() * s[..., None].double() for x, s in zip((key, value), scales, strict=True)]
     close(found, expected(query, *wide, 0.3, causal=True, window=500), tolerance)
 

@@ -44,8 +44,9 @@ def test_append(width, capacity, past, rows, prepare, count=3):
     if prepare in ("norm", "both"):
         options |= {"key_norm": (device_randn(width), 1e-6), "value_eps": 1e-5}
     for at in (past, torch.tensor([past], device=DEVICE)):
-        cache.append(key, value, layer.keys.data, layer.values.data, layer.keys.scales, layer.values.scales, at,
-                     **options)
+        cache.append(
+            key, value, layer.keys.data, layer.values.data, layer.keys.scales, layer.values.scales, at, **options
+        )
         found = layer.read(past, past + count)
         wide_key, wide_value = key.cpu().double(), value.cpu().double()
         if "key_norm" in options:
@@ -76,9 +77,15 @@ def test_rows_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("rows", kv_cache.FORMATS)
-@pytest.mark.parametrize("heads, key_heads, width, prepare, sizes", [
-    (4, 2, 16, True, [1] * 5), (2, 1, 16, True, [3, 1, 9, 1]), (2, 2, 24, False, [2, 1, 1, 1, 8]),
-    (18, 1, 80, True, [3, 1, 1])])
+@pytest.mark.parametrize(
+    "heads, key_heads, width, prepare, sizes",
+    [
+        (4, 2, 16, True, [1] * 5),
+        (2, 1, 16, True, [3, 1, 9, 1]),
+        (2, 2, 24, False, [2, 1, 1, 1, 8]),
+        (18, 1, 80, True, [3, 1, 1]),
+    ],
+)
 def test_a_chain_is_the_reference_chain(sizes, rows, heads, key_heads, width, prepare, monkeypatch):
     monkeypatch.setattr(kv_cache, "SLACK", 3)  # rings are passed round, and some passes longer than they are
     windows, total = (None, 3), sum(sizes)
@@ -92,8 +99,10 @@ def test_a_chain_is_the_reference_chain(sizes, rows, heads, key_heads, width, pr
             tables = rotary.rotary_tables(torch.arange(past, past + size), frequencies)
             options = {"norm": (torch.randn(width), 1e-6), "tables": tables}
             own = {"key_norm": (torch.randn(width), 1e-6), "value_eps": 1e-6, "tables": tables}
-        passes = [(OPS.cached_attention(mine, past, size, torch.device(DEVICE)), DEVICE),
-                  (REFERENCE.cached_attention(other, past, size, torch.device("cpu")), "cpu")]
+        passes = [
+            (OPS.cached_attention(mine, past, size, torch.device(DEVICE)), DEVICE),
+            (REFERENCE.cached_attention(other, past, size, torch.device("cpu")), "cpu"),
+        ]
         assert torch.equal(*(attend.positions.cpu() for attend, _ in passes))
         for layer in range(len(windows)):
             query, key, value = (projected(1, size, n, width) for n in (heads, key_heads, key_heads))
@@ -101,8 +110,12 @@ def test_a_chain_is_the_reference_chain(sizes, rows, heads, key_heads, width, pr
             found = []
             for attend, device in passes:
                 attend.append(layer, key.to(device), value.to(device), **moved(own, device))
-                found.append((attend(layer, query.to(device), 0.2, **moved(options, device)),
-                              attend(layer, query[:, -1:].to(device), 0.3, **moved(last, device))))
+                found.append(
+                    (
+                        attend(layer, query.to(device), 0.2, **moved(options, device)),
+                        attend(layer, query[:, -1:].to(device), 0.3, **moved(last, device)),
+                    )
+                )
             for a, b in zip(*found, strict=True):
                 # Where a value lies between two integers, a last bit decides.
                 close(a, b, 3e-6 if rows == "float32" or not prepare else 5e-3)

@@ -16,8 +16,19 @@ CARDS = [75, 80, 86, 89, 90]
 def test_all_launches_compile():
     """Some four minutes a card on one processor, unless triton's cache has the kernels; each launch for one of 86 and
     89, which `make gpu-compile` does not spare."""
-    found = subprocess.run([sys.executable, ROOT / "tests" / "kernels" / "compile_triton.py", ",".join(map(str, CARDS)),
-                            "--share", "--jobs", "2"], cwd=ROOT, capture_output=True, text=True,
-                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    found = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "tests" / "kernels" / "compile_triton.py",
+            ",".join(map(str, CARDS)),
+            "--share",
+            "--jobs",
+            "2",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     assert all(f"sm_{card}: " in found.stdout for card in CARDS)

@@ -29,8 +29,11 @@ def test_norms(shape, dtype):
     weight, bias = device_randn(shape[-1]), device_randn(shape[-1])
     tolerance = TOLERANCE[dtype]
     if shape[-1] > 1:  # one feature less its mean is a rounding error
-        close(norm.layer_norm(x + 5, weight, bias, 1e-5),
-              norm_reference.layer_norm(*wide(x + 5, weight, bias), 1e-5), 10 * tolerance)
+        close(
+            norm.layer_norm(x + 5, weight, bias, 1e-5),
+            norm_reference.layer_norm(*wide(x + 5, weight, bias), 1e-5),
+            10 * tolerance,
+        )
         found, total = norm.add_layer_norm(x, addend, weight, bias, 1e-5)
         exact = wide(x)[0] + wide(addend)[0]
         close(found, norm_reference.layer_norm(exact, *wide(weight, bias), 1e-5), tolerance)
@@ -38,8 +41,9 @@ def test_norms(shape, dtype):
     for w in (weight, None):
         exact = None if w is None else wide(w)[0]
         close(norm.rms_norm(x, w, 1e-5), norm_reference.rms_norm(*wide(x), exact, 1e-5), tolerance)
-        close(norm.add_rms_norm(x, addend, w, 1e-5), norm_reference.add_rms_norm(*wide(x, addend), exact, 1e-5),
-              tolerance)
+        close(
+            norm.add_rms_norm(x, addend, w, 1e-5), norm_reference.add_rms_norm(*wide(x, addend), exact, 1e-5), tolerance
+        )
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -91,6 +95,7 @@ def test_slot_memory_of_him(batch, held, slots, width):
 def test_backend_returns_as_the_reference():
     x, addend, weight, bias = device_randn(2, 40), device_randn(2, 40), device_randn(40), device_randn(40)
     ops, own = load_ops("triton", DEVICE), ReferenceOps()
-    for found, expected in zip(ops.add_layer_norm(x, addend, weight, bias),
-                               own.add_layer_norm(x, addend, weight, bias), strict=True):
+    for found, expected in zip(
+        ops.add_layer_norm(x, addend, weight, bias), own.add_layer_norm(x, addend, weight, bias), strict=True
+    ):
         close(found, expected.cpu())

@@ -33,10 +33,29 @@ def test_integrate(stored, rows, width, units, together):
     (first, wide1), (second, wide2) = hold(w1), hold(w2)
     stopped = set()
     for threshold in (None, 0.11 * math.sqrt(width), 1e9):
-        expected = reference.integrate(x.double(), context.double(), wide1, b1.double(), wide2, b2.double(),
-                                       mu.double(), steps=6, threshold=threshold, together=together)
-        found = integrator.integrate(*(t.to(DEVICE) for t in (x, context)), first, b1.to(DEVICE), second,
-                                     b2.to(DEVICE), mu.to(DEVICE), steps=6, threshold=threshold, together=together)
+        expected = reference.integrate(
+            x.double(),
+            context.double(),
+            wide1,
+            b1.double(),
+            wide2,
+            b2.double(),
+            mu.double(),
+            steps=6,
+            threshold=threshold,
+            together=together,
+        )
+        found = integrator.integrate(
+            *(t.to(DEVICE) for t in (x, context)),
+            first,
+            b1.to(DEVICE),
+            second,
+            b2.to(DEVICE),
+            mu.to(DEVICE),
+            steps=6,
+            threshold=threshold,
+            together=together,
+        )
         assert found.steps == expected.steps and torch.equal(found.iterations.cpu(), expected.iterations)
         close(found.x, expected.x, 2e-6)
         close(found.v, expected.v, 4e-6)
@@ -50,5 +69,13 @@ def test_no_rows_and_too_many_units():
     out = integrator.integrate(empty, empty, first, torch.zeros(3), second, torch.zeros(12), torch.zeros(4), steps=3)
     assert out.x.shape == (0, 4)
     with pytest.raises(ValueError, match="at most 64 hidden units, found 300"):
-        integrator.integrate(empty, empty, Weights(torch.zeros(300, 12)), torch.zeros(300), second, torch.zeros(12),
-                             torch.zeros(4), steps=3)
+        integrator.integrate(
+            empty,
+            empty,
+            Weights(torch.zeros(300, 12)),
+            torch.zeros(300),
+            second,
+            torch.zeros(12),
+            torch.zeros(4),
+            steps=3,
+        )

@@ -26,8 +26,11 @@ def weights(kind: str, rows: int, columns: int) -> tuple[Weights, torch.Tensor]:
     if kind in ("row", "group"):
         group = 128 if kind == "group" else None
         data, scales = quantize_rows(values, group)
-        wide = dequantize(data.double(), scales.double(), group) if scales.dim() == 1 else \
-            data.double() * scales.double().repeat_interleave(group, dim=1)[:, :columns]
+        wide = (
+            dequantize(data.double(), scales.double(), group)
+            if scales.dim() == 1
+            else data.double() * scales.double().repeat_interleave(group, dim=1)[:, :columns]
+        )
         return Weights(apart(data.to(DEVICE)), scales.to(DEVICE), group), wide
     data = values.to(getattr(torch, kind))
     return Weights(apart(data.to(DEVICE))), data.double()
@@ -41,8 +44,10 @@ def apart(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch, rows, columns", [(1, 5, 3), (1, 40, 300), (2, 33, 130), (3, 17, 129), (8, 20, 260),
-                                                  (17, 70, 200), (40, 129, 70)])
+@pytest.mark.parametrize(
+    "batch, rows, columns",
+    [(1, 5, 3), (1, 40, 300), (2, 33, 130), (3, 17, 129), (8, 20, 260), (17, 70, 200), (40, 129, 70)],
+)
 def test_linear(kind, batch, rows, columns):
     w, wide = weights(kind, rows, columns)
     x, bias = apart(device_randn(batch, columns)), device_randn(rows)
@@ -96,8 +101,9 @@ def test_gated_linear(kind, batch, activation):
     up, wide_up = weights(kind, 35, 150)
     x = device_randn(batch, 150) * 0.3
     exact = x.double().cpu() @ wide_gate.T
-    act = torch.nn.functional.silu(exact) if activation == "silu" else \
-        torch.nn.functional.gelu(exact, approximate="tanh")
+    act = (
+        torch.nn.functional.silu(exact) if activation == "silu" else torch.nn.functional.gelu(exact, approximate="tanh")
+    )
     close(linear.gated_linear(x, gate, up, activation), act * (x.double().cpu() @ wide_up.T))
 
 
@@ -116,8 +122,17 @@ def test_heads_in_parts(kind):
 
 
 @pytest.mark.parametrize("kind", ["row", "group", "float32"])
-@pytest.mark.parametrize("batch", [1, 3, pytest.param(20, marks=pytest.mark.skipif(
-    DEVICE == "cpu", reason="products of tiles are numpy's, which round by position"))])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        1,
+        3,
+        pytest.param(
+            20,
+            marks=pytest.mark.skipif(DEVICE == "cpu", reason="products of tiles are numpy's, which round by position"),
+        ),
+    ],
+)
 def test_a_matrix_in_parts_gives_the_same_bits(kind, batch):
     w, _ = weights(kind, 23, 300)
     x = device_randn(batch, 300)
@@ -161,8 +176,9 @@ def test_tiles_are_functions_of_shapes(card, monkeypatch):
             for gated in (False, True):
                 for itemsize in (1, 2, 4):
                     tiles = [linear.gemv_tile(batch, rows, columns, itemsize, gated) for rows in (1, 700, 5000)]
-                    assert all(tile.batch * tile.rows <= 64 and tile.columns == tile.warps * 32 * span
-                               for tile, span in tiles)
+                    assert all(
+                        tile.batch * tile.rows <= 64 and tile.columns == tile.warps * 32 * span for tile, span in tiles
+                    )
                     assert len({(tile.columns, span) for tile, span in tiles}) == 1  # else parts would change the bits
                 for group in (None, 128):
                     for how in ("direct", "split", "tf32x3", "ieee"):

@@ -13,10 +13,21 @@ from thl_engine import Engine, EngineError
 from thl_engine.kernels.triton.sampling import sample
 from thl_engine.text.sampler import Sampler, Sampling
 
-SETTINGS = [Sampling(temperature=0), Sampling(), Sampling(temperature=0.3), Sampling(top_k=1), Sampling(top_k=50),
-            Sampling(top_k=3, temperature=2.0), Sampling(top_p=0.9), Sampling(top_p=1e-9), Sampling(top_p=0.9999),
-            Sampling(temperature=0.8, top_k=50, top_p=0.95), Sampling(temperature=5.0, top_k=100_000, top_p=0.5),
-            Sampling(temperature=1e-300, top_p=0.5), Sampling(top_k=0, top_p=1.0)]
+SETTINGS = [
+    Sampling(temperature=0),
+    Sampling(),
+    Sampling(temperature=0.3),
+    Sampling(top_k=1),
+    Sampling(top_k=50),
+    Sampling(top_k=3, temperature=2.0),
+    Sampling(top_p=0.9),
+    Sampling(top_p=1e-9),
+    Sampling(top_p=0.9999),
+    Sampling(temperature=0.8, top_k=50, top_p=0.95),
+    Sampling(temperature=5.0, top_k=100_000, top_p=0.5),
+    Sampling(temperature=1e-300, top_p=0.5),
+    Sampling(top_k=0, top_p=1.0),
+]
 
 
 def both(logits, sampling, seed):
@@ -90,6 +101,12 @@ def test_generated_text_is_the_reference_backends():
     texts = []
     for backend, device in (("triton", DEVICE), ("reference", "cpu")):
         engine = Engine.from_state_dict("thl", SMALL.to_dict(), random_weights(SMALL), device=device, backend=backend)
-        texts.append([piece.id for piece in engine.generate([1, 2, 3], max_new_tokens=4, temperature=0.9, top_k=20,
-                                                            top_p=0.9, repetition_penalty=1.1, seed=3)])
+        texts.append(
+            [
+                piece.id
+                for piece in engine.generate(
+                    [1, 2, 3], max_new_tokens=4, temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.1, seed=3
+                )
+            ]
+        )
     assert texts[0] == texts[1]

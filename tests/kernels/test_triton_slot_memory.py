@@ -12,8 +12,15 @@ from thl_engine.kernels.triton import slot_memory
 from thl_engine.ops.reference import ReferenceOps
 
 READ = {"scale": 0.3, "load_penalty": 0.7, "decay": 0.9}
-RULE = {"clip_max": 2.0, "theta": 0.4, "beta": 6.0, "decay": 0.97, "ema_decay": 0.9, "stale_weight": 0.1,
-        "underuse_weight": 1.0}
+RULE = {
+    "clip_max": 2.0,
+    "theta": 0.4,
+    "beta": 6.0,
+    "decay": 0.97,
+    "ema_decay": 0.9,
+    "stale_weight": 0.1,
+    "underuse_weight": 1.0,
+}
 
 
 def double(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -45,8 +52,10 @@ def state(batch, slots, seed=0):
 
 
 @pytest.mark.parametrize("capacity", [None, 1])
-@pytest.mark.parametrize("batch, heads, slots, width, k", [(1, 1, 1, 1, 1), (2, 3, 37, 70, 3), (1, 5, 9, 140, 9),
-                                                           (3, 2, 33, 16, 5), (1, 19, 9, 33, 2)])
+@pytest.mark.parametrize(
+    "batch, heads, slots, width, k",
+    [(1, 1, 1, 1, 1), (2, 3, 37, 70, 3), (1, 5, 9, 140, 9), (3, 2, 33, 16, 5), (1, 19, 9, 33, 2)],
+)
 def test_slot_read(batch, heads, slots, width, k, capacity):
     query, memory = device_randn(batch, heads + 1, width)[:, 1:], device_randn(batch, slots, width + 5)[..., :width]
     found, expected = read(query, memory, *state(batch, slots), k, capacity)
@@ -93,8 +102,9 @@ def test_infinite_and_undefined_scores_stay_within_the_memory():
     for value in (float("nan"), float("-inf")):
         memory, (ema, last) = torch.full((1, 9, 5), value, device=DEVICE), state(1, 9)
         for capacity in (None, 1):
-            indices = slot_memory.slot_read(torch.ones(1, 2, 5, device=DEVICE), memory, ema, last, 1, k=3,
-                                            capacity=capacity, **READ)[2]
+            indices = slot_memory.slot_read(
+                torch.ones(1, 2, 5, device=DEVICE), memory, ema, last, 1, k=3, capacity=capacity, **READ
+            )[2]
             assert torch.equal(indices.cpu(), torch.arange(3).expand(1, 2, 3))
 
 
@@ -125,15 +135,18 @@ def test_novelty_write(kind, batch, slots, width, written):
     before = memory.clone().to(DEVICE)
     norms = slot_memory.slot_norms(before)
     close(norms, memory.double().norm(dim=-1))
-    choice = reference.novelty_write(candidate, memory, norms.cpu(), read_ema, write_ema, last, 23, slots=written,
-                                     **RULE)
-    exact = reference.novelty_write(*double(candidate, memory, norms, read_ema, write_ema, last), 23, slots=written,
-                                    **RULE)
+    choice = reference.novelty_write(
+        candidate, memory, norms.cpu(), read_ema, write_ema, last, 23, slots=written, **RULE
+    )
+    exact = reference.novelty_write(
+        *double(candidate, memory, norms, read_ema, write_ema, last), 23, slots=written, **RULE
+    )
 
     def write(t):
         kept = [x.clone().to(DEVICE) for x in (before, norms, write_ema, last)]
-        found = slot_memory.novelty_write(candidate.to(DEVICE), *kept[:2], read_ema.to(DEVICE), *kept[2:], t,
-                                          slots=written, **RULE)
+        found = slot_memory.novelty_write(
+            candidate.to(DEVICE), *kept[:2], read_ema.to(DEVICE), *kept[2:], t, slots=written, **RULE
+        )
         assert found.memory is kept[0] and found.norms is kept[1] and found.write_ema is kept[2]
         return found
 
@@ -155,8 +168,11 @@ def test_a_write_does_not_depend_on_batch_neighbours():
     results = []
     for rows in (slice(0, 3), slice(1, 2)):
         candidate, memory, read_ema, write_ema, last = (x[rows].clone() for x in inputs)
-        results.append(slot_memory.novelty_write(candidate, memory, slot_memory.slot_norms(memory), read_ema, write_ema,
-                                                 last, 9, slots=2, **RULE))
+        results.append(
+            slot_memory.novelty_write(
+                candidate, memory, slot_memory.slot_norms(memory), read_ema, write_ema, last, 9, slots=2, **RULE
+            )
+        )
     assert all(torch.equal(value[1:2], vars(results[1])[name]) for name, value in vars(results[0]).items())
 
 
@@ -165,8 +181,14 @@ def test_many_slots_are_written_in_chunks(monkeypatch):
     candidate, memory, read_ema, write_ema, last = write_inputs("partly", 1, 150, 8)
     norms = slot_memory.slot_norms(memory.to(DEVICE))
     expected = reference.novelty_write(candidate, memory, norms.cpu(), read_ema, write_ema, last, 3, slots=5, **RULE)
-    found = slot_memory.novelty_write(*(x.to(DEVICE) for x in (candidate, memory.clone())), norms,
-                                      *(x.clone().to(DEVICE) for x in (read_ema, write_ema, last)), 3, slots=5, **RULE)
+    found = slot_memory.novelty_write(
+        *(x.to(DEVICE) for x in (candidate, memory.clone())),
+        norms,
+        *(x.clone().to(DEVICE) for x in (read_ema, write_ema, last)),
+        3,
+        slots=5,
+        **RULE,
+    )
     assert torch.equal(found.indices.cpu(), expected.indices)
     close(found.memory, expected.memory)
 

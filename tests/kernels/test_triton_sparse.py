@@ -58,6 +58,7 @@ def test_rows_that_do_not_survive_are_not_read(kind, batch, cuts):
     lift[dead] = float("nan")
     out = torch.empty(batch, 1, 140, device=DEVICE)
     for first, last in zip(cuts, cuts[1:], strict=False):
+
         def part(w, first=first, last=last):
             return Weights(w.data[first:last], None if w.scales is None else w.scales[first:last], w.group)
 
@@ -72,8 +73,10 @@ def test_rows_that_do_not_survive_are_not_read(kind, batch, cuts):
 @pytest.mark.parametrize("batch", [2, 11])
 def test_a_layer(batch, adapted):
     ops, own = load_ops("triton", DEVICE), ReferenceOps()
-    up, down = (Held(*(t.to(DEVICE) for t in quantize_rows(torch.randn(300, 64), None)), transposed=turned)
-                for turned in (False, True))
+    up, down = (
+        Held(*(t.to(DEVICE) for t in quantize_rows(torch.randn(300, 64), None)), transposed=turned)
+        for turned in (False, True)
+    )
     if adapted:
         up = Adapted(up, Held(device_randn(3, 64)), Held(device_randn(300, 3)), 0.5)
         down = Adapted(down, Held(device_randn(3, 300)), Held(device_randn(64, 3)), 2.0)

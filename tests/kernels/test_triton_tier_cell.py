@@ -55,10 +55,18 @@ class Parts:
             yield Part(start, stop, self.w.data[start:stop], scales, self.w.group)
 
 
-@pytest.mark.parametrize("kind, batch, dtype, tolerance", [
-    ("row", 1, torch.float32, 1e-6), ("group", 3, torch.float32, 1e-6), ("row", 20, torch.float32, 1e-6),
-    ("row", 1, torch.bfloat16, 4e-3), ("bfloat16", 3, torch.bfloat16, 4e-3), ("row", 20, torch.bfloat16, 1e-2),
-    ("row", 2, torch.float16, 5e-4)])
+@pytest.mark.parametrize(
+    "kind, batch, dtype, tolerance",
+    [
+        ("row", 1, torch.float32, 1e-6),
+        ("group", 3, torch.float32, 1e-6),
+        ("row", 20, torch.float32, 1e-6),
+        ("row", 1, torch.bfloat16, 4e-3),
+        ("bfloat16", 3, torch.bfloat16, 4e-3),
+        ("row", 20, torch.bfloat16, 1e-2),
+        ("row", 2, torch.float16, 5e-4),
+    ],
+)
 def test_gru_cell(kind, batch, dtype, tolerance):
     d, below, read = 16, 24, 40
     state, lower, context, addend = (device_randn(batch, n).to(dtype) for n in (d, below, read, read))
@@ -87,19 +95,26 @@ def test_joined_layer_norm(batch, widths):
     places = [device_randn(batch, width + 1)[:, 1:] * 3 + 50 for width in widths]
     weight, bias = device_randn(sum(widths)), device_randn(sum(widths))
     wide = torch.cat(places, dim=-1).cpu().double()
-    close(tier_cell.joined_layer_norm(places, weight, bias, 1e-5),
-          layer_norm(wide, weight.cpu().double(), bias.cpu().double(), 1e-5), 4e-6)
+    close(
+        tier_cell.joined_layer_norm(places, weight, bias, 1e-5),
+        layer_norm(wide, weight.cpu().double(), bias.cpu().double(), 1e-5),
+        4e-6,
+    )
 
 
 def test_inputs_in_many_rows_or_places():
     ops, reference = load_ops("triton", DEVICE), ReferenceOps()
     for batch, count in ((40, 2), (2, 4)):
         places, (w, _) = [device_randn(batch, 9) for _ in range(count)], weights("row", 7, 9 * count)
-        close(ops.linear_joined(places, Held(*w)), reference.linear_joined([x.cpu() for x in places],
-                                                                           Held(w.data.cpu(), w.scales.cpu())))
+        close(
+            ops.linear_joined(places, Held(*w)),
+            reference.linear_joined([x.cpu() for x in places], Held(w.data.cpu(), w.scales.cpu())),
+        )
         weight = device_randn(9 * count)
-        close(ops.layer_norm_joined(places, weight, weight),
-              reference.layer_norm_joined([x.cpu() for x in places], weight.cpu(), weight.cpu()))
+        close(
+            ops.layer_norm_joined(places, weight, weight),
+            reference.layer_norm_joined([x.cpu() for x in places], weight.cpu(), weight.cpu()),
+        )
 
 
 @pytest.mark.parametrize("batch, entries, width", [(1, 1, 5), (3, 7, 130), (1, 70, 300)])
@@ -126,6 +141,7 @@ def test_window_read(batch, entries, width):
 def test_window_of_the_reference_is_filled_at_most():
     buffer = torch.randn(1, 4, 3)
     for ops in (ReferenceOps(), load_ops("auto", "cpu")):
-        full, late = (ops.window_read(torch.ones(1, 3), buffer.clone(), valid, torch.ones(1, 3), 0.5)
-                      for valid in (4, 40))
+        full, late = (
+            ops.window_read(torch.ones(1, 3), buffer.clone(), valid, torch.ones(1, 3), 0.5) for valid in (4, 40)
+        )
         assert all(torch.equal(a, b) for a, b in zip(full, late, strict=True))

@@ -9,8 +9,12 @@ from thl_engine.kernels import tuned
 from thl_engine.kernels.tuned import Choice
 
 CARD = "NVIDIA H100 80GB HBM3"
-CHOICES = (Choice(1, 4096, 4096, "cuda", (4, 4)), Choice(1, 16384, 4096, "triton", ()),
-           Choice(4, 4096, 4096, "triton", ()), Choice(4, 1000, 4096, "cuda", (2, 8)))
+CHOICES = (
+    Choice(1, 4096, 4096, "cuda", (4, 4)),
+    Choice(1, 16384, 4096, "triton", ()),
+    Choice(4, 4096, 4096, "triton", ()),
+    Choice(4, 1000, 4096, "cuda", (2, 8)),
+)
 
 
 def table(**changed: object) -> str:
@@ -24,9 +28,19 @@ def test_what_is_written_is_read():
     assert tuned.parse(tuned.to_text(CARD, "today", {}), "a.json", CARD) == {"gemv_int8": ()}
 
 
-@pytest.mark.parametrize("batch, rows, columns, expected", [
-    (1, 4096, 4096, 0), (1, 7000, 3000, 0), (1, 9000, 4096, 1), (2, 4096, 4096, 2), (3, 1500, 4096, 3),
-    (1, 4096, 8193, None), (5, 4096, 4096, None), (1, 1000, 4096, None)])
+@pytest.mark.parametrize(
+    "batch, rows, columns, expected",
+    [
+        (1, 4096, 4096, 0),
+        (1, 7000, 3000, 0),
+        (1, 9000, 4096, 1),
+        (2, 4096, 4096, 2),
+        (3, 1500, 4096, 3),
+        (1, 4096, 8193, None),
+        (5, 4096, 4096, None),
+        (1, 1000, 4096, None),
+    ],
+)
 def test_the_nearest_choice(batch, rows, columns, expected):
     assert tuned.nearest(CHOICES, batch, rows, columns) == (None if expected is None else CHOICES[expected])
 
@@ -46,18 +60,22 @@ def test_a_card_finds_its_table(monkeypatch, tmp_path):
     assert tuned.find.__wrapped__("gemv_int8", 1, 4096, 5000, torch.device("cuda")) == CHOICES[0]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("{", "a.json: expected JSON"),
-    ("[]", r"a.json: table: expected an object with card, measured, gemv_int8, found \[\]"),
-    (json.dumps({"card": CARD, "gemm": []}), "a.json: table: expected an object with card, measured, gemv_int8"),
-    (json.dumps({"card": "another"}), "a.json: card: expected 'NVIDIA H100 80GB HBM3', found 'another'"),
-    (json.dumps({"card": CARD, "gemv_int8": {}}), "a.json: gemv_int8: expected a list"),
-    (table(more=1), r"gemv_int8\[0\]: expected an object with batch, rows, columns, use, launch"),
-    (table(rows=0), r"gemv_int8\[0\].rows: expected a positive integer, found 0"),
-    (table(batch=True), r"gemv_int8\[0\].batch: expected a positive integer, found True"),
-    (table(use="torch"), r"gemv_int8\[0\].use: expected cuda or triton, found 'torch'"),
-    (table(launch=[4]), r"gemv_int8\[0\].launch: expected a list of 2 numbers, found \[4\]"),
-    (table(launch=[4, 3]), r"gemv_int8\[0\].launch: split: expected one of 1, 2, 4, 8, found 3")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "a.json: expected JSON"),
+        ("[]", r"a.json: table: expected an object with card, measured, gemv_int8, found \[\]"),
+        (json.dumps({"card": CARD, "gemm": []}), "a.json: table: expected an object with card, measured, gemv_int8"),
+        (json.dumps({"card": "another"}), "a.json: card: expected 'NVIDIA H100 80GB HBM3', found 'another'"),
+        (json.dumps({"card": CARD, "gemv_int8": {}}), "a.json: gemv_int8: expected a list"),
+        (table(more=1), r"gemv_int8\[0\]: expected an object with batch, rows, columns, use, launch"),
+        (table(rows=0), r"gemv_int8\[0\].rows: expected a positive integer, found 0"),
+        (table(batch=True), r"gemv_int8\[0\].batch: expected a positive integer, found True"),
+        (table(use="torch"), r"gemv_int8\[0\].use: expected cuda or triton, found 'torch'"),
+        (table(launch=[4]), r"gemv_int8\[0\].launch: expected a list of 2 numbers, found \[4\]"),
+        (table(launch=[4, 3]), r"gemv_int8\[0\].launch: split: expected one of 1, 2, 4, 8, found 3"),
+    ],
+)
 def test_a_table_that_is_none_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         tuned.parse(text, "a.json", CARD)

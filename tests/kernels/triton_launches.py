@@ -26,10 +26,12 @@ LAUNCHES = {}
 
 def launches(**variants):
     """Registers a function once for each variant of its only argument."""
+
     def register(make):
         for name, value in variants.items():
             LAUNCHES[f"{make.__name__}-{name}"] = lambda value=value: make(value)
         return make
+
     return register
 
 
@@ -68,8 +70,9 @@ def around_launches(batch):
 def gated_launches(batch):
     for x in (torch.float32, torch.bfloat16):
         for kind in ("row", "group"):
-            linear.gated_linear(torch.empty(batch, 1024, dtype=x), stored(kind, 4096, 1024), stored(kind, 4096, 1024),
-                                "gelu_tanh")
+            linear.gated_linear(
+                torch.empty(batch, 1024, dtype=x), stored(kind, 4096, 1024), stored(kind, 4096, 1024), "gelu_tanh"
+            )
 
 
 @launches(batch1=1, batch8=8)
@@ -81,8 +84,9 @@ def sparse_launches(batch):
     for kind in ("row", "group", "bfloat16"):
         for added in (None, low_rank):
             sparse.multiply(inner, alive, x, stored(kind, 16384, 2048), 0, added)
-        linear_transposed(inner[:, None], stored(kind, 16384, 2048), 1, 16384, 0, torch.empty(batch, 1, 2048), False,
-                          alive)
+        linear_transposed(
+            inner[:, None], stored(kind, 16384, 2048), 1, 16384, 0, torch.empty(batch, 1, 2048), False, alive
+        )
 
 
 @launches(batch1=1, batch8=8)
@@ -95,36 +99,80 @@ def linear_heads_launches(batch):
 def linear_transposed_launches(batch):
     for kind in ("row", "group", "float32"):
         for accumulate in (False, True):
-            linear_transposed(torch.empty(batch, 8, 64), stored(kind, 512, 1024), 8, 512, 0,
-                              torch.empty(batch, 8, 1024), accumulate)
+            linear_transposed(
+                torch.empty(batch, 8, 64), stored(kind, 512, 1024), 8, 512, 0, torch.empty(batch, 8, 1024), accumulate
+            )
 
 
-@launches(tiny=(1, 1, 1), small=(100, 96, 4), default=(1024, 768, 4), wide=(1024, 12288, 8), most=(16384, 256, 8),
-          more=(40000, 80, 32))
+@launches(
+    tiny=(1, 1, 1),
+    small=(100, 96, 4),
+    default=(1024, 768, 4),
+    wide=(1024, 12288, 8),
+    most=(16384, 256, 8),
+    more=(40000, 80, 32),
+)
 def slot_launches(shape):
     slots, width, heads = shape
     memory, ema = torch.empty(2, slots, width), torch.empty(2, slots)
     last, counter = torch.empty(2, slots, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
     for t, capacity in ((7, None), (counter, 2)):
-        slot_memory.slot_read(torch.empty(2, heads, width), memory, ema, last, t, k=min(8, slots), capacity=capacity,
-                              scale=0.1, load_penalty=0.1, decay=0.9)
-        slot_memory.novelty_write(torch.empty(2, width), memory, ema, ema, ema, last, t, slots=min(4, slots),
-                                  clip_max=1.0, theta=0.1, beta=1.0, decay=0.9, ema_decay=0.9, stale_weight=0.1,
-                                  underuse_weight=0.1)
+        slot_memory.slot_read(
+            torch.empty(2, heads, width),
+            memory,
+            ema,
+            last,
+            t,
+            k=min(8, slots),
+            capacity=capacity,
+            scale=0.1,
+            load_penalty=0.1,
+            decay=0.9,
+        )
+        slot_memory.novelty_write(
+            torch.empty(2, width),
+            memory,
+            ema,
+            ema,
+            ema,
+            last,
+            t,
+            slots=min(4, slots),
+            clip_max=1.0,
+            theta=0.1,
+            beta=1.0,
+            decay=0.9,
+            ema_decay=0.9,
+            stale_weight=0.1,
+            underuse_weight=0.1,
+        )
     slot_memory.slot_norms(memory)
 
 
 @launches(batch1=1, batch4=4, batch8=8)
 def tier_cell_launches(batch):
     for width in (100, 768, 12288):
-        for kind, dtype in (("row", torch.float32), ("group", torch.float32), ("row", torch.bfloat16),
-                            ("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        for kind, dtype in (
+            ("row", torch.float32),
+            ("group", torch.float32),
+            ("row", torch.bfloat16),
+            ("bfloat16", torch.bfloat16),
+            ("float32", torch.float32),
+        ):
             x, gate = torch.empty(batch, width, dtype=dtype), torch.empty(batch, 512)
             bias, state = torch.empty(512), torch.empty(batch, 512, dtype=dtype)
             tier_cell.joined_linear((x, x, x), stored(kind, 512, 3 * width), bias, gate, addend=x, gate="update")
             tier_cell.joined_linear((x, x, x), stored(kind, 512, 3 * width), bias, gate, gate="reset", state=state)
-            tier_cell.joined_linear((gate, x, x), stored(kind, 512, 512 + 2 * width), bias, state, addend=x,
-                                    gate="candidate", update=gate, state=state)
+            tier_cell.joined_linear(
+                (gate, x, x),
+                stored(kind, 512, 512 + 2 * width),
+                bias,
+                state,
+                addend=x,
+                gate="candidate",
+                update=gate,
+                state=state,
+            )
         tier_cell.joined_layer_norm((x, x, x), torch.empty(3 * width), torch.empty(3 * width), 1e-5)
     tier_cell.joined_linear((x, x), stored("row", 512, 2 * 12288), None, gate)
 
@@ -133,8 +181,9 @@ def tier_cell_launches(batch):
 def window_launches(entries):
     for width in (96, 768):
         for valid in (7, torch.empty(1, dtype=torch.int64)):
-            window_attention.window_read(torch.empty(2, width), torch.empty(2, entries, width), valid,
-                                         torch.empty(2, width), 0.1)
+            window_attention.window_read(
+                torch.empty(2, width), torch.empty(2, entries, width), valid, torch.empty(2, width), 0.1
+            )
 
 
 @launches(**{f"heads{width}": width for width in (16, 32, 64, 80, 128, 256)})
@@ -163,9 +212,19 @@ def cached_attention_launches(width):
             new, query = torch.empty(1, count, 2, width), torch.empty(1, heads, count, width)
             cache.append(new, new, *kept, past, key_norm=norm, value_eps=1e-6, tables=(table, table))
             cache.append(new, new, *kept, past)
-            attention.attention(query, *kept[:2], 0.1, causal=True, window=window, key_scales=kept[2],
-                                value_scales=kept[3], past=past, at_most=4096, query_norm=norm,
-                                query_tables=(table, table))
+            attention.attention(
+                query,
+                *kept[:2],
+                0.1,
+                causal=True,
+                window=window,
+                key_scales=kept[2],
+                value_scales=kept[3],
+                past=past,
+                at_most=4096,
+                query_norm=norm,
+                query_tables=(table, table),
+            )
 
 
 @launches(**{f"width{width}": width for width in (64, 768, 4096, 16384)})
@@ -202,8 +261,18 @@ def integrator_launches(units):
     for kind in ("row", "float32"):
         for together in (False, True):
             for threshold in (None, 0.1):
-                integrator.integrate(x, x, stored(kind, units, 1536), torch.empty(units), stored(kind, 1536, units),
-                                     torch.empty(1536), mu, steps=8, threshold=threshold, together=together)
+                integrator.integrate(
+                    x,
+                    x,
+                    stored(kind, units, 1536),
+                    torch.empty(units),
+                    stored(kind, 1536, units),
+                    torch.empty(1536),
+                    mu,
+                    steps=8,
+                    threshold=threshold,
+                    together=together,
+                )
 
 
 @launches(small=300, large=262_400)

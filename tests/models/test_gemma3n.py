@@ -109,8 +109,10 @@ def test_a_saved_context_goes_on_bit_for_bit(backend, tmp_path):
             logits, state = model.step(tokens[:, t], state)
             assert torch.equal(model.step(tokens[:, t], restored)[0], logits)
         assert fork.timestep == length
-        assert torch.equal(model.step(tokens[:, length], fork)[0],
-                           model.step(tokens[:, length], model.load_state(tmp_path / "state.safetensors"))[0])
+        assert torch.equal(
+            model.step(tokens[:, length], fork)[0],
+            model.step(tokens[:, length], model.load_state(tmp_path / "state.safetensors"))[0],
+        )
 
 
 def test_states_that_do_not_fit(backend):
@@ -119,11 +121,13 @@ def test_states_that_do_not_fit(backend):
     fields, sliding, full = state.to_dict(), "layers.0.self_attn.keys", "layers.2.self_attn.keys"
     assert fields[sliding].shape == (1, 2, 7, 12) and fields[full].shape == (1, 2, 48, 12)
     assert not any(name.startswith("layers.4.") for name in fields)  # reads layer 2's
-    for name, value, message in ((full, fields[full][:, :, :-1], f"'{full}' has shape"),
-                                 (full, fields[full].to(torch.int8), "is torch.int8, expected torch.float32"),
-                                 ("timestep", torch.tensor(47), "has shape"),
-                                 ("timestep", torch.tensor(129), "from 0 to the context's 128"),
-                                 ("other", torch.tensor(1), "unknown field 'other'")):
+    for name, value, message in (
+        (full, fields[full][:, :, :-1], f"'{full}' has shape"),
+        (full, fields[full].to(torch.int8), "is torch.int8, expected torch.float32"),
+        ("timestep", torch.tensor(47), "has shape"),
+        ("timestep", torch.tensor(129), "from 0 to the context's 128"),
+        ("other", torch.tensor(1), "unknown field 'other'"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             model.state_from_dict({**fields, name: value})
     del fields["layers.3.self_attn.values"]
@@ -141,9 +145,12 @@ def test_options_of_a_state(backend):
     close(found, expected, 0.05)
     with pytest.raises(ConfigError, match=r"51 tokens long; the context ends at 50 \(option context\)"):
         model.step(tokens[:, 0], small)
-    for options, message in (({"kv_cache": "int4"}, "kv_cache is 'int4'; it must be one of float32, int8"),
-                             ({"context": 129}, "from 1 to max_position_embeddings"),
-                             ({"context": 0}, "context is 0"), ({"cycles": 1}, "have no option cycles")):
+    for options, message in (
+        ({"kv_cache": "int4"}, "kv_cache is 'int4'; it must be one of float32, int8"),
+        ({"context": 129}, "from 1 to max_position_embeddings"),
+        ({"context": 0}, "context is 0"),
+        ({"cycles": 1}, "have no option cycles"),
+    ):
         with pytest.raises(ConfigError, match=message):
             model.new_state(**options)
 
@@ -173,17 +180,30 @@ def test_altup_against_loops():
 
 def test_other_shapes_of_the_model(backend):
     """One stream, another active stream, no scale, no capping, no sharing, one inner width a layer."""
-    fields = {**CASE.config, "altup_num_inputs": 3, "altup_active_idx": 2, "altup_correct_scale": False,
-              "final_logit_softcapping": None, "num_kv_shared_layers": 0, "num_hidden_layers": 2,
-              "intermediate_size": [33, 65], "layer_types": ["sliding_attention"] * 2,
-              "activation_sparsity_pattern": [0.0, 0.9], "sliding_window": 1}
+    fields = {
+        **CASE.config,
+        "altup_num_inputs": 3,
+        "altup_active_idx": 2,
+        "altup_correct_scale": False,
+        "final_logit_softcapping": None,
+        "num_kv_shared_layers": 0,
+        "num_hidden_layers": 2,
+        "intermediate_size": [33, 65],
+        "layer_types": ["sliding_attention"] * 2,
+        "activation_sparsity_pattern": [0.0, 0.9],
+        "sliding_window": 1,
+    }
     for n in (3, 1):
-        config = Gemma3nConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
-                                  if k in Gemma3nConfig.__dataclass_fields__}
-                               | {"altup_num_inputs": n, "altup_active_idx": n - 1})
+        config = Gemma3nConfig(
+            **{
+                k: tuple(v) if isinstance(v, list) else v
+                for k, v in fields.items()
+                if k in Gemma3nConfig.__dataclass_fields__
+            }
+            | {"altup_num_inputs": n, "altup_active_idx": n - 1}
+        )
         generator = torch.Generator().manual_seed(n)
-        weights = {b.name: gemma3n.initial(config, b, slice(0, b.shape[0]), generator)
-                   for b in gemma3n.blocks(config)}
+        weights = {b.name: gemma3n.initial(config, b, slice(0, b.shape[0]), generator) for b in gemma3n.blocks(config)}
         model = Engine.from_state_dict("gemma3n", config.to_dict(), weights, device="cpu", backend=backend)
         plain = Engine.from_state_dict("gemma3n", config.to_dict(), weights, device="cpu", backend="reference")
         tokens = torch.randint(110, (1, 12), generator=generator)
@@ -199,14 +219,20 @@ def test_other_shapes_of_the_model(backend):
 
 def test_names_of_published_checkpoints():
     config = Gemma3nConfig()
-    nested = {"model.language_model.norm.weight": "model.norm.weight",
-              "language_model.model.layers.3.mlp.up_proj.weight": "model.layers.3.mlp.up_proj.weight",
-              "language_model.lm_head.weight": "lm_head.weight", "lm_head.weight": "lm_head.weight",
-              "model.layers.19.self_attn.k_proj.weight": "model.layers.19.self_attn.k_proj.weight",
-              "model.layers.20.self_attn.k_proj.weight": None, "model.language_model.layers.34.self_attn.k_norm.weight":
-              None, "model.layers.20.self_attn.q_proj.weight": "model.layers.20.self_attn.q_proj.weight",
-              "model.vision_tower.timm_model.x": None, "audio_tower.y": None, "model.embed_audio.z": None,
-              "model.layers.99.self_attn.k_proj.weight": "model.layers.99.self_attn.k_proj.weight"}
+    nested = {
+        "model.language_model.norm.weight": "model.norm.weight",
+        "language_model.model.layers.3.mlp.up_proj.weight": "model.layers.3.mlp.up_proj.weight",
+        "language_model.lm_head.weight": "lm_head.weight",
+        "lm_head.weight": "lm_head.weight",
+        "model.layers.19.self_attn.k_proj.weight": "model.layers.19.self_attn.k_proj.weight",
+        "model.layers.20.self_attn.k_proj.weight": None,
+        "model.language_model.layers.34.self_attn.k_norm.weight": None,
+        "model.layers.20.self_attn.q_proj.weight": "model.layers.20.self_attn.q_proj.weight",
+        "model.vision_tower.timm_model.x": None,
+        "audio_tower.y": None,
+        "model.embed_audio.z": None,
+        "model.layers.99.self_attn.k_proj.weight": "model.layers.99.self_attn.k_proj.weight",
+    }
     for name, stored in nested.items():
         assert gemma3n.stored_name(config, name) == stored, name
 
@@ -218,16 +244,37 @@ def test_every_tensor_of_the_recording_is_a_block():
 
 def published(path, prefix: str, shards: int, **outer) -> None:
     """A folder as Gemma-3n is published: sharded, the decoder among parts for images and sound."""
-    text = {**CASE.config, "model_type": "gemma3n_text", "query_pre_attn_scalar": 12, "rope_scaling": None,
-            "rope_theta": 1e6, "rope_local_base_freq": 1e4, "intermediate_size": 56, "torch_dtype": "float32"}
+    text = {
+        **CASE.config,
+        "model_type": "gemma3n_text",
+        "query_pre_attn_scalar": 12,
+        "rope_scaling": None,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "intermediate_size": 56,
+        "torch_dtype": "float32",
+    }
     del text["rope_parameters"]
-    (path / "config.json").write_text(json.dumps(
-        {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"], "text_config": text,
-         "vision_config": {"model_type": "gemma3n_vision"}, "audio_config": {}, "eos_token_id": [1, 106], **outer}))
+    (path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "gemma3n",
+                "architectures": ["Gemma3nForConditionalGeneration"],
+                "text_config": text,
+                "vision_config": {"model_type": "gemma3n_vision"},
+                "audio_config": {},
+                "eos_token_id": [1, 106],
+                **outer,
+            }
+        )
+    )
     tensors = {name.replace("model.", prefix, 1): tensor for name, tensor in CASE.weights.items()}
-    tensors |= {"model.vision_tower.timm_model.conv.weight": torch.ones(3, 2, 2), "model.embed_audio.x": torch.ones(4),
-                f"{prefix}layers.4.self_attn.k_proj.weight": torch.ones(24, 40), "lm_head.weight":
-                CASE.weights["model.embed_tokens.weight"].clone()}
+    tensors |= {
+        "model.vision_tower.timm_model.conv.weight": torch.ones(3, 2, 2),
+        "model.embed_audio.x": torch.ones(4),
+        f"{prefix}layers.4.self_attn.k_proj.weight": torch.ones(24, 40),
+        "lm_head.weight": CASE.weights["model.embed_tokens.weight"].clone(),
+    }
     names = sorted(tensors)
     weight_map = {}
     for i in range(shards):
@@ -268,29 +315,48 @@ def test_forms_of_the_configuration():
     flat = {**CASE.config, "model_type": "gemma3n_text"}
     nested = {"model_type": "gemma3n", "text_config": flat, "vision_config": {}}
     assert parse_config(flat) == parse_config(nested) == parse_config(CASE.config) == parse_config(flat, "gemma3n")
-    one = {**CASE.config, "activation_sparsity_pattern": 0, "intermediate_size": 7, "rope_theta": 5.0,
-           "rope_parameters": None}
+    one = {
+        **CASE.config,
+        "activation_sparsity_pattern": 0,
+        "intermediate_size": 7,
+        "rope_theta": 5.0,
+        "rope_parameters": None,
+    }
     assert parse_config(one).activation_sparsity_pattern == (0.0,) * 6 and parse_config(one).rope_theta == 5.0
     assert parse_config({**one, "rope_parameters": {"full_attention": {"rope_theta": 3}}}).rope_theta == 3.0
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("hidden_activation", "silu", "hidden_activation is 'silu'; supported is 'gelu_pytorch_tanh'"),
-    ("attention_bias", True, "attention_bias is True"), ("tie_word_embeddings", False, "tie_word_embeddings is False"),
-    ("rope_scaling", {"factor": 2}, "rope_scaling"), ("rope_parameters", 3, "rope_parameters must be an object"),
-    ("rope_parameters", {"full_attention": {"rope_type": "yarn"}}, "rope_type is 'yarn'; supported are"),
-    ("rope_parameters", {"other": {}}, "'other' is {}; expected an object for each of full_attention"),
-    ("layer_types", ["full_attention"] * 5, "layer_types .* 6 entries"),
-    ("layer_types", ["full"] * 6, "entries of 'sliding_attention' or 'full_attention'"),
-    ("layer_types", [1] * 6, "layer_types, entry 0, must be a name"),
-    ("activation_sparsity_pattern", [1.0] * 6, "less than 1"), ("intermediate_size", [0] * 6, "entries of at least 1"),
-    ("num_kv_shared_layers", 6, "num_kv_shared_layers"), ("num_kv_shared_layers", 4, "each shared type before"),
-    ("num_kv_shared_layers", -1, "0 or more"), ("altup_active_idx", 4, r"one of the altup_num_inputs \(4\)"),
-    ("altup_num_inputs", 65, "at most 64"),
-    ("num_key_value_heads", 3, "multiple of num_key_value_heads"), ("head_dim", 11, "even"),
-    ("final_logit_softcapping", 0.0, "null .no capping. or more than 0"), ("sliding_window", 0, "at least 1"),
-    ("rms_norm_eps", -1e-6, "0 or more"), ("rope_theta", 0, "more than 0"), ("num_layer", 3, "unknown field"),
-    ("laurel_rank", "64", "must be a whole number"), ("rms_norm_eps", float("nan"), "must be finite")])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_activation", "silu", "hidden_activation is 'silu'; supported is 'gelu_pytorch_tanh'"),
+        ("attention_bias", True, "attention_bias is True"),
+        ("tie_word_embeddings", False, "tie_word_embeddings is False"),
+        ("rope_scaling", {"factor": 2}, "rope_scaling"),
+        ("rope_parameters", 3, "rope_parameters must be an object"),
+        ("rope_parameters", {"full_attention": {"rope_type": "yarn"}}, "rope_type is 'yarn'; supported are"),
+        ("rope_parameters", {"other": {}}, "'other' is {}; expected an object for each of full_attention"),
+        ("layer_types", ["full_attention"] * 5, "layer_types .* 6 entries"),
+        ("layer_types", ["full"] * 6, "entries of 'sliding_attention' or 'full_attention'"),
+        ("layer_types", [1] * 6, "layer_types, entry 0, must be a name"),
+        ("activation_sparsity_pattern", [1.0] * 6, "less than 1"),
+        ("intermediate_size", [0] * 6, "entries of at least 1"),
+        ("num_kv_shared_layers", 6, "num_kv_shared_layers"),
+        ("num_kv_shared_layers", 4, "each shared type before"),
+        ("num_kv_shared_layers", -1, "0 or more"),
+        ("altup_active_idx", 4, r"one of the altup_num_inputs \(4\)"),
+        ("altup_num_inputs", 65, "at most 64"),
+        ("num_key_value_heads", 3, "multiple of num_key_value_heads"),
+        ("head_dim", 11, "even"),
+        ("final_logit_softcapping", 0.0, "null .no capping. or more than 0"),
+        ("sliding_window", 0, "at least 1"),
+        ("rms_norm_eps", -1e-6, "0 or more"),
+        ("rope_theta", 0, "more than 0"),
+        ("num_layer", 3, "unknown field"),
+        ("laurel_rank", "64", "must be a whole number"),
+        ("rms_norm_eps", float("nan"), "must be finite"),
+    ],
+)
 def test_configurations_that_cannot_work(field, value, message):
     config = {**CASE.config, field: value}
     if field == "rope_theta":

@@ -34,8 +34,16 @@ def test_recorded_passes(folder, backend):
             state.reset_memory()
         blocks = {}
         mask = case.io["attention_mask"][number] if "attention_mask" in case.io else None
-        logits, state = him.forward(config, weights, ops, tokens, state, blocks.__setitem__, mask=mask,
-                                    reconstruction=case.meta["kind"] == "him_reconstruction")
+        logits, state = him.forward(
+            config,
+            weights,
+            ops,
+            tokens,
+            state,
+            blocks.__setitem__,
+            mask=mask,
+            reconstruction=case.meta["kind"] == "him_reconstruction",
+        )
         got = {"logits": logits, **state.named(), **blocks}
         for name, expected in case.io.items():
             if name.startswith(f"pass{number}."):
@@ -51,13 +59,21 @@ def test_recorded_passes_restart_from_recorded_state(folder, backend):
     weights, ops = as_weights(config, case.weights), load_ops(backend, "cpu")
     for number in range(1, len(case.io["input_ids"])):
         key = f"pass{number - 1}."
-        state = him.state_from_dict(config, {name: case.io[key + name] for name in ("memory", "reasoning_embeddings")},
-                                    ops)
+        state = him.state_from_dict(
+            config, {name: case.io[key + name] for name in ("memory", "reasoning_embeddings")}, ops
+        )
         if number in case.meta["run"].get("reset_before", []):
             state.reset_memory()
         mask = case.io["attention_mask"][number] if "attention_mask" in case.io else None
-        logits, _ = him.forward(config, weights, ops, case.io["input_ids"][number], state, mask=mask,
-                                reconstruction=case.meta["kind"] == "him_reconstruction")
+        logits, _ = him.forward(
+            config,
+            weights,
+            ops,
+            case.io["input_ids"][number],
+            state,
+            mask=mask,
+            reconstruction=case.meta["kind"] == "him_reconstruction",
+        )
         assert close(logits, case.io[f"pass{number}.logits"])
 
 
@@ -86,8 +102,9 @@ def test_recorded_generation(backend):
     engine = OnePass(config, case.weights, backend)
     state = engine.new_state()
     for number, (prompt, length) in enumerate(zip(case.io["prompts"], case.io["prompt_lengths"].tolist(), strict=True)):
-        found, state = answer(engine, prompt[:length].tolist(), state, Sampler(Sampling(top_k=1)), run["eos_id"],
-                              run["pad_id"])
+        found, state = answer(
+            engine, prompt[:length].tolist(), state, Sampler(Sampling(top_k=1)), run["eos_id"], run["pad_id"]
+        )
         key = f"call{number}."
         assert found == case.io[f"{key}output_ids"].tolist()
         got = {"logits": engine.logits, **state.named()}
@@ -114,8 +131,9 @@ def test_tensors_are_the_published_ones():
 
 def plain_attention(config, w, prefix, queries, source, mask):
     d = config.embed_dim // config.num_heads
-    q, k, v = (x @ w[f"{prefix}{name}.weight"].T for x, name in
-               ((queries, "q_proj"), (source, "k_proj"), (source, "v_proj")))
+    q, k, v = (
+        x @ w[f"{prefix}{name}.weight"].T for x, name in ((queries, "q_proj"), (source, "k_proj"), (source, "v_proj"))
+    )
     heads = []
     for h in range(config.num_heads):
         shared = h * config.num_kv_heads // config.num_heads
@@ -192,8 +210,9 @@ def test_batch_sizes(batch, backend):
     weights, ops = as_weights(SMALL, tensors), load_ops(backend, "cpu")
     tokens = ids(SMALL, batch, SMALL.max_seq_len, batch)
     state = him.init_state(SMALL, batch, weights=weights)
-    expected = plain_forward(SMALL, tensors, tokens, state.memory, state.reasoning_embeddings,
-                             torch.ones_like(tokens), False)[0]
+    expected = plain_forward(
+        SMALL, tensors, tokens, state.memory, state.reasoning_embeddings, torch.ones_like(tokens), False
+    )[0]
     served, state = serve(SMALL, weights, ops, tokens, state, ids(SMALL, batch, SMALL.max_answer_len - 1))
     assert close(served.double(), expected)
 
@@ -218,16 +237,22 @@ def test_int8_stays_near_float_and_backends_agree(change):
 # --- configuration and initialisation ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"num_heads": 5}, r"embed_dim is 66; it must be a multiple of num_heads \(5\)"),
-    ({"num_kv_heads": 4}, r"num_heads is 6; it must be a multiple of num_kv_heads \(4\)"),
-    ({"embed_dim": 62, "num_heads": 2}, "embed_dim is 62; it must be even and at least 64"),
-    ({"embed_dim": 65, "num_heads": 5}, "embed_dim is 65"), ({"mem_rank": 67}, r"at most embed_dim \(66\)"),
-    ({"max_seq_len": 513}, "max_seq_len is 513; it must be at most 512"), ({"mem_slots": 0}, "mem_slots is 0"),
-    ({"vocab_size": -3}, "vocab_size is -3"), ({"num_encoder_layers": 0}, "num_encoder_layers"),
-    ({"max_answer_len": 1.5}, "max_answer_len must be a whole number"),
-    ({"num_layers": 3}, "unknown field 'num_layers'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_heads": 5}, r"embed_dim is 66; it must be a multiple of num_heads \(5\)"),
+        ({"num_kv_heads": 4}, r"num_heads is 6; it must be a multiple of num_kv_heads \(4\)"),
+        ({"embed_dim": 62, "num_heads": 2}, "embed_dim is 62; it must be even and at least 64"),
+        ({"embed_dim": 65, "num_heads": 5}, "embed_dim is 65"),
+        ({"mem_rank": 67}, r"at most embed_dim \(66\)"),
+        ({"max_seq_len": 513}, "max_seq_len is 513; it must be at most 512"),
+        ({"mem_slots": 0}, "mem_slots is 0"),
+        ({"vocab_size": -3}, "vocab_size is -3"),
+        ({"num_encoder_layers": 0}, "num_encoder_layers"),
+        ({"max_answer_len": 1.5}, "max_answer_len must be a whole number"),
+        ({"num_layers": 3}, "unknown field 'num_layers'"),
+    ],
+)
 def test_bad_configurations(change, message):
     with pytest.raises(ConfigError, match=message):
         parse_config({**SMALL.to_dict(), **change})
@@ -249,6 +274,7 @@ def test_a_fresh_model_runs(backend):
     tensors = {block.name: him.initial(SMALL, block, slice(0, block.shape[0]), generator) for block in blocks}
     assert all(tensors[block.name].shape == block.shape for block in blocks)
     weights = as_weights(SMALL, tensors)
-    logits, _ = him.forward(SMALL, weights, load_ops(backend, "cpu"), ids(SMALL, 2, 9),
-                            him.init_state(SMALL, 2, weights=weights))
+    logits, _ = him.forward(
+        SMALL, weights, load_ops(backend, "cpu"), ids(SMALL, 2, 9), him.init_state(SMALL, 2, weights=weights)
+    )
     assert logits.isfinite().all() and logits.std() > 0.1

@@ -56,13 +56,16 @@ def test_batch_rule(model):
         him.forward(SMALL, weights, ops, ids(SMALL, 4, 6), state)
 
 
-@pytest.mark.parametrize("mask, message", [
-    (torch.ones(2, 5), r"expected a tensor of shape \[2, 6\], as the tokens, found \[2, 5\]"),
-    ([[1] * 6] * 2, "found list"),
-    (torch.full((2, 6), 2), "entries must be 1"),
-    (torch.full((2, 6), float("nan")), "entries must be 1"),
-    (torch.tensor([[1] * 6, [0] * 6]), "row 1 blocks every position"),
-])
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (torch.ones(2, 5), r"expected a tensor of shape \[2, 6\], as the tokens, found \[2, 5\]"),
+        ([[1] * 6] * 2, "found list"),
+        (torch.full((2, 6), 2), "entries must be 1"),
+        (torch.full((2, 6), float("nan")), "entries must be 1"),
+        (torch.tensor([[1] * 6, [0] * 6]), "row 1 blocks every position"),
+    ],
+)
 def test_bad_masks_change_nothing(model, mask, message):
     weights, ops, new = model
     state = new(2)
@@ -75,8 +78,10 @@ def test_bad_masks_change_nothing(model, mask, message):
 def test_mask_types_agree(model):
     weights, ops, new = model
     tokens, mask = ids(SMALL, 2, 6), torch.tensor([[1, 1, 0, 1, 0, 1], [1] * 6])
-    first, *others = [him.forward(SMALL, weights, ops, tokens, new(2), mask=mask.to(kind))[0]
-                      for kind in (torch.int64, torch.bool, torch.float32)]
+    first, *others = [
+        him.forward(SMALL, weights, ops, tokens, new(2), mask=mask.to(kind))[0]
+        for kind in (torch.int64, torch.bool, torch.float32)
+    ]
     assert all(torch.equal(first, other) for other in others)
     without = him.forward(SMALL, weights, ops, tokens, new(2))[0]
     assert torch.equal(without, him.forward(SMALL, weights, ops, tokens, new(2), mask=torch.ones(2, 6))[0])
@@ -115,15 +120,22 @@ def test_a_clone_does_not_follow(model):
     assert all(torch.equal(value, before[name]) for name, value in state.to_dict().items())
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"memory": None}, "'memory' is missing"), ({"answer": None}, "'answer' is missing"),
-    ({"tier0": torch.zeros(1)}, "unknown field 'tier0'"),
-    ({"memory": torch.zeros(3, 6, 66)}, "'memory' has shape"), ({"memory": torch.zeros(6, 66)}, "'memory' has shape"),
-    ({"answer": torch.zeros(2, 4, 66)}, "'answer' has shape"), ({"context": torch.zeros(0, 19)}, "'context' has shape"),
-    ({"context": torch.tensor(1)}, "'context' has shape"),
-    ({"context": torch.full((2, 19), 51)}, "id 51, outside the vocabulary of 51"),
-    ({"context_valid": torch.tensor(20)}, "context_valid"), ({"timestep": torch.tensor(-1)}, "timestep -1"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"memory": None}, "'memory' is missing"),
+        ({"answer": None}, "'answer' is missing"),
+        ({"tier0": torch.zeros(1)}, "unknown field 'tier0'"),
+        ({"memory": torch.zeros(3, 6, 66)}, "'memory' has shape"),
+        ({"memory": torch.zeros(6, 66)}, "'memory' has shape"),
+        ({"answer": torch.zeros(2, 4, 66)}, "'answer' has shape"),
+        ({"context": torch.zeros(0, 19)}, "'context' has shape"),
+        ({"context": torch.tensor(1)}, "'context' has shape"),
+        ({"context": torch.full((2, 19), 51)}, "id 51, outside the vocabulary of 51"),
+        ({"context_valid": torch.tensor(20)}, "context_valid"),
+        ({"timestep": torch.tensor(-1)}, "timestep -1"),
+    ],
+)
 def test_bad_state_fields(model, change, message):
     weights, ops, new = model
     fields = {name: value for name, value in {**new(2).to_dict(), **change}.items() if value is not None}
@@ -193,8 +205,9 @@ def test_reads_are_the_walk(config, backend):
 
 
 def make(backend, quantize="none", **options):
-    return Engine.from_state_dict("him", SMALL.to_dict(), random_tensors(SMALL), device="cpu", backend=backend,
-                                  quantize=quantize, **options)
+    return Engine.from_state_dict(
+        "him", SMALL.to_dict(), random_tensors(SMALL), device="cpu", backend=backend, quantize=quantize, **options
+    )
 
 
 def budgets(backend, quantize):
@@ -292,14 +305,19 @@ def test_an_answer_ends_with_the_end_token(engine):
     assert cut == first[: first.index(first[1]) + 1]
 
 
-@pytest.mark.parametrize("content, error, message", [
-    ("{", ConfigError, "not valid JSON"), ('{"prompt": "a"}', ConfigError, "holds a JSON dict"),
-    ('[{"prompt": "a"}, {"text": "b"}]', ConfigError, r"sample 1 is \{'text': 'b'\}, expected an object with text"),
-    ('[{"prompt": 5}]', ConfigError, "sample 0"), ('["a"]', ConfigError, "sample 0 is 'a'"),
-    ('[{"prompt": ""}]', TokenizerError, "sample 0 has an empty prompt"),
-    ('[{"prompt": "a"}, {"prompt": "A"}]', TokenizerError, "not in the model's character vocabulary"),
-    ("[" * 10**5, ConfigError, "not valid JSON"),
-])
+@pytest.mark.parametrize(
+    "content, error, message",
+    [
+        ("{", ConfigError, "not valid JSON"),
+        ('{"prompt": "a"}', ConfigError, "holds a JSON dict"),
+        ('[{"prompt": "a"}, {"text": "b"}]', ConfigError, r"sample 1 is \{'text': 'b'\}, expected an object with text"),
+        ('[{"prompt": 5}]', ConfigError, "sample 0"),
+        ('["a"]', ConfigError, "sample 0 is 'a'"),
+        ('[{"prompt": ""}]', TokenizerError, "sample 0 has an empty prompt"),
+        ('[{"prompt": "a"}, {"prompt": "A"}]', TokenizerError, "not in the model's character vocabulary"),
+        ("[" * 10**5, ConfigError, "not valid JSON"),
+    ],
+)
 def test_bad_samples(engine, tmp_path, content, error, message):
     source = tmp_path / "samples.json"
     source.write_text(content)

@@ -58,8 +58,9 @@ def int8_weights(config: HRMConfig, tensors: dict) -> dict:
 def run_forward(config, tensors, backend, tokens, cycles, weights=weights_of) -> dict:
     """All recorded values of one `forward`, the logits of each segment among them."""
     ops, weights, seen = load_ops(backend, "cpu"), weights(config, tensors), {}
-    seen["logits"], _ = hrm.forward(config, weights, ops, tokens, hrm.init_state(config, len(tokens)),
-                                    seen.__setitem__, cycles=cycles)
+    seen["logits"], _ = hrm.forward(
+        config, weights, ops, tokens, hrm.init_state(config, len(tokens)), seen.__setitem__, cycles=cycles
+    )
     for s in range(int(seen["num_segments"])):
         hidden = seen[f"segment{s}.z_H"].flatten(0, 1)
         seen[f"segment{s}.logits"] = hrm.logits(config, weights, ops, hidden).view(*tokens.shape, -1)
@@ -128,8 +129,9 @@ def test_recorded_chat(backend):
     with Engine.from_state_dict("hrm", case.config.to_dict(), case.tensors, device="cpu", backend=backend) as engine:
         state = engine.new_state(cycles=case.cycles)
         with engine.trace("num_segments", "logits") as trace:
-            answer = list(chat(engine, prompt, max_new_tokens=len(expected), sampling=Sampling(temperature=0),
-                               state=state))
+            answer = list(
+                chat(engine, prompt, max_new_tokens=len(expected), sampling=Sampling(temperature=0), state=state)
+            )
     assert [piece.id for piece in answer] == expected
     assert all(step.keys() == {"num_segments", "logits"} for step in trace.steps)
     assert [int(step["num_segments"]) for step in trace.steps] == case.io["num_segments"].tolist()
@@ -166,8 +168,14 @@ def parameters_of(case: Recorded) -> dict[str, torch.Tensor]:
 def test_recorded_deep_supervision():
     case = Recorded("train_step")
     parameters = parameters_of(case)
-    got = deep_supervision(case.config, weights_of(case.config, parameters), ReferenceOps(), case.io["input_ids"],
-                           case.io["labels"], case.cycles)
+    got = deep_supervision(
+        case.config,
+        weights_of(case.config, parameters),
+        ReferenceOps(),
+        case.io["input_ids"],
+        case.io["labels"],
+        case.cycles,
+    )
     assert got.loss.dtype == torch.float64 and distance(got.loss.detach(), case.io["loss"]) <= VALUES
     assert len(got.segments) == int(case.io["num_segments"]) == case.config.halt_max_steps
     values = {"logits": got.logits.detach()}
@@ -191,8 +199,15 @@ def test_recorded_simple_trainer():
     for batch in ("batch0", "batch1"):
         for parameter in parameters.values():
             parameter.grad = None
-        loss, carry = simple_loss(case.config, weights, ReferenceOps(), case.io[f"{batch}.inputs"],
-                                  case.io[f"{batch}.targets"], carry, case.cycles)
+        loss, carry = simple_loss(
+            case.config,
+            weights,
+            ReferenceOps(),
+            case.io[f"{batch}.inputs"],
+            case.io[f"{batch}.targets"],
+            carry,
+            case.cycles,
+        )
         loss.backward()
         assert distance(loss.detach(), case.io[f"{batch}.loss"]) <= VALUES
         assert distance(carry.high, case.io[f"{batch}.z_H"]) <= VALUES
@@ -306,17 +321,20 @@ def test_states_are_independent_and_restart_bit_for_bit(backend):
     assert fork.timestep == 66 and fork.cycles == (1, 2)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"window": None}, "'window' is missing"),
-    ({"extra": torch.zeros(1)}, "unknown field 'extra'"),
-    ({"window": torch.zeros(2, 63, dtype=torch.int64)}, r"\[2, 63\], expected \[2, 64\]"),
-    ({"window": torch.zeros(2, 64)}, "torch.float32"),
-    ({"window": torch.full((2, 64), 37)}, "outside the vocabulary of 37"),
-    ({"window": torch.full((2, 64), -1)}, "outside the vocabulary"),
-    ({"valid": torch.tensor(65)}, "do not agree"),
-    ({"timestep": torch.tensor(-1)}, "do not agree"),
-    ({"cycles": torch.tensor([2, 0])}, "cycles"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"window": None}, "'window' is missing"),
+        ({"extra": torch.zeros(1)}, "unknown field 'extra'"),
+        ({"window": torch.zeros(2, 63, dtype=torch.int64)}, r"\[2, 63\], expected \[2, 64\]"),
+        ({"window": torch.zeros(2, 64)}, "torch.float32"),
+        ({"window": torch.full((2, 64), 37)}, "outside the vocabulary of 37"),
+        ({"window": torch.full((2, 64), -1)}, "outside the vocabulary"),
+        ({"valid": torch.tensor(65)}, "do not agree"),
+        ({"timestep": torch.tensor(-1)}, "do not agree"),
+        ({"cycles": torch.tensor([2, 0])}, "cycles"),
+    ],
+)
 def test_a_damaged_state_is_one_clear_line(change, message):
     fields = {**hrm.init_state(ODD, 2).to_dict(), **change}
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -338,10 +356,15 @@ def test_initial_values_are_the_published_ones(backend):
     config = HRMConfig(vocab_size=400)
     generator = torch.Generator().manual_seed(0)
     tensors = {b.name: hrm.initial(config, b, slice(None), generator) for b in hrm.blocks(config)}
-    assert {b.name: tuple(tensors[b.name].shape) for b in hrm.blocks(config)} == {b.name: b.shape
-                                                                                 for b in hrm.blocks(config)}
-    for name, std in (("input_embedding.embedding_weight", 1 / 16), ("output_head.weight", 1 / 16), ("z0_H", 1.0),
-                      ("L_module.layers.2.feed_forward.down_proj.weight", 1 / sqrt(512))):
+    assert {b.name: tuple(tensors[b.name].shape) for b in hrm.blocks(config)} == {
+        b.name: b.shape for b in hrm.blocks(config)
+    }
+    for name, std in (
+        ("input_embedding.embedding_weight", 1 / 16),
+        ("output_head.weight", 1 / 16),
+        ("z0_H", 1.0),
+        ("L_module.layers.2.feed_forward.down_proj.weight", 1 / sqrt(512)),
+    ):
         values = tensors[name]
         tolerance = 0.15 if name == "z0_H" else 0.02
         assert abs(values.std().item() / std - 1) < tolerance and abs(values.mean().item()) < tolerance * std
@@ -349,8 +372,9 @@ def test_initial_values_are_the_published_ones(backend):
     assert (tensors["H_module.layers.0.norm2.weight"] == 1).all()
     seen = run_forward(config, tensors, backend, torch.zeros(1, 2, dtype=torch.int64), "fast")
     assert int(seen["num_segments"]) == config.halt_max_steps  # an untrained model never wants to halt
-    assert torch.equal(Recorded("forward_n1t1").tensors["rope.inv_freq"],
-                       hrm.inverse_frequencies(Recorded("forward_n1t1").config))
+    assert torch.equal(
+        Recorded("forward_n1t1").tensors["rope.inv_freq"], hrm.inverse_frequencies(Recorded("forward_n1t1").config)
+    )
 
 
 def test_a_trace_has_the_logits_of_every_segment(backend):

@@ -63,12 +63,18 @@ def reference(weights, x: torch.Tensor, n: int, t: int, threshold: float) -> dic
         if q[0] > q[1]:
             break
         low = linear("reset", high)
-    return {"z_H": high, "out": x + w["P_out.weight"] @ high, "steps": steps, "residuals": residuals,
-            "q": torch.stack(q_values)}
+    return {
+        "z_H": high,
+        "out": x + w["P_out.weight"] @ high,
+        "steps": steps,
+        "residuals": residuals,
+        "q": torch.stack(q_values),
+    }
 
 
-@pytest.mark.parametrize("options", [{}, {"cycles": "agent"}, {"cycles": (2, 1)}, {"cycles": "code", "max_cycles": 2}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cycles": "agent"}, {"cycles": (2, 1)}, {"cycles": "code", "max_cycles": 2}], ids=str
+)
 def test_the_recurrence_follows_the_equations(backend, options):
     model = engine(backend)
     state = model.new_state(2, **options)
@@ -104,12 +110,14 @@ def test_positions_stop_at_different_times():
 def test_a_fresh_model_equals_its_base(backend, quantize):
     config = parse_config(CONFIG, "hrm_gemma3n")
     generator = torch.Generator().manual_seed(2)
-    weights = {b.name: hrm_gemma3n.initial(config, b, slice(0, b.shape[0]), generator)
-               for b in hrm_gemma3n.blocks(config)}
+    weights = {
+        b.name: hrm_gemma3n.initial(config, b, slice(0, b.shape[0]), generator) for b in hrm_gemma3n.blocks(config)
+    }
     weights |= CASE.weights
     fresh = engine(backend, weights, quantize=quantize)
-    base = Engine.from_state_dict("gemma3n", CASE.config, CASE.weights, device="cpu", backend=backend,
-                                  quantize=quantize)
+    base = Engine.from_state_dict(
+        "gemma3n", CASE.config, CASE.weights, device="cpu", backend=backend, quantize=quantize
+    )
     assert torch.equal(fresh.forward(TOKENS)[0], base.forward(TOKENS)[0])
     state, plain = fresh.new_state(2), base.new_state(2)
     for t in range(13):
@@ -145,8 +153,9 @@ def test_linear_of_an_adapted_matrix(backend):
         close(ops.linear(x, matrix, bias).double(), wanted, 1e-5)
         gate = torch.randn(*shape[:-1], 23, generator=generator)
         for quantile in (0.8, 1.6):
-            assert torch.equal(ops.geglu_linear(gate, x, matrix, quantile),
-                               ops.geglu(gate, ops.linear(x, matrix), quantile))
+            assert torch.equal(
+                ops.geglu_linear(gate, x, matrix, quantile), ops.geglu(gate, ops.linear(x, matrix), quantile)
+            )
 
 
 def test_int8_leaves_the_adapters_as_floats(backend):
@@ -209,9 +218,13 @@ def test_more_cycles_change_the_result(backend):
     assert state.cycles == (2, 5)
     assert model.new_state(cycles="math").cycles == (4, 8) and model.new_state().cycles == (3, 4)
     assert model.new_state(cycles="code", max_cycles=9).cycles == (9, 12)
-    for options, message in (({"cycles": "deep"}, "math, code, agent"), ({"cycles": (0, 1)}, "from 1 to 64"),
-                             ({"max_cycles": 65}, "max_cycles is 65"), ({"max_cycles": True}, "max_cycles is True"),
-                             ({"depth": 2}, "no option depth")):
+    for options, message in (
+        ({"cycles": "deep"}, "math, code, agent"),
+        ({"cycles": (0, 1)}, "from 1 to 64"),
+        ({"max_cycles": 65}, "max_cycles is 65"),
+        ({"max_cycles": True}, "max_cycles is True"),
+        ({"depth": 2}, "no option depth"),
+    ):
         with pytest.raises(ConfigError, match=message):
             model.new_state(**options)
 
@@ -225,16 +238,23 @@ def test_configuration():
     defaults = HRMGemma3nConfig().hrm
     assert (defaults.L_size, defaults.H_size, defaults.cycles, defaults.L_steps) == (2048, 4096, 4, 8)
     assert (defaults.L_rank, defaults.L_alpha, defaults.H_rank, defaults.H_alpha) == (32, 16.0, 64, 32.0)
-    nested = {"model_type": "hrm_gemma3n", "hrm": {"L_size": 5}, "base_model": "x",
-              "text_config": {"model_type": "gemma3n_text", "hidden_size": 64}, "vision_config": {}}
+    nested = {
+        "model_type": "hrm_gemma3n",
+        "hrm": {"L_size": 5},
+        "base_model": "x",
+        "text_config": {"model_type": "gemma3n_text", "hidden_size": 64},
+        "vision_config": {},
+    }
     assert parse_config(nested).hrm.L_size == 5 and parse_config(nested).hidden_size == 64
-    for hrm, message in (({"L_sise": 3}, "hrm: unknown field 'L_sise' for this object; did you mean 'L_size'"),
-                         ({"L_size": 0}, "hrm: L_size is 0; it must be at least 1"),
-                         ({"cycles": 65}, "hrm: cycles is 65; it must be from 1 to 64"),
-                         ({"L_threshold": -1}, "hrm: L_threshold is -1.0; it must be 0"),
-                         ({"H_alpha": 0}, "hrm: H_alpha is 0.0; it must be more than 0"),
-                         ({"H_rank": 2.5}, "hrm: H_rank must be a whole number"),
-                         (3, "hrm must be an object of fields, found 3")):
+    for hrm, message in (
+        ({"L_sise": 3}, "hrm: unknown field 'L_sise' for this object; did you mean 'L_size'"),
+        ({"L_size": 0}, "hrm: L_size is 0; it must be at least 1"),
+        ({"cycles": 65}, "hrm: cycles is 65; it must be from 1 to 64"),
+        ({"L_threshold": -1}, "hrm: L_threshold is -1.0; it must be 0"),
+        ({"H_alpha": 0}, "hrm: H_alpha is 0.0; it must be more than 0"),
+        ({"H_rank": 2.5}, "hrm: H_rank must be a whole number"),
+        (3, "hrm must be an object of fields, found 3"),
+    ):
         with pytest.raises(ConfigError, match=message):
             parse_config({**CONFIG, "hrm": hrm})
 
@@ -243,12 +263,16 @@ def test_names_of_published_and_adapter_files():
     config = HRMGemma3nConfig()
     module = "layers.3.mlp.up_proj"
     shared = "model.layers.20.self_attn.k_proj"
-    for name, stored in {f"base_model.model.model.{module}.lora_A.weight": f"model.{module}.lora_A.weight",
-                         f"base_model.model.model.language_model.{module}.lora_B.weight":
-                         f"model.{module}.lora_B.weight", f"model.{module}.lora_B.weight":
-                         f"model.{module}.lora_B.weight", f"base_model.model.{shared}.lora_A.weight": None,
-                         f"{shared}.weight": None, f"model.language_model.{module}.weight": f"model.{module}.weight",
-                         "hrm.P_out.weight": "hrm.P_out.weight", "model.vision_tower.x": None}.items():
+    for name, stored in {
+        f"base_model.model.model.{module}.lora_A.weight": f"model.{module}.lora_A.weight",
+        f"base_model.model.model.language_model.{module}.lora_B.weight": f"model.{module}.lora_B.weight",
+        f"model.{module}.lora_B.weight": f"model.{module}.lora_B.weight",
+        f"base_model.model.{shared}.lora_A.weight": None,
+        f"{shared}.weight": None,
+        f"model.language_model.{module}.weight": f"model.{module}.weight",
+        "hrm.P_out.weight": "hrm.P_out.weight",
+        "model.vision_tower.x": None,
+    }.items():
         assert hrm_gemma3n.stored_name(config, name) == stored, name
 
 
@@ -265,8 +289,12 @@ def test_the_walk_is_the_base_once_and_the_recurrence_revisited():
 def test_the_recurrence_is_pinned_first(backend):
     model = engine(backend, stream=True)
     plan = model.plan()
-    revisited = {page.index for name, tensor in model._store.tensors.items() for page in tensor.pages
-                 if name.startswith("hrm.") and model._schedules[()].uses().get(page.index, 0) > 1}
+    revisited = {
+        page.index
+        for name, tensor in model._store.tensors.items()
+        for page in tensor.pages
+        if name.startswith("hrm.") and model._schedules[()].uses().get(page.index, 0) > 1
+    }
     room = sum(4096 * -(-model._store.pages[p].nbytes // 4096) for p in revisited)
     ring = SLOT_CHOICES[-1] * plan.slot_bytes  # whatever of it the plan takes
     tight = engine(backend, stream=True, memory_budget=plan.least_budget + ring + room)

@@ -36,8 +36,9 @@ from thl_engine.ops.weights import Held
 def test_forward(name, backend):
     case, config, weights = recorded(name)
     got = {}
-    got["logits"], state = forward(config, weights, load_ops(backend, "cpu"), case.io["input_ids"],
-                                   record=got.__setitem__)
+    got["logits"], state = forward(
+        config, weights, load_ops(backend, "cpu"), case.io["input_ids"], record=got.__setitem__
+    )
     for key, expected in case.io.items():
         if key != "input_ids":
             close(got[key], expected, what=key)
@@ -70,10 +71,12 @@ def test_names_and_shapes_are_the_published_ones():
     for name in [*FORWARD_CASES, "greedy", "training_mode"]:
         case, config, _ = recorded(name)
         assert {b.name: b.shape for b in inl.blocks(config)} == {
-            name: tuple(value.shape) for name, value in case.weights.items()}
+            name: tuple(value.shape) for name, value in case.weights.items()
+        }
         assert inl.aliases(config) == case.meta["tied"]
-        encoding = inl.initial(config, next(b for b in inl.blocks(config) if b.name == "pos_encoding.pe"), slice(None),
-                               torch.Generator())
+        encoding = inl.initial(
+            config, next(b for b in inl.blocks(config) if b.name == "pos_encoding.pe"), slice(None), torch.Generator()
+        )
         close(encoding, case.weights["pos_encoding.pe"], 1e-6)
 
 
@@ -120,9 +123,15 @@ def test_a_token_stops_whatever_the_chunk_and_the_batch(backend):
     runs = []
     for chunks in ([30], [1], [11, 1, 13]):
         used = []
-        logits, _ = advance(ODD, weights, ops, tokens, inl.init_state(ODD, 4, weights=weights), chunks,
-                            lambda name, value, used=used: used.append(value.view(4, -1)) if "iterations_used" in name
-                            else None)
+        logits, _ = advance(
+            ODD,
+            weights,
+            ops,
+            tokens,
+            inl.init_state(ODD, 4, weights=weights),
+            chunks,
+            lambda name, value, used=used: used.append(value.view(4, -1)) if "iterations_used" in name else None,
+        )
         used = [torch.cat(used[i :: ODD.num_layers], dim=1) for i in range(ODD.num_layers)]
         runs.append((logits, torch.stack(used)))
     assert len(runs[0][1].unique()) >= 3  # tokens do stop at different steps
@@ -196,12 +205,17 @@ def test_a_context_has_its_size_from_the_start():
             call(config, weights, REFERENCE, tokens, whole)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"context": 526}, "context is 526; the model's max_seq_len is 525"),
-    ({"context": 0}, "context is 0; it must be"), ({"context": 2.5}, "context is 2.5"),
-    ({"kv_cache": "int4"}, "kv_cache is 'int4'; it must be one of float32, int8"),
-    ({"sliding_window": 0}, "sliding_window is 0"), ({"sliding_window": True}, "sliding_window is True"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 526}, "context is 526; the model's max_seq_len is 525"),
+        ({"context": 0}, "context is 0; it must be"),
+        ({"context": 2.5}, "context is 2.5"),
+        ({"kv_cache": "int4"}, "kv_cache is 'int4'; it must be one of float32, int8"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"sliding_window": True}, "sliding_window is True"),
+    ],
+)
 def test_options_of_a_state_that_cannot_be(options, message):
     with pytest.raises(ConfigError, match=message):
         inl.init_state(ODD, 1, "meta", **options)
@@ -223,14 +237,17 @@ def test_state_survives_a_file_and_forks(tmp_path, backend):
     assert fresh.to_dict()["layers.0.inl.num_forwards"].item() == 3
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda fields: fields.pop("layers.1.attention.values"), "'layers.1.attention.values' is missing"),
-    (lambda fields: fields.update(extra=torch.zeros(1)), "unknown field 'extra'"),
-    (lambda fields: fields.update({"layers.0.attention.keys": torch.zeros(3, 5, 4, 6)}), "has shape"),
-    (lambda fields: fields.update({"layers.0.attention.keys": torch.zeros(1, 5, 1000, 7)}), "has shape"),
-    (lambda fields: fields.update(timestep=torch.tensor(3)), "has shape"),
-    (lambda fields: fields.update(timestep=torch.tensor(1000)), "max_seq_len"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fields: fields.pop("layers.1.attention.values"), "'layers.1.attention.values' is missing"),
+        (lambda fields: fields.update(extra=torch.zeros(1)), "unknown field 'extra'"),
+        (lambda fields: fields.update({"layers.0.attention.keys": torch.zeros(3, 5, 4, 6)}), "has shape"),
+        (lambda fields: fields.update({"layers.0.attention.keys": torch.zeros(1, 5, 1000, 7)}), "has shape"),
+        (lambda fields: fields.update(timestep=torch.tensor(3)), "has shape"),
+        (lambda fields: fields.update(timestep=torch.tensor(1000)), "max_seq_len"),
+    ],
+)
 def test_a_damaged_state_is_refused(change, message):
     fields = inl.init_state(ODD, 2).to_dict()
     change(fields)
@@ -241,11 +258,19 @@ def test_a_damaged_state_is_refused(change, message):
 # Variants, sizes and options.
 
 
-@pytest.mark.parametrize("change", [
-    {"use_adaptive_stopping": False}, {"use_lowrank_embeddings": False}, {"use_shared_controllers": False},
-    {"num_layers": 1, "num_heads": 1}, {"feedforward_dim": None, "d_model": 1, "num_heads": 1},
-    {"num_iterations_per_layer": 1}, {"hierarchical_group_size": 1000},
-], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_adaptive_stopping": False},
+        {"use_lowrank_embeddings": False},
+        {"use_shared_controllers": False},
+        {"num_layers": 1, "num_heads": 1},
+        {"feedforward_dim": None, "d_model": 1, "num_heads": 1},
+        {"num_iterations_per_layer": 1},
+        {"hierarchical_group_size": 1000},
+    ],
+    ids=str,
+)
 def test_options(change, backend):
     config, ops = replace(ODD, **change), load_ops(backend, "cpu")
     weights, tokens = held(config, random_tensors(config)), draw(ODD, 2, 9)
@@ -324,13 +349,19 @@ def test_presets_are_the_published_sizes():
             assert parse_config(json.loads((shared / f"{name}.json").read_text())) == config
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("num_heads", 7, "multiple of num_heads"), ("d_model", -4, "d_model is -4"), ("num_layers", 0, "num_layers is 0"),
-    ("use_adaptive_stopping", 1, "must be true or false"), ("lowrank_ratio", 2.0, "lowrank_ratio"),
-    ("adaptive_convergence_threshold", -1.0, "adaptive_convergence_threshold is -1.0"),
-    ("feedforward_dim", 0, "feedforward_dim is 0"),
-    ("num_iteration_per_layer", 3, "did you mean 'num_iterations_per_layer'"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_heads", 7, "multiple of num_heads"),
+        ("d_model", -4, "d_model is -4"),
+        ("num_layers", 0, "num_layers is 0"),
+        ("use_adaptive_stopping", 1, "must be true or false"),
+        ("lowrank_ratio", 2.0, "lowrank_ratio"),
+        ("adaptive_convergence_threshold", -1.0, "adaptive_convergence_threshold is -1.0"),
+        ("feedforward_dim", 0, "feedforward_dim is 0"),
+        ("num_iteration_per_layer", 3, "did you mean 'num_iterations_per_layer'"),
+    ],
+)
 def test_bad_configurations_are_refused(field, value, message):
     with pytest.raises(ConfigError, match=message):
         parse_config({"model_type": "inl", "d_model": 64, "num_iterations_per_layer": 3, field: value})

@@ -33,16 +33,25 @@ def check_losses(losses, case: Case, prefix: str) -> None:
 
 def test_training_mode():
     case, config, _ = recorded("training_mode")
-    parameters = {b.name: case.weights[b.name].clone().requires_grad_(case.weights[b.name].is_floating_point())
-                  for b in inl.blocks(config)}
+    parameters = {
+        b.name: case.weights[b.name].clone().requires_grad_(case.weights[b.name].is_floating_point())
+        for b in inl.blocks(config)
+    }
     weights, got = trainable(inl.blocks(config), parameters), {}
-    logits, _ = inl.forward(config, weights, REFERENCE, case.io["input_ids"], inl.init_state(config, 2),
-                            got.__setitem__, training=True)
-    loss = IntegratorLoss(target_value=0.0, lambda_mean_init=0.1, lambda_speed=0.01, lambda_energy=0.001,
-                          annealing_epochs=10)
+    logits, _ = inl.forward(
+        config, weights, REFERENCE, case.io["input_ids"], inl.init_state(config, 2), got.__setitem__, training=True
+    )
+    loss = IntegratorLoss(
+        target_value=0.0, lambda_mean_init=0.1, lambda_speed=0.01, lambda_energy=0.001, annealing_epochs=10
+    )
     last = f"layer{config.num_layers - 1}."
-    losses = loss(logits.flatten(0, 1), case.io["targets"].flatten(), got[f"{last}x_trajectory"],
-                  got[f"{last}v_trajectory"], epoch=2)
+    losses = loss(
+        logits.flatten(0, 1),
+        case.io["targets"].flatten(),
+        got[f"{last}x_trajectory"],
+        got[f"{last}v_trajectory"],
+        epoch=2,
+    )
     losses.total.backward()
     check_losses(losses, case, "loss.")
     close(logits, case.io["logits"])
@@ -53,7 +62,8 @@ def test_training_mode():
             close(parameters[key.removeprefix("grad.")].grad, expected, GRADIENTS, key)
     without = {name for name, p in parameters.items() if p.requires_grad and p.grad is None}
     assert {name for name in without if name.startswith("shared_controller")} == set(
-        case.meta["notes"]["parameters_without_gradient"])
+        case.meta["notes"]["parameters_without_gradient"]
+    )
 
 
 def case_without_weights(name: str) -> Case:
@@ -67,8 +77,15 @@ def test_losses():
         loss = IntegratorLoss(**{**case.config["base"], **setup["overrides"]})
         inputs = {key: case.io[key].clone().requires_grad_() for key in ("logits", "x_trajectory", "v_trajectory")}
         mu = case.io["learned_mu"] if "learned_mu" in name else None
-        losses = loss(inputs["logits"], case.io["targets"], inputs["x_trajectory"], inputs["v_trajectory"],
-                      setup["epoch"], setup["exploration"], mu)
+        losses = loss(
+            inputs["logits"],
+            case.io["targets"],
+            inputs["x_trajectory"],
+            inputs["v_trajectory"],
+            setup["epoch"],
+            setup["exploration"],
+            mu,
+        )
         check_losses(losses, case, f"{name}.")
         losses.total.backward()
         for key, value in inputs.items():
@@ -100,11 +117,18 @@ def test_phases():
         for entry in expected["phases"]:
             phase, values = schedule.phase(entry["epoch"])
             assert (phase, values.lambda_mean, values.excitation_amplitude, phase == "exploration") == (
-                entry["phase_name"], entry["lambda_mean"], entry["excitation_amplitude"], entry["is_exploration"]), name
+                entry["phase_name"],
+                entry["lambda_mean"],
+                entry["excitation_amplitude"],
+                entry["is_exploration"],
+            ), name
         for key in ("lambda_mean", "excitation_amplitude"):
             assert [getattr(schedule.phase(e)[1], key) for e in range(60)] == case.io[f"{name}.{key}"].tolist()
-    for preset, overrides in (("bold", None), ("balanced", {"cycles": 3}),
-                              ("balanced", {"equilibrium_config": {"lambda": 1.0}})):
+    for preset, overrides in (
+        ("bold", None),
+        ("balanced", {"cycles": 3}),
+        ("balanced", {"equilibrium_config": {"lambda": 1.0}}),
+    ):
         with pytest.raises(ConfigError):
             cycle_schedule(preset, overrides)
 
@@ -118,8 +142,11 @@ def module_case(name: str, make) -> tuple[Case, object, dict]:
     module = make(case.config)
     blocks = module.blocks()
     assert {b.name: b.shape for b in blocks} == {key: tuple(value.shape) for key, value in case.weights.items()}
-    return case, module, {b.name: Held(case.weights[b.name]) if b.kind == "matrix" else case.weights[b.name].float()
-                          for b in blocks}
+    return (
+        case,
+        module,
+        {b.name: Held(case.weights[b.name]) if b.kind == "matrix" else case.weights[b.name].float() for b in blocks},
+    )
 
 
 def chosen(kind, options: dict):
@@ -153,8 +180,9 @@ def test_mixture(backend):
     case, module, weights = module_case("mixture", lambda options: chosen(MixtureOfIntegrators, options))
     ops = load_ops(backend, "cpu")
     h, x, v = (case.io[key] for key in "hxv")
-    for found, key in zip(module.route(weights, ops, h), ("router_probs", "top_k_experts", "expert_weights"),
-                          strict=True):
+    for found, key in zip(
+        module.route(weights, ops, h), ("router_probs", "top_k_experts", "expert_weights"), strict=True
+    ):
         close(found, case.io[key], what=key)
     for t in range(3):
         x, v = module.step(weights, ops, h, x, v)
@@ -171,8 +199,14 @@ def test_neuron_layer(name, backend):
     h, x, v = (case.io[key] for key in "hxv")
     for t in range(4):
         control, error = module.control(weights, ops, h, x, v), x - weights["mu"]
-        inside = {"alpha_base": control.alpha, "beta": control.beta, "gate": control.gate, "v_cand": control.candidate,
-                  "error": error, "alpha": module.damping(control.alpha, error)}
+        inside = {
+            "alpha_base": control.alpha,
+            "beta": control.beta,
+            "gate": control.gate,
+            "v_cand": control.candidate,
+            "error": error,
+            "alpha": module.damping(control.alpha, error),
+        }
         x, v = module.step(weights, ops, h, x, v, t)
         for key, found in {**inside, "x": x, "v": v}.items():
             close(found, case.io[f"step{t}.{key}"], what=f"step{t}.{key}")
@@ -186,9 +220,16 @@ def test_adaptive_neuron(backend):
     case, module, weights = module_case("adaptive_neuron", make)
     for prefix, stopping in (("auto", True), ("no_stop", False)):
         got = module.run(weights, load_ops(backend, "cpu"), case.io["h"], stopping)
-        found = {"x_final": got.x, "v_final": got.v, "iterations_used": got.iterations, "converged": got.converged,
-                 "x_trajectory": got.x_trajectory, "v_trajectory": got.v_trajectory,
-                 "avg_iterations_after": got.avg_iterations, "num_forwards_after": got.num_forwards}
+        found = {
+            "x_final": got.x,
+            "v_final": got.v,
+            "iterations_used": got.iterations,
+            "converged": got.converged,
+            "x_trajectory": got.x_trajectory,
+            "v_trajectory": got.v_trajectory,
+            "avg_iterations_after": got.avg_iterations,
+            "num_forwards_after": got.num_forwards,
+        }
         for key, value in found.items():
             close(value, case.io[f"{prefix}.{key}"], what=f"{prefix}.{key}")
         weights |= {"avg_iterations": got.avg_iterations, "num_forwards": got.num_forwards}

@@ -72,7 +72,7 @@ def test_mask_of_a_window():
         here = torch.arange(past + rows)
         whole |= here[None, :] <= here[:, None] - window
         found = causal(rows, past, window=window)
-        assert torch.equal(found, whole[past:, max(0, past - window + 1):])
+        assert torch.equal(found, whole[past:, max(0, past - window + 1) :])
 
 
 # INL.
@@ -81,8 +81,9 @@ def test_mask_of_a_window():
 STILL = replace(ODD, num_layers=2, num_iterations_per_layer=4, adaptive_convergence_threshold=0.0)
 
 
-@pytest.mark.parametrize(("window", "rows"), [(1, "float32"), (5, "float32"), (40, "float32"), (1000, "float32"),
-                                              (5, "int8")])
+@pytest.mark.parametrize(
+    ("window", "rows"), [(1, "float32"), (5, "float32"), (40, "float32"), (1000, "float32"), (5, "int8")]
+)
 def test_a_window_is_a_mask(window, rows, backend):
     weights, ops, tokens = held(STILL, random_tensors(STILL)), load_ops(backend, "cpu"), draw(STILL, 2, 150)
     here = torch.arange(150)
@@ -109,8 +110,11 @@ def test_int8_rows_change_logits_little(name):
     assert 1e-5 < share(rough, exact) < 0.005 and torch.equal(rough.argmax(-1), exact.argmax(-1))
 
 
-@pytest.mark.parametrize("options", [{"kv_cache": "int8"}, {"sliding_window": 6},
-                                     {"kv_cache": "int8", "sliding_window": 6, "context": 100}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_cache": "int8"}, {"sliding_window": 6}, {"kv_cache": "int8", "sliding_window": 6, "context": 100}],
+    ids=str,
+)
 def test_engine_with_options(options, backend, tmp_path):
     tensors, tokens = random_tensors(ODD), draw(ODD, 1, 90)
     engine = Engine.from_state_dict("inl", ODD.to_dict(), tensors, device="cpu", backend=backend, **options)
@@ -133,6 +137,7 @@ def test_streamed_equals_resident_with_int8_rows_and_a_window(backend):
     texts = []
     for stream in (False, True):
         with Engine.from_state_dict("inl", case.config, case.weights, stream=stream, **options) as engine:
-            texts.append([(piece.id, piece.logprob) for piece in engine.generate([1, 2, 3], max_new_tokens=12,
-                                                                                 temperature=0)])
+            texts.append(
+                [(piece.id, piece.logprob) for piece in engine.generate([1, 2, 3], max_new_tokens=12, temperature=0)]
+            )
     assert texts[0] == texts[1]

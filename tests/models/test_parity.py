@@ -8,6 +8,8 @@ from thl_engine import Engine
 
 THL_CASES = cases("thl")
 WHOLE_RUN, SINGLE_STEP = 1e-4, 2e-5  # relative to the largest magnitude of the tensor
+
+
 # Orders among equal scores, recorded under the other tie rule where a case has no second recording.
 def initial_state(engine: Engine, case: Case, batch: int):
     stored = {key.removeprefix("init."): value for key, value in case.io.items() if key.startswith("init.")}
@@ -59,8 +61,13 @@ def test_thl_single_steps_from_recorded_states(folder, backend):
             continue
         with engine.trace() as trace:
             _, state = engine.step(tokens[t + 1], engine.state_from_dict(recorded))
-        check({**state.to_dict(), **trace.steps[0]}, case, f"{key}step{t + 1:03d}.", SINGLE_STEP,
-              TIE_ORDER.get(case.name, set()))
+        check(
+            {**state.to_dict(), **trace.steps[0]},
+            case,
+            f"{key}step{t + 1:03d}.",
+            SINGLE_STEP,
+            TIE_ORDER.get(case.name, set()),
+        )
         restarted += 1
     assert restarted >= 2
 

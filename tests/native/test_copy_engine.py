@@ -38,8 +38,16 @@ class Bench:
         self.memory = torch.full((places * SLOT,), 0x5A, dtype=torch.uint8)
         self.device = _native.HostCopyDevice(seed, delay)
         self.compute = self.device.compute
-        self.engine = _native.CopyEngine(reader.native, self.device, self.memory, [i * SLOT for i in range(places)],
-                                         SLOT, slots, self.compute, **options)
+        self.engine = _native.CopyEngine(
+            reader.native,
+            self.device,
+            self.memory,
+            [i * SLOT for i in range(places)],
+            SLOT,
+            slots,
+            self.compute,
+            **options,
+        )
 
     def start(self, place, offset, nbytes, crc=None, label="page", home=-1):
         self.engine.start(0, offset, nbytes, crc, label, place * SLOT, home)
@@ -172,8 +180,9 @@ def test_copies_go_on_while_nobody_asks(path, content):
         for i in range(12):
             bench.finish(i)
         bench.device.sums()
-        assert all(torch.equal(bench.memory[i * SLOT : i * SLOT + 4096], content[4096 * i : 4096 * (i + 1)])
-                   for i in range(12))
+        assert all(
+            torch.equal(bench.memory[i * SLOT : i * SLOT + 4096], content[4096 * i : 4096 * (i + 1)]) for i in range(12)
+        )
 
 
 def test_a_page_that_cannot_be_read_fails_alone(path, content):
@@ -185,8 +194,10 @@ def test_a_page_that_cannot_be_read_fails_alone(path, content):
         bench.finish(0)
         found = f"{crc32c(content[4096:4196].numpy()):08x}"
         for _ in range(2):
-            with pytest.raises(CheckpointError, match=f"{path}: page 1: 100 bytes at offset 4096: checksum mismatch: "
-                                                      f"expected 00000007, found {found}"):
+            with pytest.raises(
+                CheckpointError,
+                match=f"{path}: page 1: 100 bytes at offset 4096: checksum mismatch: expected 00000007, found {found}",
+            ):
                 bench.finish(1)
         with pytest.raises(CheckpointError, match="page 2: 100 bytes at offset 300000: short read"):
             bench.finish(2)
@@ -224,8 +235,9 @@ def test_memory_that_cannot_be_locked_is_an_error_that_says_what_helps(path):
         device = _native.HostCopyDevice(0, 0)
         device.refuse_locks()
         with pytest.raises(DeviceError, match="49152 bytes of page-locked host memory: raise the limit.*ulimit -l"):
-            _native.CopyEngine(reader.native, device, torch.empty(SLOT, dtype=torch.uint8), [0], SLOT, 3,
-                               device.compute)
+            _native.CopyEngine(
+                reader.native, device, torch.empty(SLOT, dtype=torch.uint8), [0], SLOT, 3, device.compute
+            )
         assert device.events == 0
 
 
@@ -278,8 +290,16 @@ def test_numbers_that_do_not_fit_are_refused(path):
         def make(places=(0,), slot_bytes=SLOT, slots=2):
             _native.CopyEngine(reader.native, bench.device, memory, list(places), slot_bytes, slots, bench.compute)
 
-        for numbers in ({"places": [0, 0]}, {"places": [-4096]}, {"places": [100]}, {"places": [2 * SLOT]},
-                        {"slot_bytes": 0}, {"slot_bytes": 4097}, {"slot_bytes": 2**62}, {"slots": 1}):
+        for numbers in (
+            {"places": [0, 0]},
+            {"places": [-4096]},
+            {"places": [100]},
+            {"places": [2 * SLOT]},
+            {"slot_bytes": 0},
+            {"slot_bytes": 4097},
+            {"slot_bytes": 2**62},
+            {"slots": 1},
+        ):
             with pytest.raises(ValueError):
                 make(**numbers)
         narrow = _native.CopyEngine(reader.native, bench.device, memory, [0, 4096], SLOT, 2, bench.compute)

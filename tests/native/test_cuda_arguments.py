@@ -12,10 +12,20 @@ CODES = {torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16)
 class Managed(ctypes.Structure):
     """DLManagedTensor, https://dmlc.github.io/dlpack/latest/c_api.html."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device", ctypes.c_int32),
-                ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8),
-                ("lanes", ctypes.c_uint16), ("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p),
-                ("offset", ctypes.c_uint64), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("offset", ctypes.c_uint64),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    ]
 
 
 new_capsule = ctypes.pythonapi.PyCapsule_New
@@ -33,9 +43,21 @@ def nowhere(*shape: int, dtype: torch.dtype = torch.float32, strides: tuple[int,
 
 
 def arguments(**changed) -> list:
-    given = {"x": nowhere(2, 40), "w": nowhere(5, 40, dtype=torch.int8), "scales": nowhere(5), "out": nowhere(2, 5),
-             "bias": None, "residual": None, "up": None, "up_scales": None, "activation": "", "group": 0, "rows": 4,
-             "split": 2, "stream": 0}
+    given = {
+        "x": nowhere(2, 40),
+        "w": nowhere(5, 40, dtype=torch.int8),
+        "scales": nowhere(5),
+        "out": nowhere(2, 5),
+        "bias": None,
+        "residual": None,
+        "up": None,
+        "up_scales": None,
+        "activation": "",
+        "group": 0,
+        "rows": 4,
+        "split": 2,
+        "stream": 0,
+    }
     assert set(changed) <= set(given)
     return list({**given, **changed}.values())
 
@@ -43,37 +65,45 @@ def arguments(**changed) -> list:
 UP = {"up": nowhere(5, 40, dtype=torch.int8), "up_scales": nowhere(5)}
 
 
-@pytest.mark.parametrize("changed, message", [
-    ({"x": nowhere(9, 40), "out": nowhere(9, 5)}, "x: expected at most 8 rows, found 9"),
-    ({"x": nowhere(40)}, r"x: expected shape \[any, any\], found \[40\]"),
-    ({"x": nowhere(2, 40, dtype=torch.int8)}, "x: expected float32, float16 or bfloat16, found int8"),
-    ({"x": nowhere(2, 40, strides=(1, 2))}, "x: expected a contiguous last dimension"),
-    ({"x": torch.utils.dlpack.to_dlpack(torch.ones(2, 40))}, "x: expected a tensor on a CUDA device"),
-    ({"w": nowhere(5, 41, dtype=torch.int8)}, r"w: expected shape \[any, 40\], found \[5, 41\]"),
-    ({"w": nowhere(5, 40)}, "w: expected int8, found float32"),
-    ({"w": nowhere(5, 40, dtype=torch.int8, device=1)}, "w: expected device 0, found device 1"),
-    ({"scales": nowhere(6)}, r"scales: expected shape \[5\], found \[6\]"),
-    ({"scales": nowhere(5, dtype=torch.float16)}, "scales: expected float32, found float16"),
-    ({"scales": nowhere(5, 2), "group": 16}, r"scales: expected shape \[5, 3\], found \[5, 2\]"),
-    ({"scales": nowhere(5, 3), "group": 15}, "group: expected a power of two from 16 on, found 15"),
-    ({"group": 48}, "group: expected a power of two from 16 on, found 48"),
-    ({"group": -16}, "group: expected a power of two from 16 on, found -16"),
-    ({"out": nowhere(2, 4)}, r"out: expected shape \[2, 5\], found \[2, 4\]"),
-    ({"out": nowhere(2, 5, strides=(4, 1))}, "out: expected a tensor whose elements do not overlap"),
-    ({"bias": nowhere(4)}, r"bias: expected shape \[5\], found \[4\]"),
-    ({"residual": nowhere(1, 5)}, r"residual: expected shape \[2, 5\], found \[1, 5\]"),
-    ({"up": UP["up"], "up_scales": None, "activation": "silu"}, "up_scales: expected a DLPack capsule"),
-    ({**UP, "activation": "relu"}, "activation: expected silu or gelu_tanh, found relu"),
-    ({"rows": 3}, "rows: expected one of 2, 4, found 3"),
-    ({"split": 16}, "split: expected one of 1, 2, 4, 8, found 16")])
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"x": nowhere(9, 40), "out": nowhere(9, 5)}, "x: expected at most 8 rows, found 9"),
+        ({"x": nowhere(40)}, r"x: expected shape \[any, any\], found \[40\]"),
+        ({"x": nowhere(2, 40, dtype=torch.int8)}, "x: expected float32, float16 or bfloat16, found int8"),
+        ({"x": nowhere(2, 40, strides=(1, 2))}, "x: expected a contiguous last dimension"),
+        ({"x": torch.utils.dlpack.to_dlpack(torch.ones(2, 40))}, "x: expected a tensor on a CUDA device"),
+        ({"w": nowhere(5, 41, dtype=torch.int8)}, r"w: expected shape \[any, 40\], found \[5, 41\]"),
+        ({"w": nowhere(5, 40)}, "w: expected int8, found float32"),
+        ({"w": nowhere(5, 40, dtype=torch.int8, device=1)}, "w: expected device 0, found device 1"),
+        ({"scales": nowhere(6)}, r"scales: expected shape \[5\], found \[6\]"),
+        ({"scales": nowhere(5, dtype=torch.float16)}, "scales: expected float32, found float16"),
+        ({"scales": nowhere(5, 2), "group": 16}, r"scales: expected shape \[5, 3\], found \[5, 2\]"),
+        ({"scales": nowhere(5, 3), "group": 15}, "group: expected a power of two from 16 on, found 15"),
+        ({"group": 48}, "group: expected a power of two from 16 on, found 48"),
+        ({"group": -16}, "group: expected a power of two from 16 on, found -16"),
+        ({"out": nowhere(2, 4)}, r"out: expected shape \[2, 5\], found \[2, 4\]"),
+        ({"out": nowhere(2, 5, strides=(4, 1))}, "out: expected a tensor whose elements do not overlap"),
+        ({"bias": nowhere(4)}, r"bias: expected shape \[5\], found \[4\]"),
+        ({"residual": nowhere(1, 5)}, r"residual: expected shape \[2, 5\], found \[1, 5\]"),
+        ({"up": UP["up"], "up_scales": None, "activation": "silu"}, "up_scales: expected a DLPack capsule"),
+        ({**UP, "activation": "relu"}, "activation: expected silu or gelu_tanh, found relu"),
+        ({"rows": 3}, "rows: expected one of 2, 4, found 3"),
+        ({"split": 16}, "split: expected one of 1, 2, 4, 8, found 16"),
+    ],
+)
 def test_an_argument_that_does_not_fit_is_named(changed, message):
     with pytest.raises(ValueError, match=message):
         cuda.gemv_int8(*arguments(**changed))
 
 
-@pytest.mark.parametrize("changed", [{"x": nowhere(0, 40), "out": nowhere(0, 5)},
-                                     {"w": nowhere(0, 40, dtype=torch.int8), "scales": nowhere(0),
-                                      "out": nowhere(2, 0)}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"x": nowhere(0, 40), "out": nowhere(0, 5)},
+        {"w": nowhere(0, 40, dtype=torch.int8), "scales": nowhere(0), "out": nowhere(2, 0)},
+    ],
+)
 def test_nothing_to_multiply_asks_for_no_device(changed):
     cuda.gemv_int8(*arguments(**changed))
 

@@ -57,8 +57,12 @@ def test_code_for_every_card(kernels):
 
 
 def test_nothing_spills(kernels):
-    spilled = [(card, name, wants) for card, made in kernels.items() for name, wants in made
-               if wants["STACK"] or wants["LOCAL"]]
+    spilled = [
+        (card, name, wants)
+        for card, made in kernels.items()
+        for name, wants in made
+        if wants["STACK"] or wants["LOCAL"]
+    ]
     assert not spilled
 
 

@@ -28,9 +28,22 @@ NAME = b"thl_engine.CopyDevice.1"  # capsules keep a pointer to it
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory):
     made = tmp_path_factory.mktemp("cudart") / "fake.so"
-    subprocess.run(["g++", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'csrc'}",
-                    f"-I{TOOLKIT}", ROOT / "tests" / "native" / "fake_cudart.cpp", ROOT / "csrc" / "cuda" / "copy_device.cpp",
-                    "-o", made], check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{TOOLKIT}",
+            ROOT / "tests" / "native" / "fake_cudart.cpp",
+            ROOT / "csrc" / "cuda" / "copy_device.cpp",
+            "-o",
+            made,
+        ],
+        check=True,
+    )
     library = ctypes.CDLL(str(made))
     library.fake_device.restype = ctypes.c_void_p
     library.fake_begin.argtypes = library.fake_end.argtypes = [ctypes.c_void_p]

@@ -32,10 +32,29 @@ def library(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     made = tmp_path_factory.mktemp("cuda_on_host") / "gemv.so"
-    subprocess.run(["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-fsanitize=undefined",
-                    "-fsanitize-undefined-trap-on-error", "-I", HOST, "-I", ROOT / "csrc" / "cuda", "-x", "c++",
-                    ROOT / "csrc" / "cuda" / "gemv_int8.cu", HOST / "fibers.cpp", HOST / "gemv.cpp", "-o", made],
-                   check=True)
+    subprocess.run(
+        [
+            "g++",
+            "-std=c++20",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-fsanitize=undefined",
+            "-fsanitize-undefined-trap-on-error",
+            "-I",
+            HOST,
+            "-I",
+            ROOT / "csrc" / "cuda",
+            "-x",
+            "c++",
+            ROOT / "csrc" / "cuda" / "gemv_int8.cu",
+            HOST / "fibers.cpp",
+            HOST / "gemv.cpp",
+            "-o",
+            made,
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(made))
 
 
@@ -55,8 +74,21 @@ def at_the_end(x: torch.Tensor, apart: int = 0) -> torch.Tensor:
     return placed.copy_(x)
 
 
-def gemv(library, x, w, scales, out, *, bias=None, residual=None, up=None, up_scales=None, activation=None, group=None,
-         shape=(4, 4)) -> torch.Tensor:
+def gemv(
+    library,
+    x,
+    w,
+    scales,
+    out,
+    *,
+    bias=None,
+    residual=None,
+    up=None,
+    up_scales=None,
+    activation=None,
+    group=None,
+    shape=(4, 4),
+) -> torch.Tensor:
     def data(tensor):
         return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
@@ -67,20 +99,38 @@ def gemv(library, x, w, scales, out, *, bias=None, residual=None, up=None, up_sc
         return data(tensor), 0 if tensor is None else TYPES[tensor.dtype], row(tensor)
 
     gate = {None: 0, "silu": 1, "gelu_tanh": 2}[activation]
-    failed = library.run_gemv(*rows(x), data(w), row(w), data(scales), row(scales), data(up), row(up), data(up_scales),
-                              row(up_scales), data(bias), *rows(residual), *rows(out), gate, x.shape[0],
-                              ctypes.c_int64(w.shape[0]), w.shape[1], -1 if group is None else group.bit_length() - 1,
-                              *shape)
+    failed = library.run_gemv(
+        *rows(x),
+        data(w),
+        row(w),
+        data(scales),
+        row(scales),
+        data(up),
+        row(up),
+        data(up_scales),
+        row(up_scales),
+        data(bias),
+        *rows(residual),
+        *rows(out),
+        gate,
+        x.shape[0],
+        ctypes.c_int64(w.shape[0]),
+        w.shape[1],
+        -1 if group is None else group.bit_length() - 1,
+        *shape,
+    )
     assert not failed
     return out
 
 
-def matrix(rows: int, columns: int, group: int | None,
-           apart: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def matrix(
+    rows: int, columns: int, group: int | None, apart: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """int8 rows, scales, and what they stand for in float64."""
     data, scales = quantize_rows(torch.randn(rows, columns) * torch.logspace(-2, 1, rows)[:, None], group)
-    wide = data.double() * (scales.double()[:, None] if group is None
-                            else scales.double().repeat_interleave(group, dim=1)[:, :columns])
+    wide = data.double() * (
+        scales.double()[:, None] if group is None else scales.double().repeat_interleave(group, dim=1)[:, :columns]
+    )
     return at_the_end(data, apart), at_the_end(scales), wide
 
 
@@ -97,12 +147,24 @@ def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype = torc
 
 
 # rows of activations, rows, columns, bytes between rows of weights, columns of a scale, (rows of a warp, split)
-CASES = [(1, 5, 1, 0, None, (2, 1)), (1, 9, 15, 0, None, (4, 1)), (1, 33, 16, 0, None, (4, 8)),
-         (1, 7, 512, 16, None, (2, 8)), (1, 6, 9000, 8, None, (4, 8)), (1, 3, 16500, 12, None, (4, 4)),
-         (2, 11, 600, 8, None, (2, 4)), (2, 5, 4700, 4, 128, (4, 8)), (3, 17, 1030, 10, None, (4, 4)),
-         (4, 9, 2600, 8, 64, (4, 2)), (5, 19, 528, 0, None, (2, 2)), (7, 6, 1300, 12, 16, (4, 1)),
-         (8, 18, 2100, 12, None, (4, 8)), (8, 4, 77, 0, 16, (2, 2)), (1, 70, 272, 0, 32, (2, 2)),
-         (1, 6, 0, 0, None, (4, 1))]
+CASES = [
+    (1, 5, 1, 0, None, (2, 1)),
+    (1, 9, 15, 0, None, (4, 1)),
+    (1, 33, 16, 0, None, (4, 8)),
+    (1, 7, 512, 16, None, (2, 8)),
+    (1, 6, 9000, 8, None, (4, 8)),
+    (1, 3, 16500, 12, None, (4, 4)),
+    (2, 11, 600, 8, None, (2, 4)),
+    (2, 5, 4700, 4, 128, (4, 8)),
+    (3, 17, 1030, 10, None, (4, 4)),
+    (4, 9, 2600, 8, 64, (4, 2)),
+    (5, 19, 528, 0, None, (2, 2)),
+    (7, 6, 1300, 12, 16, (4, 1)),
+    (8, 18, 2100, 12, None, (4, 8)),
+    (8, 4, 77, 0, 16, (2, 2)),
+    (1, 70, 272, 0, 32, (2, 2)),
+    (1, 6, 0, 0, None, (4, 1)),
+]
 
 
 @pytest.mark.parametrize("batch, rows, columns, apart, group, shape", CASES)
@@ -113,8 +175,10 @@ def test_products(library, batch, rows, columns, apart, group, shape):
     exact = x.double() @ wide.T
     close(gemv(library, x, w, scales, poisoned(batch, rows), group=group, shape=shape), exact)
     bias, residual = at_the_end(torch.randn(rows)), at_the_end(torch.randn(batch, rows), 1)
-    close(gemv(library, x, w, scales, poisoned(batch, rows), bias=bias, residual=residual, group=group, shape=shape),
-          exact + bias.double() + residual.double())
+    close(
+        gemv(library, x, w, scales, poisoned(batch, rows), bias=bias, residual=residual, group=group, shape=shape),
+        exact + bias.double() + residual.double(),
+    )
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -124,10 +188,25 @@ def test_gated_products(library, activation, batch, rows, columns, apart, group,
     (w, scales, wide), (up, up_scales, wide_up) = matrix(rows, columns, group, apart), matrix(rows, columns, group, 16)
     x, bias = at_the_end(torch.randn(batch, columns) * 0.3), at_the_end(torch.randn(rows))
     gate = x.double() @ wide.T + bias.double()
-    gate = torch.nn.functional.silu(gate) if activation == "silu" else \
-        torch.nn.functional.gelu(gate, approximate="tanh")
-    close(gemv(library, x, w, scales, poisoned(batch, rows), bias=bias, up=up, up_scales=up_scales,
-               activation=activation, group=group, shape=shape), gate * (x.double() @ wide_up.T))
+    gate = (
+        torch.nn.functional.silu(gate) if activation == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
+    )
+    close(
+        gemv(
+            library,
+            x,
+            w,
+            scales,
+            poisoned(batch, rows),
+            bias=bias,
+            up=up,
+            up_scales=up_scales,
+            activation=activation,
+            group=group,
+            shape=shape,
+        ),
+        gate * (x.double() @ wide_up.T),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -150,11 +229,14 @@ def test_bits_depend_on_the_split_alone(library):
         x = at_the_end(torch.randn(7, 1700))
         whole = gemv(library, x, w, scales, poisoned(7, 11), group=group, shape=(2, split))
         for batch, shape in ((1, (2, split)), (2, (4, split)), (4, (4, split)), (7, (4, split))):
-            assert torch.equal(gemv(library, x[:batch], w, scales, poisoned(batch, 11), group=group, shape=shape),
-                               whole[:batch])
+            assert torch.equal(
+                gemv(library, x[:batch], w, scales, poisoned(batch, 11), group=group, shape=shape), whole[:batch]
+            )
         for part in (slice(0, 3), slice(3, 11)):
-            assert torch.equal(gemv(library, x, w[part], scales[part], poisoned(7, 11)[:, part], group=group,
-                                    shape=(4, split)), whole[:, part])
+            assert torch.equal(
+                gemv(library, x, w[part], scales[part], poisoned(7, 11)[:, part], group=group, shape=(4, split)),
+                whole[:, part],
+            )
         unaligned = at_the_end(w, 3)
         assert torch.equal(gemv(library, x, unaligned, scales, poisoned(7, 11), group=group, shape=(2, split)), whole)
 

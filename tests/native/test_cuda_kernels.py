@@ -1,6 +1,6 @@
 """The CUDA extension on a CUDA device, at small odd shapes: also what compute-sanitizer is run over.
 
-    compute-sanitizer --tool memcheck python -m pytest tests/native/test_cuda_kernels.py     (and --tool racecheck)
+compute-sanitizer --tool memcheck python -m pytest tests/native/test_cuda_kernels.py     (and --tool racecheck)
 """
 
 import pytest
@@ -26,8 +26,15 @@ def on_device(x: torch.Tensor, apart: int = 0) -> torch.Tensor:
     return wide[..., : x.shape[-1]]
 
 
-def check(expected: torch.Tensor, x: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int],
-          dtype: torch.dtype = torch.float32, **given) -> torch.Tensor:
+def check(
+    expected: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scales: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    **given,
+) -> torch.Tensor:
     """The product on the device, after comparing it with what is expected."""
     wide = torch.full((x.shape[0], w.shape[0] + 5), float("nan"), dtype=dtype, device=DEVICE)
     found = wide[:, 2 : 2 + w.shape[0]]
@@ -47,12 +54,28 @@ def test_products(batch, rows, columns, apart, group, shape):
     stored = on_device(w, apart), on_device(scales)
     exact = x.double() @ wide.T
     check(exact, on_device(x, 3), *stored, shape, group=group)
-    check(exact + bias.double() + residual.double(), on_device(x), *stored, shape, group=group, bias=on_device(bias),
-          residual=on_device(residual, 1))
+    check(
+        exact + bias.double() + residual.double(),
+        on_device(x),
+        *stored,
+        shape,
+        group=group,
+        bias=on_device(bias),
+        residual=on_device(residual, 1),
+    )
     x = on_device(x * 0.3)
     gate = torch.nn.functional.silu(0.3 * exact + bias.double()) * (0.3 * exact)
-    check(gate, x, *stored, shape, group=group, bias=on_device(bias), up=on_device(w, 16), up_scales=stored[1],
-          activation="silu")
+    check(
+        gate,
+        x,
+        *stored,
+        shape,
+        group=group,
+        bias=on_device(bias),
+        up=on_device(w, 16),
+        up_scales=stored[1],
+        activation="silu",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

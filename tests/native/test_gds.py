@@ -29,8 +29,9 @@ SIZE = 40 * 4096 + 777  # the file ends inside a block
 def library(tmp_path_factory):
     made = tmp_path_factory.mktemp("cufile") / "libcufile.so"
     source = Path(__file__).parent / "fake_cufile.c"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-D_GNU_SOURCE", "-D_FILE_OFFSET_BITS=64", source, "-o", made],
-                   check=True)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-D_GNU_SOURCE", "-D_FILE_OFFSET_BITS=64", source, "-o", made], check=True
+    )
     return made
 
 
@@ -57,8 +58,17 @@ class Bench(NativeTransfer):
         arena = Arena(places * SLOT)
         monkeypatch.setattr(torch, "empty", lambda *_, **options: arena.tensor())  # begins at a multiple of 4096
         self.host = _native.HostCopyDevice(seed=1, delay=300)
-        super().__init__(reader, [i * SLOT for i in range(places)], places * SLOT, SLOT, torch.device("cpu"),
-                         self.host, lambda: self.host.compute, direct_storage=True, cufile=str(library))
+        super().__init__(
+            reader,
+            [i * SLOT for i in range(places)],
+            places * SLOT,
+            SLOT,
+            torch.device("cpu"),
+            self.host,
+            lambda: self.host.compute,
+            direct_storage=True,
+            cufile=str(library),
+        )
         monkeypatch.undo()
 
 
@@ -93,15 +103,19 @@ def test_verified_pages_go_past_the_host(path, content, library, monkeypatch, re
         assert counts(library)[1:] == [0, 0]
 
 
-@pytest.mark.parametrize("refusal, reason", [
-    ("compatibility", "allow_compat_mode to false in /etc/cufile.json"),
-    ("file", "pages.bin: cuFileHandleRegister: error 5008"),
-    ("buffer", "cuFileBufRegister of 65536 bytes: error 5016"),
-    ("driver", "driver of GPUDirect Storage does not open: error 5001"),
-    ("missing", "libcufile cannot be loaded: .*nowhere.so"),
-])
-def test_where_it_cannot_be_used_pages_go_through_the_host(path, content, library, monkeypatch, tmp_path, caplog,
-                                                           refusal, reason):
+@pytest.mark.parametrize(
+    "refusal, reason",
+    [
+        ("compatibility", "allow_compat_mode to false in /etc/cufile.json"),
+        ("file", "pages.bin: cuFileHandleRegister: error 5008"),
+        ("buffer", "cuFileBufRegister of 65536 bytes: error 5016"),
+        ("driver", "driver of GPUDirect Storage does not open: error 5001"),
+        ("missing", "libcufile cannot be loaded: .*nowhere.so"),
+    ],
+)
+def test_where_it_cannot_be_used_pages_go_through_the_host(
+    path, content, library, monkeypatch, tmp_path, caplog, refusal, reason
+):
     monkeypatch.setenv("FAKE_CUFILE", refusal)
     if refusal == "driver":
         library = shutil.copy(library, tmp_path / "closed.so")  # a driver that is open stays open
@@ -123,8 +137,11 @@ def test_a_failed_read_names_the_page(path, library, monkeypatch):
     with Reader([path], direct=False) as reader, pytest.MonkeyPatch.context() as patch:
         bench = Bench(reader, library, patch)
         bench.start(Request(0, SIZE - 50, 100, None, "page 1"), 0)
-        with pytest.raises(CheckpointError, match="pages.bin: page 1: 100 bytes at offset 164567: short read: expected "
-                                                  "100 bytes, got 50; is the file truncated"):
+        with pytest.raises(
+            CheckpointError,
+            match="pages.bin: page 1: 100 bytes at offset 164567: short read: expected "
+            "100 bytes, got 50; is the file truncated",
+        ):
             bench.finish(0)
         bench.start(Request(3, 0, 100, None, "page 2"), 0)
         with pytest.raises(ValueError, match="file 3 is not one of the 1 files"):

@@ -97,14 +97,18 @@ def test_strides(isa):
     wide_q, scales, w = int8_weights(11, 300)
     wide_x = torch.randn(5, 400)
     q, x = wide_q[:, 70:270], wide_x[:, 33:233]
-    for run in (lambda out: native.linear_int8(native.pack_activations(x), q, scales, None, out),
-                lambda out: native.linear_float(x, q.float() * scales[:, None], None, out)):
+    for run in (
+        lambda out: native.linear_int8(native.pack_activations(x), q, scales, None, out),
+        lambda out: native.linear_float(x, q.float() * scales[:, None], None, out),
+    ):
         wide_out = poisoned(5, 30)
         run(wide_out[:, 9:20])
         close(wide_out[:, 9:20], x.double() @ w[:, 70:270].T, 1e-4)
         assert wide_out[:, :9].isnan().all() and wide_out[:, 20:].isnan().all()
-    assert torch.equal(linear_float(wide_x[:1].expand(4, -1), torch.ones(3, 400)),
-                       linear_float(wide_x[:1], torch.ones(3, 400)).expand(4, -1))
+    assert torch.equal(
+        linear_float(wide_x[:1].expand(4, -1), torch.ones(3, 400)),
+        linear_float(wide_x[:1], torch.ones(3, 400)).expand(4, -1),
+    )
     assert torch.equal(transposed(wide_x[:, :11], q, scales), transposed(wide_x[:, :11].clone(), q.clone(), scales))
 
 
@@ -120,13 +124,17 @@ def test_rows_do_not_depend_on_company(isa, columns):
     for threads in (1, 2, 3):
         native.set_threads(threads)
         for cut in (0, 1, 17):
-            assert torch.equal(whole, torch.cat([linear_int8(x, q[:cut], scales[:cut]),
-                                                 linear_int8(x, q[cut:], scales[cut:])], 1))
+            assert torch.equal(
+                whole, torch.cat([linear_int8(x, q[:cut], scales[:cut]), linear_int8(x, q[cut:], scales[cut:])], 1)
+            )
             assert torch.equal(whole_float, torch.cat([linear_float(x, w[:cut]), linear_float(x, w[cut:])], 1))
-            assert torch.equal(whole_back, transposed(back[:, cut:], q[cut:], scales[cut:],
-                                                      transposed(back[:, :cut], q[:cut], scales[:cut])))
-            assert torch.equal(whole_back_float, transposed(back[:, cut:], w[cut:], None,
-                                                            transposed(back[:, :cut], w[:cut])))
+            assert torch.equal(
+                whole_back,
+                transposed(back[:, cut:], q[cut:], scales[cut:], transposed(back[:, :cut], q[:cut], scales[:cut])),
+            )
+            assert torch.equal(
+                whole_back_float, transposed(back[:, cut:], w[cut:], None, transposed(back[:, :cut], w[:cut]))
+            )
         assert all(torch.equal(whole[b : b + 1], linear_int8(x[b : b + 1], q, scales)) for b in range(11))
         assert all(torch.equal(whole_float[b : b + 1], linear_float(x[b : b + 1], w)) for b in range(11))
 
@@ -147,8 +155,16 @@ def test_many_rows(batch):
                 native.set_threads(threads)
                 assert torch.equal(linear_int8(x, q, scales, bias), expected)
             cut = rows // 2
-            assert torch.equal(torch.cat([linear_int8(x, q[:cut], scales[:cut], bias[:cut]),
-                                          linear_int8(x, q[cut:], scales[cut:], bias[cut:])], 1), expected)
+            assert torch.equal(
+                torch.cat(
+                    [
+                        linear_int8(x, q[:cut], scales[:cut], bias[:cut]),
+                        linear_int8(x, q[cut:], scales[cut:], bias[cut:]),
+                    ],
+                    1,
+                ),
+                expected,
+            )
             wide = poisoned(batch, rows + 9)
             native.linear_int8(native.pack_activations(x), q, scales, None, wide[:, 4 : 4 + rows])
             assert torch.equal(wide[:, 4 : 4 + rows], linear_int8(x, q, scales, torch.zeros(rows)))
@@ -236,8 +252,13 @@ def test_nothing_is_touched_beyond_the_end(isa, guarded, columns):
     x = guarded(torch.randn(3, columns))
     linear_int8(x, guarded(q), guarded(scales))
     out = guarded(torch.zeros(9, 3))
-    native.linear_int8(native.pack_activations(guarded(torch.randn(9, columns))), guarded(q), guarded(scales),
-                       guarded(torch.randn(3)), out)
+    native.linear_int8(
+        native.pack_activations(guarded(torch.randn(9, columns))),
+        guarded(q),
+        guarded(scales),
+        guarded(torch.randn(3)),
+        out,
+    )
     transposed(guarded(torch.randn(2, 3)), guarded(q), scales, guarded(torch.zeros(2, columns)))
     for dtype in FLOATS:
         w = guarded(torch.randn(3, columns).to(dtype))
@@ -245,7 +266,15 @@ def test_nothing_is_touched_beyond_the_end(isa, guarded, columns):
         transposed(guarded(torch.randn(2, 3)), w)
     memory, norms = guarded(torch.randn(1, 4, columns)), guarded(torch.zeros(1, 4))
     native.slot_norms(memory, norms)
-    write(guarded(torch.randn(1, columns)), memory, norms, guarded(torch.zeros(1, 4)), guarded(torch.zeros(1, 4)),
-          torch.zeros(1, 4, dtype=torch.int64), 3, 1)
+    write(
+        guarded(torch.randn(1, columns)),
+        memory,
+        norms,
+        guarded(torch.zeros(1, 4)),
+        guarded(torch.zeros(1, 4)),
+        torch.zeros(1, 4, dtype=torch.int64),
+        3,
+        1,
+    )
     gate = guarded(torch.randn(1, columns))
     native.gru_update(gate, gate, guarded(torch.randn(1, columns)))

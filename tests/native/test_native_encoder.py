@@ -37,16 +37,19 @@ def test_layer_norm(shape):
 def test_residual_sums(shape):
     x, fast, slow = apart(*shape, count=3)
     gate = 3 * torch.randn(shape[-1])
-    close_everywhere(everywhere(lambda: NATIVE.add_blend(x, fast, slow, gate)),
-                     residual.add_blend(x.double(), fast.double(), slow.double(), gate.double()))
+    close_everywhere(
+        everywhere(lambda: NATIVE.add_blend(x, fast, slow, gate)),
+        residual.add_blend(x.double(), fast.double(), slow.double(), gate.double()),
+    )
     assert torch.equal(everywhere(lambda: NATIVE.add_scaled(x, fast, 0.1)), residual.add_scaled(x, fast, 0.1))
     if x.dim() == 3:  # rows at uneven distances
         x, fast = x[:, ::2], fast.transpose(0, 1).contiguous().transpose(0, 1)[:, ::2]
         assert torch.equal(NATIVE.add_scaled(x, fast, 0.1), residual.add_scaled(x, fast, 0.1))
 
 
-@pytest.mark.parametrize(("batch", "held", "slots", "width"), [(1, 1, 1, 66), (3, 1, 6, 100), (3, 3, 16, 160),
-                                                               (2, 2, 64, 7)])
+@pytest.mark.parametrize(
+    ("batch", "held", "slots", "width"), [(1, 1, 1, 66), (3, 1, 6, 100), (3, 3, 16, 160), (2, 2, 64, 7)]
+)
 def test_slot_memory(batch, held, slots, width):
     memory, erase, add = torch.randn(held, slots, width), 4 * torch.randn(batch, width), torch.randn(batch, width)
     expected = shared_memory.erase_then_add(memory.double(), erase.double(), add.double())
@@ -55,8 +58,11 @@ def test_slot_memory(batch, held, slots, width):
     assert torch.equal(found[-1:], NATIVE.erase_then_add(memory[-1:], erase[-1:], add[-1:]))
     for features in {1, width // 2, width}:
         query = torch.randn(batch, 9, features)
-        close_everywhere(everywhere(lambda query=query: NATIVE.prefix_read(query, memory, 0.4)),
-                         shared_memory.prefix_read(query.double(), memory.double(), 0.4), 2e-6)
+        close_everywhere(
+            everywhere(lambda query=query: NATIVE.prefix_read(query, memory, 0.4)),
+            shared_memory.prefix_read(query.double(), memory.double(), 0.4),
+            2e-6,
+        )
 
 
 def test_wrong_arguments():

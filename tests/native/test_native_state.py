@@ -170,9 +170,13 @@ def test_novelty_write(isa, d, written):
     assert branch.tolist() == [0, 1, 2] and gate[0] == 1.0
     assert torch.equal(indices, expected) and indices[2].tolist() == [3, 5, 0][:written]
     assert torch.equal(new_last, torch.where(chosen > 0, t, last_write))
-    for found, value in ((vector, w), (novelty, expected_novelty), (gate, expected_gate),
-                         (new, 0.97 * m + chosen[..., None] * (expected_gate[:, None] * w)[:, None]),
-                         (new_ema, 0.9 * write_ema.double() + 0.1 * chosen)):
+    for found, value in (
+        (vector, w),
+        (novelty, expected_novelty),
+        (gate, expected_gate),
+        (new, 0.97 * m + chosen[..., None] * (expected_gate[:, None] * w)[:, None]),
+        (new_ema, 0.9 * write_ema.double() + 0.1 * chosen),
+    ):
         close(found, value, 2e-6)
     fresh = poisoned(batch, slots)
     native.slot_norms(new, fresh)
@@ -186,8 +190,14 @@ def test_states_do_not_depend_on_isa_or_threads():
             native.set_isa(name)
             native.set_threads(threads)
             torch.manual_seed(1)
-            state = [torch.randn(2, 900), torch.randn(2, 50, 900), torch.zeros(2, 50), torch.rand(2, 50),
-                     torch.rand(2, 50), torch.zeros(2, 50, dtype=torch.int64)]
+            state = [
+                torch.randn(2, 900),
+                torch.randn(2, 50, 900),
+                torch.zeros(2, 50),
+                torch.rand(2, 50),
+                torch.rand(2, 50),
+                torch.zeros(2, 50, dtype=torch.int64),
+            ]
             native.slot_norms(state[1], state[2])
             state += write(*state, 9, 2)
             mix, scores = torch.zeros(2, 900), torch.zeros(2, 1, 50)
@@ -219,8 +229,12 @@ def test_calls_from_several_threads_and_after_fork():
     x = torch.randn(1, 512)
     expected = linear_int8(x, q, scales)
     right = []
-    workers = [threading.Thread(target=lambda: right.append(
-        all(torch.equal(linear_int8(x, q, scales), expected) for _ in range(50)))) for _ in range(4)]
+    workers = [
+        threading.Thread(
+            target=lambda: right.append(all(torch.equal(linear_int8(x, q, scales), expected) for _ in range(50)))
+        )
+        for _ in range(4)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -248,44 +262,56 @@ def i64(*shape):
 PACKED = native.pack_activations(f(2, 8)) if native.available() else None
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda: native.pack_activations(f()), "x: expected at least 1 dimension"),
-    (lambda: native.pack_activations(f(2, 8).double()), "x: expected float32"),
-    (lambda: native.pack_activations(f(8, 2).T), "x: expected a contiguous last dimension"),
-    (lambda: linear_int8(f(1, 8), i8(3, 9), f(3)), r"w: expected shape \[any, 8\], found \[3, 9\]"),
-    (lambda: linear_int8(f(1, 8), f(3, 8), f(3)), "w: expected int8, found float32"),
-    (lambda: linear_int8(f(1, 8), i8(3, 8), f(4)), r"scales: expected shape \[3\], found \[4\]"),
-    (lambda: linear_int8(f(1, 300), i8(3, 300), f(3, 2)), r"scales: expected shape \[3, 3\], found \[3, 2\]"),
-    (lambda: linear_int8(f(1, 8), i8(3, 8), f(3), f(2)), "bias: expected shape"),
-    (lambda: native.linear_int8(PACKED, i8(3, 8), f(3), None, f(1, 3)), "out: expected shape"),
-    (lambda: native.linear_int8(PACKED, i8(3, 8), f(3), None, f(1, 3).expand(2, 3)),
-     "out: expected a tensor whose elements do not overlap"),
-    (lambda: linear_float(f(1, 8), i8(3, 8)), "w: expected float32, bfloat16 or float16, found int8"),
-    (lambda: linear_float(f(1, 8), i64(3, 8)), "w: expected float32"),
-    (lambda: transposed(f(1, 8), i8(3, 8), f(3)), r"w: expected shape \[8, any\]"),
-    (lambda: transposed(f(1, 3), i8(3, 8)), "scales: expected a tensor"),
-    (lambda: transposed(f(1, 3), f(3, 8), f(3)), "scales: expected None"),
-    (lambda: native.gru_reset(f(1, 3), f(1, 4), f(1, 3)), "state: expected shape"),
-    (lambda: native.gru_update(f(1, 3), f(1, 3), f(2, 3)), "state: expected shape"),
-    (lambda: native.layer_norm(f(1, 3), f(3), f(4), 1e-5, f(1, 3)), "bias: expected shape"),
-    (lambda: native.window_scores_mix(f(1, 3), f(1, 2, 3), 3, 1.0, f(1, 3)), "valid: expected 0 to 2, found 3"),
-    (lambda: native.slot_scores(f(1, 2, 3), f(2, 4, 3), f(1, 4), 1.0, 0.0, f(1, 2, 4)), "memory: expected shape"),
-    (lambda: native.slot_topk(f(1, 2, 4), 5, i64(1, 2, 5), f(1, 2, 5)), "k: expected 1 to 4, found 5"),
-    (lambda: native.slot_topk(f(1, 2, 4), 0, i64(1, 2, 0), f(1, 2, 0)), "k: expected 1 to 4, found 0"),
-    (lambda: native.slot_topk(f(1, 2, 4), 2, i64(1, 2, 3), f(1, 2, 3)), "indices: expected 2 entries"),
-    (lambda: native.slot_mix(f(1, 1, 1), i64(1, 1, 1) + 4, f(1, 4, 3), f(1, 1, 3)),
-     "indices: expected 0 to 3, found 4"),
-    (lambda: native.slot_mix(f(1, 1, 2), i64(1, 1, 2) - 1, f(1, 4, 3), f(1, 1, 3)), "indices: expected 0 to 3"),
-    (lambda: native.read_metadata(f(1, 1, 1), i64(1, 1, 1) + 9, f(1, 4), i64(1, 4), 0.9, 1),
-     "indices: expected 0 to 3"),
-    (lambda: native.read_metadata(f(1, 1, 1), i64(1, 1, 1), f(1, 4), f(1, 4), 0.9, 1), "last_read: expected int64"),
-    (lambda: write(f(1, 3), f(1, 4, 3), f(1, 4), f(1, 4), f(1, 4), i64(1, 4), 0, 5), "write slots: expected 1 to 4"),
-    (lambda: write(f(1, 3), f(1, 4, 3), f(4), f(1, 4), f(1, 4), i64(1, 4), 0, 1), "norms: expected shape"),
-    (lambda: write(f(1, 3), f(1, 4, 3), f(2, 4).T, f(1, 4), f(1, 4), i64(1, 4), 0, 1), "norms: expected"),
-    (lambda: native.memory_bandwidth(10, 1), "nbytes: expected at least 4096"),
-    (lambda: native.memory_bandwidth(4096, 0), "repeats: expected at least 1"),
-    (lambda: native._native.pack_activations(3, None, None, 0.0, None), "x: expected a DLPack capsule"),
-])
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: native.pack_activations(f()), "x: expected at least 1 dimension"),
+        (lambda: native.pack_activations(f(2, 8).double()), "x: expected float32"),
+        (lambda: native.pack_activations(f(8, 2).T), "x: expected a contiguous last dimension"),
+        (lambda: linear_int8(f(1, 8), i8(3, 9), f(3)), r"w: expected shape \[any, 8\], found \[3, 9\]"),
+        (lambda: linear_int8(f(1, 8), f(3, 8), f(3)), "w: expected int8, found float32"),
+        (lambda: linear_int8(f(1, 8), i8(3, 8), f(4)), r"scales: expected shape \[3\], found \[4\]"),
+        (lambda: linear_int8(f(1, 300), i8(3, 300), f(3, 2)), r"scales: expected shape \[3, 3\], found \[3, 2\]"),
+        (lambda: linear_int8(f(1, 8), i8(3, 8), f(3), f(2)), "bias: expected shape"),
+        (lambda: native.linear_int8(PACKED, i8(3, 8), f(3), None, f(1, 3)), "out: expected shape"),
+        (
+            lambda: native.linear_int8(PACKED, i8(3, 8), f(3), None, f(1, 3).expand(2, 3)),
+            "out: expected a tensor whose elements do not overlap",
+        ),
+        (lambda: linear_float(f(1, 8), i8(3, 8)), "w: expected float32, bfloat16 or float16, found int8"),
+        (lambda: linear_float(f(1, 8), i64(3, 8)), "w: expected float32"),
+        (lambda: transposed(f(1, 8), i8(3, 8), f(3)), r"w: expected shape \[8, any\]"),
+        (lambda: transposed(f(1, 3), i8(3, 8)), "scales: expected a tensor"),
+        (lambda: transposed(f(1, 3), f(3, 8), f(3)), "scales: expected None"),
+        (lambda: native.gru_reset(f(1, 3), f(1, 4), f(1, 3)), "state: expected shape"),
+        (lambda: native.gru_update(f(1, 3), f(1, 3), f(2, 3)), "state: expected shape"),
+        (lambda: native.layer_norm(f(1, 3), f(3), f(4), 1e-5, f(1, 3)), "bias: expected shape"),
+        (lambda: native.window_scores_mix(f(1, 3), f(1, 2, 3), 3, 1.0, f(1, 3)), "valid: expected 0 to 2, found 3"),
+        (lambda: native.slot_scores(f(1, 2, 3), f(2, 4, 3), f(1, 4), 1.0, 0.0, f(1, 2, 4)), "memory: expected shape"),
+        (lambda: native.slot_topk(f(1, 2, 4), 5, i64(1, 2, 5), f(1, 2, 5)), "k: expected 1 to 4, found 5"),
+        (lambda: native.slot_topk(f(1, 2, 4), 0, i64(1, 2, 0), f(1, 2, 0)), "k: expected 1 to 4, found 0"),
+        (lambda: native.slot_topk(f(1, 2, 4), 2, i64(1, 2, 3), f(1, 2, 3)), "indices: expected 2 entries"),
+        (
+            lambda: native.slot_mix(f(1, 1, 1), i64(1, 1, 1) + 4, f(1, 4, 3), f(1, 1, 3)),
+            "indices: expected 0 to 3, found 4",
+        ),
+        (lambda: native.slot_mix(f(1, 1, 2), i64(1, 1, 2) - 1, f(1, 4, 3), f(1, 1, 3)), "indices: expected 0 to 3"),
+        (
+            lambda: native.read_metadata(f(1, 1, 1), i64(1, 1, 1) + 9, f(1, 4), i64(1, 4), 0.9, 1),
+            "indices: expected 0 to 3",
+        ),
+        (lambda: native.read_metadata(f(1, 1, 1), i64(1, 1, 1), f(1, 4), f(1, 4), 0.9, 1), "last_read: expected int64"),
+        (
+            lambda: write(f(1, 3), f(1, 4, 3), f(1, 4), f(1, 4), f(1, 4), i64(1, 4), 0, 5),
+            "write slots: expected 1 to 4",
+        ),
+        (lambda: write(f(1, 3), f(1, 4, 3), f(4), f(1, 4), f(1, 4), i64(1, 4), 0, 1), "norms: expected shape"),
+        (lambda: write(f(1, 3), f(1, 4, 3), f(2, 4).T, f(1, 4), f(1, 4), i64(1, 4), 0, 1), "norms: expected"),
+        (lambda: native.memory_bandwidth(10, 1), "nbytes: expected at least 4096"),
+        (lambda: native.memory_bandwidth(4096, 0), "repeats: expected at least 1"),
+        (lambda: native._native.pack_activations(3, None, None, 0.0, None), "x: expected a DLPack capsule"),
+    ],
+)
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -29,8 +29,10 @@ def test_rms_norm(shape):
     for w in (weight, None):
         wide = None if w is None else w.double()
         close(everywhere(lambda w=w: NATIVE.rms_norm(x, w, 1e-5)), norm.rms_norm(x.double(), wide, 1e-5))
-        close(everywhere(lambda w=w: NATIVE.add_rms_norm(x, addend, w, 1e-5)),
-              norm.rms_norm((x + addend).double(), wide, 1e-5))
+        close(
+            everywhere(lambda w=w: NATIVE.add_rms_norm(x, addend, w, 1e-5)),
+            norm.rms_norm((x + addend).double(), wide, 1e-5),
+        )
     whole = NATIVE.add_rms_norm(x, addend, weight, 1e-5)
     assert torch.equal(whole[-1:], NATIVE.add_rms_norm(x[-1:], addend[-1:], weight, 1e-5))
 
@@ -52,8 +54,10 @@ def test_activations(shape):
     close(everywhere(lambda: NATIVE.swiglu(gate, up)), REFERENCE.swiglu(gate.double(), up.double()))
     close(everywhere(lambda: NATIVE.gelu(gate)), REFERENCE.gelu(gate.double()))
     for quantile in (None, 1.6448536, 0.0, -3.0):
-        close(everywhere(lambda q=quantile: NATIVE.geglu(gate, up, q)),
-              REFERENCE.geglu(gate.double(), up.double(), quantile))
+        close(
+            everywhere(lambda q=quantile: NATIVE.geglu(gate, up, q)),
+            REFERENCE.geglu(gate.double(), up.double(), quantile),
+        )
         assert torch.equal(NATIVE.geglu(gate[-1:], up[-1:], quantile), NATIVE.geglu(gate, up, quantile)[-1:])
 
 
@@ -73,9 +77,18 @@ def test_activations_over_their_range():
     assert torch.equal(NATIVE.gelu(special).isnan(), torch.tensor([[True, False]]))
 
 
-ATTENTION = [(1, 1, 1, 1, 1, 1), (1, 8, 8, 1, 65, 64), (2, 4, 2, 1, 300, 20), (1, 8, 8, 64, 64, 32),
-             (2, 8, 2, 64, 64, 20), (3, 6, 3, 5, 70, 7), (1, 4, 1, 3, 17, 80), (1, 2, 2, 70, 333, 48),
-             (1, 1, 1, 2, 5000, 16), (2, 3, 3, 2, 9, 130)]
+ATTENTION = [
+    (1, 1, 1, 1, 1, 1),
+    (1, 8, 8, 1, 65, 64),
+    (2, 4, 2, 1, 300, 20),
+    (1, 8, 8, 64, 64, 32),
+    (2, 8, 2, 64, 64, 20),
+    (3, 6, 3, 5, 70, 7),
+    (1, 4, 1, 3, 17, 80),
+    (1, 2, 2, 70, 333, 48),
+    (1, 1, 1, 2, 5000, 16),
+    (2, 3, 3, 2, 9, 130),
+]
 
 
 @pytest.mark.parametrize(("batch", "heads", "key_heads", "rows", "keys", "width"), ATTENTION)
@@ -83,8 +96,13 @@ def test_attention(batch, heads, key_heads, rows, keys, width):
     query = torch.randn(batch, rows, heads, width).transpose(1, 2)
     key, value = (torch.randn(batch, key_heads, keys + 11, width)[:, :, :keys] for _ in range(2))  # of a longer cache
     scale = 1.0 / math.sqrt(width)
-    masks = [None, torch.rand(rows, keys) < 0.4, torch.rand(batch, 1, 1, keys) < 0.4,
-             torch.rand(batch, 1, rows, keys) < 0.4, torch.rand(batch, heads, rows, 1) < 0]
+    masks = [
+        None,
+        torch.rand(rows, keys) < 0.4,
+        torch.rand(batch, 1, 1, keys) < 0.4,
+        torch.rand(batch, 1, rows, keys) < 0.4,
+        torch.rand(batch, heads, rows, 1) < 0,
+    ]
     if keys > rows:
         masks.append(attention_kernels.causal(rows, keys - rows))
     for mask in masks:
@@ -99,8 +117,9 @@ def test_attention(batch, heads, key_heads, rows, keys, width):
             assert torch.equal(found[:1], NATIVE.attention(query[:1], key[:1], value[:1], scale))
 
 
-@pytest.mark.parametrize(("batch", "heads", "rows", "width"), [(1, 8, 64, 32), (2, 3, 5, 2), (3, 1, 1, 18),
-                                                               (1, 2, 131, 40)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "rows", "width"), [(1, 8, 64, 32), (2, 3, 5, 2), (3, 1, 1, 18), (1, 2, 131, 40)]
+)
 def test_rotary_attention(batch, heads, rows, width):
     joined = torch.randn(batch, rows + 2, 3 * heads * width + 5)[:, 1:-1, : 3 * heads * width]
     cos, sin = rotary.rotary_tables(torch.arange(rows), 1.0 / 10000.0 ** (torch.arange(0, width, 2) / width))
@@ -156,14 +175,18 @@ def test_attention_is_exact_about_what_is_blocked():
     assert not NATIVE.attention(1e4 * query, key, torch.ones_like(value), 1.0).isnan().any()
 
 
-@pytest.mark.parametrize(("batch", "positions", "rank", "slots", "width"),
-                         [(1, 64, 16, 16, 160), (3, 1, 5, 7, 9), (2, 6, 64, 64, 70)])
+@pytest.mark.parametrize(
+    ("batch", "positions", "rank", "slots", "width"), [(1, 64, 16, 16, 160), (3, 1, 5, 7, 9), (2, 6, 64, 64, 70)]
+)
 def test_prefix_read(batch, positions, rank, slots, width):
     query = torch.randn(batch, positions, rank)
     for held in (1, batch):
         rows = torch.randn(held, slots, width)
-        close(everywhere(lambda rows=rows: NATIVE.prefix_read(query, rows, 0.25)),
-              REFERENCE.prefix_read(query.double(), rows.double(), 0.25), 2e-6)
+        close(
+            everywhere(lambda rows=rows: NATIVE.prefix_read(query, rows, 0.25)),
+            REFERENCE.prefix_read(query.double(), rows.double(), 0.25),
+            2e-6,
+        )
 
 
 @pytest.mark.parametrize("kind", ["float", "int8", "grouped"])
@@ -184,8 +207,13 @@ def test_geglu_with_the_product_before_it(kind):
 
 def controller(width, hidden=64):
     scale = 1.0 / math.sqrt(3 * width)
-    return (scale * torch.randn(hidden, 3 * width), 0.1 * torch.randn(hidden), 0.1 * torch.randn(3 * width, hidden),
-            torch.randn(3 * width) - 1.0, 0.1 * torch.randn(width))
+    return (
+        scale * torch.randn(hidden, 3 * width),
+        0.1 * torch.randn(hidden),
+        0.1 * torch.randn(3 * width, hidden),
+        torch.randn(3 * width) - 1.0,
+        0.1 * torch.randn(width),
+    )
 
 
 def hold(w, stored):
@@ -206,8 +234,13 @@ def test_linear_with_what_stands_around_it(stored, shape):
     matrix, wide = hold(torch.randn(rows, columns) / math.sqrt(columns), stored)
     paged = Paged(*vars(matrix).values())
     norm_of, bias = (torch.randn(columns), torch.randn(columns)), torch.randn(rows)
-    for around in ({}, {"norm": norm_of}, {"gelu": True}, {"addend": addend},
-                   {"norm": norm_of, "gelu": True, "addend": addend}):
+    for around in (
+        {},
+        {"norm": norm_of},
+        {"gelu": True},
+        {"addend": addend},
+        {"norm": norm_of, "gelu": True, "addend": addend},
+    ):
         expected = x.double()
         if "norm" in around:
             expected = norm.layer_norm(expected, *(t.double() for t in norm_of), 1e-5)
@@ -227,8 +260,9 @@ def test_linear_of_many_rows_with_what_stands_around_it():
     x, addend, norm_of = torch.randn(70, 260), torch.randn(70, 50), (torch.randn(260), torch.randn(260))
     matrix, _ = hold(torch.randn(50, 260), "int8")
     out = everywhere(lambda: NATIVE.linear(x, matrix, None, norm=norm_of, gelu=True, addend=addend))
-    alone = [NATIVE.linear(x[b : b + 1], matrix, None, norm=norm_of, gelu=True, addend=addend[b : b + 1])
-             for b in range(70)]
+    alone = [
+        NATIVE.linear(x[b : b + 1], matrix, None, norm=norm_of, gelu=True, addend=addend[b : b + 1]) for b in range(70)
+    ]
     assert torch.equal(out, torch.cat(alone))
 
 
@@ -241,12 +275,35 @@ def test_integrate(stored, rows, width, together):
     (first, wide1), (second, wide2) = hold(w1, stored), hold(w2, stored)
     stopped = set()
     for threshold in (None, 0.05 * math.sqrt(width), 1e9):
-        expected = integrator.integrate(x.double(), context.double(), wide1, b1.double(), wide2, b2.double(),
-                                        mu.double(), steps=9, threshold=threshold, together=together)
-        out = everywhere(lambda threshold=threshold: NATIVE.integrate(
-            x, context, first, b1, second, b2, mu, steps=9, threshold=threshold, together=together)[:3])
-        paged = NATIVE.integrate(x, context, Paged(*vars(first).values()), b1, Paged(*vars(second).values()), b2, mu,
-                                 steps=9, threshold=threshold, together=together)
+        expected = integrator.integrate(
+            x.double(),
+            context.double(),
+            wide1,
+            b1.double(),
+            wide2,
+            b2.double(),
+            mu.double(),
+            steps=9,
+            threshold=threshold,
+            together=together,
+        )
+        out = everywhere(
+            lambda threshold=threshold: NATIVE.integrate(
+                x, context, first, b1, second, b2, mu, steps=9, threshold=threshold, together=together
+            )[:3]
+        )
+        paged = NATIVE.integrate(
+            x,
+            context,
+            Paged(*vars(first).values()),
+            b1,
+            Paged(*vars(second).values()),
+            b2,
+            mu,
+            steps=9,
+            threshold=threshold,
+            together=together,
+        )
         assert all(torch.equal(a, b) for a, b in zip(out, paged[:3], strict=True)) and paged.steps == expected.steps
         close(out[0], expected.x, 2e-6)
         close(out[1], expected.v, 4e-6)

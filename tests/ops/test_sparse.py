@@ -121,12 +121,22 @@ def test_results_that_are_multiplied_by_zero(share, kind):
 
 
 @compiled
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda x, q, s, out: native.multiply_float(x, q, out), "w: expected float32, bfloat16 or float16, found int8"),
-    (lambda x, q, s, out: native.multiply_float(x[:, 1:], q.float(), out), r"w: expected shape \[any, 8\]"),
-    (lambda x, q, s, out: native.multiply_int8(native.pack_activations(x), q, s[1:], out), "scales: expected shape"),
-    (lambda x, q, s, out: native.multiply_int8(native.pack_activations(x), q, s, out, 1), "out: expected at least 4"),
-    (lambda x, q, s, out: native.multiply_int8(native.pack_activations(x), q.float(), s, out), "w: expected int8")])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, q, s, out: native.multiply_float(x, q, out), "w: expected float32, bfloat16 or float16, found int8"),
+        (lambda x, q, s, out: native.multiply_float(x[:, 1:], q.float(), out), r"w: expected shape \[any, 8\]"),
+        (
+            lambda x, q, s, out: native.multiply_int8(native.pack_activations(x), q, s[1:], out),
+            "scales: expected shape",
+        ),
+        (
+            lambda x, q, s, out: native.multiply_int8(native.pack_activations(x), q, s, out, 1),
+            "out: expected at least 4",
+        ),
+        (lambda x, q, s, out: native.multiply_int8(native.pack_activations(x), q.float(), s, out), "w: expected int8"),
+    ],
+)
 def test_arguments_that_do_not_fit(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2, 9), torch.ones(3, 9, dtype=torch.int8), torch.ones(3), torch.ones(2, 3))
@@ -150,8 +160,13 @@ def test_the_linear_map_of_a_transposed_matrix():
 
 
 def packed(path, quantize: str = "int8", **options):
-    write_store(path, {**CASE.config, "model_type": "gemma3n"}, tensor_sources(CASE.weights, "weights"),
-                quantize=quantize, **options)
+    write_store(
+        path,
+        {**CASE.config, "model_type": "gemma3n"},
+        tensor_sources(CASE.weights, "weights"),
+        quantize=quantize,
+        **options,
+    )
     return path
 
 
@@ -209,27 +224,39 @@ def test_all_layouts_give_the_same(tmp_path, monkeypatch, backend):
     expected = logits(new, backend)
     for path in (new, old):
         store = open_store(path)
-        floats = {name: store.read_float(name).T if store.tensors[name].transposed else store.read_float(name)
-                  for name in CASE.weights}
+        floats = {
+            name: store.read_float(name).T if store.tensors[name].transposed else store.read_float(name)
+            for name in CASE.weights
+        }
         with Engine.from_state_dict("gemma3n", CASE.config, floats, device="cpu", backend="reference") as engine:
             close(logits(path, backend)[:, :-1], engine.forward(CASE.io["input_ids"])[0], 1e-3)
     assert torch.equal(logits(new, backend, stream=True), expected)
     resaved = tmp_path / "resaved"
     resaved.mkdir()
-    save_file({k: v for k, v in load_file(new).items() if not k.startswith(pack.PADDING)},
-              resaved / "model.safetensors")
+    save_file(
+        {k: v for k, v in load_file(new).items() if not k.startswith(pack.PADDING)}, resaved / "model.safetensors"
+    )
     (resaved / "config.json").write_text(json.dumps({**CASE.config, "model_type": "gemma3n"}))
     assert open_store(resaved).tensors[DOWN].transposed
     assert torch.equal(logits(resaved, backend), expected)
-    with Engine.from_state_dict("gemma3n", CASE.config, CASE.weights, device="cpu", backend=backend,
-                                quantize="int8") as engine:
+    with Engine.from_state_dict(
+        "gemma3n", CASE.config, CASE.weights, device="cpu", backend=backend, quantize="int8"
+    ) as engine:
         assert torch.equal(engine.forward(CASE.io["input_ids"])[0], expected[:, :-1])
 
 
 def test_marks_that_cannot_be(tmp_path, monkeypatch):
     path, old = tmp_path / "new.safetensors", tmp_path / "old.safetensors"
-    for name, mark in ((DOWN, "yes"), (DOWN, 1), (DOWN, False), (DENSE, True), ("model.norm.weight", True),
-                       (f"{DOWN}.scale", True), ("nothing", True), ("model.embed_tokens.weight", True)):
+    for name, mark in (
+        (DOWN, "yes"),
+        (DOWN, 1),
+        (DOWN, False),
+        (DENSE, True),
+        ("model.norm.weight", True),
+        (f"{DOWN}.scale", True),
+        ("nothing", True),
+        ("model.embed_tokens.weight", True),
+    ):
         with pytest.raises(CheckpointError, match=f"marks '{name}' as transposed"):
             open_store(remarked(packed(path), name, transposed=mark))
     with pytest.raises(CheckpointError, match=f"'{DOWN}' has shape .*, the config needs"):
@@ -254,8 +281,12 @@ def test_non_finite_columns_are_named(tmp_path):
     bad = CASE.weights[DOWN].clone()
     bad[2, 5] = float("nan")
     with pytest.raises(CheckpointError, match=f"'{DOWN}' cannot be quantised: NaN or infinity in column 5"):
-        write_store(tmp_path / "x.safetensors", {**CASE.config, "model_type": "gemma3n"},
-                    tensor_sources({**CASE.weights, DOWN: bad}, "weights"), quantize="int8")
+        write_store(
+            tmp_path / "x.safetensors",
+            {**CASE.config, "model_type": "gemma3n"},
+            tensor_sources({**CASE.weights, DOWN: bad}, "weights"),
+            quantize="int8",
+        )
 
 
 @compiled
@@ -266,8 +297,9 @@ def test_the_plan_counts_what_is_touched(tmp_path, monkeypatch, batch_size):
     plans = {}
     for path in (new, old):
         for backend in ("native", "reference"):
-            with Engine.from_pretrained(path, device="cpu", backend=backend, stream=True,
-                                        batch_size=batch_size) as engine:
+            with Engine.from_pretrained(
+                path, device="cpu", backend=backend, stream=True, batch_size=batch_size
+            ) as engine:
                 plans[path, backend] = engine.plan()
     everything = plans[old, "reference"].bytes_per_token
     assert plans[new, "reference"].bytes_per_token == everything

@@ -101,8 +101,9 @@ class Launches:
         self._context.__exit__(*error)
 
 
-@pytest.mark.parametrize("model, name, options", [("inl", "greedy", {"kv_cache": "int8", "sliding_window": 4}),
-                                                  ("gemma3n", "greedy16", {})])
+@pytest.mark.parametrize(
+    "model, name, options", [("inl", "greedy", {"kv_cache": "int8", "sliding_window": 4}), ("gemma3n", "greedy16", {})]
+)
 def test_a_step_launches_the_same_at_every_position(model, name, options, monkeypatch):
     case = load_case(FIXTURES / model / name)
     config, arch, ops = parse_config(case.config, model), architecture(model), load_ops("triton", DEVICE)
@@ -122,5 +123,3 @@ def test_a_step_launches_the_same_at_every_position(model, name, options, monkey
             assert torch.equal(found, expected)
     (key, first), (other, second) = seen
     assert key == other and first.made == second.made and len(first.made) > 10
-
-

@@ -46,8 +46,9 @@ def test_thl_int8_streamed_is_resident():
     tokens = torch.tensor([[3, 50, 7], [9, 1, 96]])
     found = []
     for budget in ({"stream": False}, {"stream": True, "memory_budget": "16MiB"}):
-        engine = Engine.from_state_dict("thl", config, weights, device=DEVICE, backend="triton", quantize="int8",
-                                        **budget)
+        engine = Engine.from_state_dict(
+            "thl", config, weights, device=DEVICE, backend="triton", quantize="int8", **budget
+        )
         found.append(engine.forward(tokens)[0].cpu())
     assert torch.equal(*found)
     reference = Engine.from_state_dict("thl", config, weights, device="cpu", backend="reference", quantize="int8")
@@ -96,8 +97,11 @@ def test_adapted_products(batch):
     x, bias, addend = device_randn(1, batch, 140), device_randn(24), device_randn(1, batch, 24)
     for options in ({}, {"bias": bias, "gelu": True, "addend": addend}):
         expected = reference.linear(x, whole, **options).cpu()
-        for matrix in (whole, Adapted(cut, Held(down), Held(up), 0.5),
-                       Adapted(cut, Cut(down, None, cuts=(2,)), Cut(up, None), 0.5)):
+        for matrix in (
+            whole,
+            Adapted(cut, Held(down), Held(up), 0.5),
+            Adapted(cut, Cut(down, None, cuts=(2,)), Cut(up, None), 0.5),
+        ):
             close(ops.linear(x, matrix, **options), expected)
 
 
@@ -113,8 +117,9 @@ def test_swiglu_products(batch):
             close(ops.swiglu_linear(gate, up, each, blend), expected)
 
 
-@pytest.mark.parametrize("model, name", [("inl", "greedy"), ("him", "reconstruction"), ("hrm", "forward_n1t1"),
-                                         ("gemma3n", "forward48")])
+@pytest.mark.parametrize(
+    "model, name", [("inl", "greedy"), ("him", "reconstruction"), ("hrm", "forward_n1t1"), ("gemma3n", "forward48")]
+)
 def test_other_models_run(model, name):
     """They reach operations that THL does not."""
     case = load_case(FIXTURES / model / name)

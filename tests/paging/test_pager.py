@@ -146,8 +146,10 @@ def test_beladys_rule_is_the_optimum():
         assert sum(optimal_fetches(sequence, slots)) == fewest_fetches_by_search(sequence, slots)
 
 
-@given(st.lists(st.tuples(st.integers(1, 50), st.sampled_from([0.125, 0.5, 1.0, 2.0])), min_size=1, max_size=9),
-       st.integers(0, 200))
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.sampled_from([0.125, 0.5, 1.0, 2.0])), min_size=1, max_size=9),
+    st.integers(0, 200),
+)
 def test_pins_save_what_the_best_subset_saves(pages, room):
     """Up to one page, the price of not solving a knapsack."""
     sizes = {i: size for i, (size, _) in enumerate(pages)}
@@ -158,8 +160,12 @@ def test_pins_save_what_the_best_subset_saves(pages, room):
 
     chosen = pins(uses, sizes, room)
     assert sum(sizes[i] for i in chosen) <= room
-    best = max(saved(some) for n in range(len(pages) + 1) for some in itertools.combinations(sizes, n)
-               if sum(sizes[i] for i in some) <= room)
+    best = max(
+        saved(some)
+        for n in range(len(pages) + 1)
+        for some in itertools.combinations(sizes, n)
+        if sum(sizes[i] for i in some) <= room
+    )
     assert saved(chosen) >= best - max(sizes[i] * uses[i] for i in sizes)
     if len(set(sizes.values())) == 1:
         assert saved(chosen) == best
@@ -236,8 +242,13 @@ def test_rows_are_gathered_in_any_order(quantize, pinned, name):
         whole = dequantize(store.read(name), None if tensor.scales is None else vectors[tensor.scales], tensor.group)
         every = torch.randperm(tensor.shape[0], generator=torch.Generator().manual_seed(0))
         found = []
-        for ids in (every, torch.tensor([3, 0, 3, 3, 7, 0]), torch.tensor([[5], [tensor.shape[0] - 1]]), every[:1],
-                    every[:0]):
+        for ids in (
+            every,
+            torch.tensor([3, 0, 3, 3, 7, 0]),
+            torch.tensor([[5], [tensor.shape[0] - 1]]),
+            every[:1],
+            every[:0],
+        ):
             found.append(weights[name].rows(ids))
             assert found[-1].shape == (*ids.shape, tensor.shape[1]) and torch.equal(found[-1], whole[ids])
             resident = weights[name].resident_rows(ids)
@@ -308,5 +319,11 @@ def test_a_rare_page_is_found_without_walking_to_it(store):
     schedule.pin(frozenset(schedule.uses()) - {page.index for page in rare})
     uses = list(itertools.islice(schedule.decode(5), 3))
     assert uses == [page.index for page in rare] * 3
-    make_plan(store, PageSchedule(store, thl.walk(far), thl.head(far)), budget=None, stream=True, state_bytes=0,
-              workspace_bytes=0)
+    make_plan(
+        store,
+        PageSchedule(store, thl.walk(far), thl.head(far)),
+        budget=None,
+        stream=True,
+        state_bytes=0,
+        workspace_bytes=0,
+    )

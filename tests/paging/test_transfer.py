@@ -78,8 +78,9 @@ class Settled(NativeTransfer):
     def __init__(self, reader, places, nbytes, slot_bytes, device, direct_storage, kept_bytes):
         assert not direct_storage
         self.host = _native.HostCopyDevice(seed=nbytes, delay=100)
-        super().__init__(reader, places, nbytes, slot_bytes, device, self.host, lambda: self.host.compute,
-                         kept_bytes=kept_bytes)
+        super().__init__(
+            reader, places, nbytes, slot_bytes, device, self.host, lambda: self.host.compute, kept_bytes=kept_bytes
+        )
 
     def finish(self, place):
         super().finish(place)
@@ -107,8 +108,9 @@ def test_an_engine_over_a_device_transfer_gives_the_same_bits(monkeypatch, make)
 
     monkeypatch.setattr(pager, "open_transfer", make)
     for budget in (least, least + 8000, least + 30_000):
-        with Engine.from_state_dict("thl", SMALL.to_dict(), weights, quantize="int8", stream=True,
-                                    memory_budget=budget) as engine:
+        with Engine.from_state_dict(
+            "thl", SMALL.to_dict(), weights, quantize="int8", stream=True, memory_budget=budget
+        ) as engine:
             assert torch.equal(engine.forward(tokens)[0], expected)
             state = engine.new_state()
             for i in range(7):
@@ -144,8 +146,9 @@ def test_pages_kept_in_host_memory_are_read_once(monkeypatch):
             assert torch.equal(engine.forward(tokens)[0], expected)
             stats = engine.stats()
             read = stats["bytes_streamed"] - stats["bytes_from_memory"]
-            assert stats["bytes_from_memory"] > 0 and (read == plan.streamed_bytes if part == 1.0
-                                                       else read > plan.streamed_bytes)
+            assert stats["bytes_from_memory"] > 0 and (
+                read == plan.streamed_bytes if part == 1.0 else read > plan.streamed_bytes
+            )
 
 
 def test_host_memory_is_for_devices():

@@ -15,8 +15,18 @@ from thl_engine.cli import main
 from thl_engine.ops.backends import load_ops
 from thl_engine.report import bench
 
-PROMISED = {"tokens_per_second", "bytes_per_token", "achieved_bandwidth", "measured_bandwidth", "bandwidth_ratio",
-            "peak_rss_bytes", "peak_device_bytes", "memory_budget", "backend", "device"}
+PROMISED = {
+    "tokens_per_second",
+    "bytes_per_token",
+    "achieved_bandwidth",
+    "measured_bandwidth",
+    "bandwidth_ratio",
+    "peak_rss_bytes",
+    "peak_device_bytes",
+    "memory_budget",
+    "backend",
+    "device",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +52,11 @@ def test_bandwidths(checkpoint, name, backend):
     with open_store(checkpoint / name if name else checkpoint) as store:
         like = bench.largest_matrix(store)
         assert like.name == "output_head.weight"
-        for rate in (bench.read_bandwidth(device), bench.disk_bandwidth(store),
-                     bench.product_bandwidth(load_ops(backend, "cpu"), device, like)):
+        for rate in (
+            bench.read_bandwidth(device),
+            bench.disk_bandwidth(store),
+            bench.product_bandwidth(load_ops(backend, "cpu"), device, like),
+        ):
             assert 1e6 < rate < 1e13
     assert bench.link_bandwidth(device) is None
 
@@ -89,8 +102,6 @@ def test_the_peak_can_be_forgotten():
     assert memory.peak_bytes() - before > 32 << 20
     del block
     assert memory.resident_bytes() > 0
-
-
 
 
 def test_the_peak_of_a_large_parent_is_not_counted():

@@ -21,8 +21,11 @@ TEMPLATE = """{{ bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "[assistant]" }}{% endif %}"""
 NAMES = ["<unk>", "<bos>", "<eos>", "[user]", "[assistant]", "[end]", "hello", "world"]
-MESSAGES = [{"role": "user", "content": " hello "}, {"role": "assistant", "content": "world"},
-            {"role": "user", "content": "world"}]
+MESSAGES = [
+    {"role": "user", "content": " hello "},
+    {"role": "assistant", "content": "world"},
+    {"role": "user", "content": "world"},
+]
 PROMPT = [1, 3, 6, 5, 4, 7, 5, 3, 7, 5, 4]
 
 
@@ -49,8 +52,9 @@ def test_messages_become_ids_without_a_second_bos():
     assert tokenizer.encode("hello world") == [1, 6, 7]
 
 
-@pytest.mark.parametrize("source", [TEMPLATE, [{"name": "tools", "template": "x"},
-                                               {"name": "default", "template": TEMPLATE}]])
+@pytest.mark.parametrize(
+    "source", [TEMPLATE, [{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}]]
+)
 def test_a_template_may_stand_in_the_tokenizers_configuration(source):
     given = files()
     given["tokenizer_config.json"] = json.dumps({"bos_token": "<bos>", "chat_template": source})
@@ -67,12 +71,17 @@ def test_tokens_that_end_a_text():
     assert load(other).end_ids == {5}
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ({"generation_config.json": '{"eos_token_id": [1, 110]}'}, "end-of-text id 110 is outside the model's 110 ids"),
-    ({"generation_config.json": '{"eos_token_id": ["<eos>"]}'}, "eos_token_id is .* one id or a list"),
-    ({"generation_config.json": "[]"}, "expected a JSON object"),
-    ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not valid JSON"),
-    ({"chat_template.jinja": "{% for %}"}, "no Jinja template"), ({"other.json": "{}"}, "found .*'other.json'")])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"generation_config.json": '{"eos_token_id": [1, 110]}'}, "end-of-text id 110 is outside the model's 110 ids"),
+        ({"generation_config.json": '{"eos_token_id": ["<eos>"]}'}, "eos_token_id is .* one id or a list"),
+        ({"generation_config.json": "[]"}, "expected a JSON object"),
+        ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not valid JSON"),
+        ({"chat_template.jinja": "{% for %}"}, "no Jinja template"),
+        ({"other.json": "{}"}, "found .*'other.json'"),
+    ],
+)
 def test_files_that_cannot_be_used(more, message):
     with pytest.raises(TokenizerError, match=f"here: .*{message}"):
         load({**files(), **more})
@@ -80,16 +89,26 @@ def test_files_that_cannot_be_used(more, message):
 
 def test_messages_that_cannot_be_used():
     tokenizer = load(files(**{"chat_template.jinja": TEMPLATE}))
-    for messages, message in (([{"role": "system", "content": "x"}], "does not take these messages: no role system"),
-                              ([{"role": "user"}], "a role and a content"), (["hello"], "a role and a content")):
+    for messages, message in (
+        ([{"role": "system", "content": "x"}], "does not take these messages: no role system"),
+        ([{"role": "user"}], "a role and a content"),
+        (["hello"], "a role and a content"),
+    ):
         with pytest.raises(TokenizerError, match=message):
             tokenizer.chat(messages)
     with pytest.raises(TokenizerError, match="no chat template; put its chat_template.jinja"):
         load(files()).chat(MESSAGES)
 
 
-@pytest.mark.parametrize("source", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}",
-                                    "{% for i in range(10 ** 9) %}x{% endfor %}", "{% include '/etc/passwd' %}"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(10 ** 9) %}x{% endfor %}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
 def test_templates_run_in_a_sandbox(source):
     with pytest.raises(TokenizerError, match="does not take these messages"):
         ChatTemplate(source, {}).render(MESSAGES)
@@ -98,8 +117,11 @@ def test_templates_run_in_a_sandbox(source):
 def test_all_files_travel_with_the_checkpoint(small, tmp_path):
     config, weights = small
     save_file(weights, tmp_path / "model.safetensors")
-    contents = {"config.json": json.dumps(config), "chat_template.jinja": TEMPLATE,
-                **files(**{"generation_config.json": '{"eos_token_id": [2, 5]}'})}
+    contents = {
+        "config.json": json.dumps(config),
+        "chat_template.jinja": TEMPLATE,
+        **files(**{"generation_config.json": '{"eos_token_id": [2, 5]}'}),
+    }
     for name, text in contents.items():
         (tmp_path / name).write_text(text)
     assert set(COMPANIONS) < set(contents)

@@ -87,13 +87,16 @@ def test_a_mismatch_is_explained_in_one_line(tmp_path):
         find_vocabulary(9, tmp_path / "absent", "m.pt")
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"vocab_size": 9}, "states vocab_size 9, but its ids end at 6"),
-    ({"level": "word"}, "level is 'word'"),
-    ({"vocab": {"a": 0, "b": 0}}, "belongs to both"),
-    ({"vocab": {"ab": 0}}, "single characters"),
-    ({"vocab": []}, "empty"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vocab_size": 9}, "states vocab_size 9, but its ids end at 6"),
+        ({"level": "word"}, "level is 'word'"),
+        ({"vocab": {"a": 0, "b": 0}}, "belongs to both"),
+        ({"vocab": {"ab": 0}}, "single characters"),
+        ({"vocab": []}, "empty"),
+    ],
+)
 def test_a_damaged_vocabulary_is_refused(tmp_path, changes, message):
     write(tmp_path / CONTINUAL_FILE, "abc", **changes)
     with pytest.raises(TokenizerError, match=message) as caught:

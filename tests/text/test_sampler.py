@@ -14,7 +14,7 @@ def plain_distribution(logits, sampling, history=()):
     """Probabilities by the definition, one Python number at a time: the slow twin of `Sampler`."""
     x = [float(v) for v in logits]
     if sampling.repetition_window:
-        for token in set(history[-sampling.repetition_window:]):
+        for token in set(history[-sampling.repetition_window :]):
             p = sampling.repetition_penalty
             x[token] = x[token] / p if x[token] > 0 else x[token] * p
     order = sorted(range(len(x)), key=lambda i: (-x[i], i))
@@ -92,10 +92,16 @@ def test_only_tokens_the_definition_keeps_are_drawn(values, k, p, temperature, p
 
 
 @pytest.mark.parametrize("scale", [0.01, 3.0])  # nearly flat: the head does not hold p; peaked: it does
-@pytest.mark.parametrize("sampling", [
-    Sampling(top_p=0.9), Sampling(top_p=0.5, temperature=0.7), Sampling(top_k=2000, top_p=0.8),
-    Sampling(top_k=7000, top_p=0.99),
-], ids=repr)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(top_p=0.9),
+        Sampling(top_p=0.5, temperature=0.7),
+        Sampling(top_k=2000, top_p=0.8),
+        Sampling(top_k=7000, top_p=0.99),
+    ],
+    ids=repr,
+)
 def test_top_p_of_a_large_vocabulary_does_not_depend_on_the_short_cut(monkeypatch, scale, sampling):
     logits = (torch.randn(9000, generator=torch.Generator().manual_seed(3)) * scale * 4).round() / 4
     ids = {}
@@ -174,27 +180,44 @@ def test_extreme_finite_logits_work():
         assert int(Sampler(sampling).sample(logits, [1, 0])[0]) in (0, 1, 3)
 
 
-@pytest.mark.parametrize("call", [
-    lambda: Sampler(Sampling()).sample(torch.zeros(2, 5)),
-    lambda: Sampler(Sampling()).sample(torch.zeros(1, 1, 5)),
-    lambda: Sampler(Sampling()).sample(torch.zeros(0)),
-    lambda: Sampler(Sampling()).sample(torch.zeros(5, dtype=torch.int64)),
-    lambda: Sampler(Sampling(), 2).sample(torch.zeros(2, 5), [[1]]),
-    lambda: Sampler(Sampling(repetition_penalty=2.0)).sample(torch.zeros(5), [1, 5]),
-    lambda: Sampler(Sampling(repetition_penalty=2.0)).sample(torch.zeros(5), [-1]),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Sampler(Sampling()).sample(torch.zeros(2, 5)),
+        lambda: Sampler(Sampling()).sample(torch.zeros(1, 1, 5)),
+        lambda: Sampler(Sampling()).sample(torch.zeros(0)),
+        lambda: Sampler(Sampling()).sample(torch.zeros(5, dtype=torch.int64)),
+        lambda: Sampler(Sampling(), 2).sample(torch.zeros(2, 5), [[1]]),
+        lambda: Sampler(Sampling(repetition_penalty=2.0)).sample(torch.zeros(5), [1, 5]),
+        lambda: Sampler(Sampling(repetition_penalty=2.0)).sample(torch.zeros(5), [-1]),
+    ],
+)
 def test_shapes_and_ids_that_do_not_fit(call):
     with pytest.raises(EngineError):
         call()
 
 
-@pytest.mark.parametrize("field, value", [
-    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", "1"),
-    ("temperature", True), ("top_k", -1), ("top_k", 2.0), ("top_p", 0.0), ("top_p", 1.01),
-    ("top_p", float("nan")),
-    ("repetition_penalty", 0.0), ("repetition_penalty", 10**400 * -1), ("repetition_window", -1),
-    ("seed", -1), ("seed", 1 << 63), ("seed", 0.5),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "1"),
+        ("temperature", True),
+        ("top_k", -1),
+        ("top_k", 2.0),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", float("nan")),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 10**400 * -1),
+        ("repetition_window", -1),
+        ("seed", -1),
+        ("seed", 1 << 63),
+        ("seed", 0.5),
+    ],
+)
 def test_bad_settings_name_the_field(field, value):
     with pytest.raises(ConfigError, match=f"^{field} is "):
         Sampling(**{field: value})

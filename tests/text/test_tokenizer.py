@@ -19,9 +19,18 @@ CORPUS = [
 ] * 3
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TEXTS = [
-    "", " ", "  two  spaces ", "Hello, world!\n\n\tSpeak.", " leading", "\u00a0nbsp",
-    "👍🏽👩\u200d👩\u200d👧 e\u0301\u0301", "日本語テキスト", "\U0010ffff\U00010000\x00\x7f",
-    "\ufffd real replacement \ufffd", "▁ the metaspace ▁", "Ġ <0x41> </s>",
+    "",
+    " ",
+    "  two  spaces ",
+    "Hello, world!\n\n\tSpeak.",
+    " leading",
+    "\u00a0nbsp",
+    "👍🏽👩\u200d👩\u200d👧 e\u0301\u0301",
+    "日本語テキスト",
+    "\U0010ffff\U00010000\x00\x7f",
+    "\ufffd real replacement \ufffd",
+    "▁ the metaspace ▁",
+    "Ġ <0x41> </s>",
 ]
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
@@ -30,8 +39,12 @@ def byte_level():
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens(["日本語", " plain added"])
     tokenizer.enable_truncation(5)
@@ -74,18 +87,29 @@ BYTEWISE = {
     "llama": byte_fallback(decoders.Sequence(LLAMA)),
     "gemma": byte_fallback(decoders.Sequence(LLAMA[:3]), bos=False),
     "metaspace_fallback": byte_fallback(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])),
-    "metaspace_never": byte_fallback(decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never"), decoders.Fuse()])),
+    "metaspace_never": byte_fallback(
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never"), decoders.Fuse()])
+    ),
 }
 WINDOWED = {
-    "wordpiece": trained(models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(**PLAIN),
-                         pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()),
-    "suffix": trained(models.BPE(unk_token="<unk>"), trainers.BpeTrainer(end_of_word_suffix="</w>", **PLAIN),
-                      pre_tokenizers.Whitespace(), decoders.BPEDecoder()),
-    "words": trained(models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer(**PLAIN),
-                     pre_tokenizers.Whitespace(), None),
-    "regex_fallback": byte_fallback(decoders.Sequence(
-        [decoders.Replace(tokenizers.Regex("▁"), " "), decoders.ByteFallback(), decoders.Fuse()])),
+    "wordpiece": trained(
+        models.WordPiece(unk_token="<unk>"),
+        trainers.WordPieceTrainer(**PLAIN),
+        pre_tokenizers.BertPreTokenizer(),
+        decoders.WordPiece(),
+    ),
+    "suffix": trained(
+        models.BPE(unk_token="<unk>"),
+        trainers.BpeTrainer(end_of_word_suffix="</w>", **PLAIN),
+        pre_tokenizers.Whitespace(),
+        decoders.BPEDecoder(),
+    ),
+    "words": trained(
+        models.WordLevel(unk_token="<unk>"), trainers.WordLevelTrainer(**PLAIN), pre_tokenizers.Whitespace(), None
+    ),
+    "regex_fallback": byte_fallback(
+        decoders.Sequence([decoders.Replace(tokenizers.Regex("▁"), " "), decoders.ByteFallback(), decoders.Fuse()])
+    ),
     "empty": byte_fallback(decoders.Sequence([])),
 }
 HF = {**BYTEWISE, **WINDOWED}
@@ -250,14 +274,17 @@ def test_bytes_as_published():
 CHARS = {"a": 2, "b": 3, "\n": 4, "é": 5}
 
 
-@pytest.mark.parametrize("data", [
-    CHARS,
-    {"char_to_id": CHARS},
-    {"stoi": CHARS, "itos": {str(i): c for c, i in CHARS.items()}},
-    {"level": "char", "vocab": CHARS, "vocab_size": 4},
-    ["<pad>", "<eos>", "a", "b", "\n", "é"],
-    {"char_to_id": ["[PAD]", "[EOS]", "a", "b", "\n", "é"]},
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        CHARS,
+        {"char_to_id": CHARS},
+        {"stoi": CHARS, "itos": {str(i): c for c, i in CHARS.items()}},
+        {"level": "char", "vocab": CHARS, "vocab_size": 4},
+        ["<pad>", "<eos>", "a", "b", "\n", "é"],
+        {"char_to_id": ["[PAD]", "[EOS]", "a", "b", "\n", "é"]},
+    ],
+)
 def test_character_vocabulary_forms(data):
     tokenizer = load_tokenizer(json.dumps(data), 6, "chars.json")
     assert tokenizer.encode("éa\nb") == [5, 2, 4, 3]
@@ -267,14 +294,21 @@ def test_character_vocabulary_forms(data):
         tokenizer.encode("abc")
 
 
-@pytest.mark.parametrize("data", [
-    {"<PAD>": 0, "<UNK>": 1, "<EOS>": 6, **CHARS},
-    {"vocab": {"[PAD]": 0, "[UNK]": 1, "</s>": 6, **CHARS}},
-    {"stoi": CHARS, "unk": 1, "eos_token_id": 6, "pad_id": 0, "bos": None},
-    {"stoi": {"nothing": 1, "end": 6, "fill": 0, **CHARS}, "unk_token": "nothing", "eos_token": "end",
-     "special_tokens": ["fill", "nothing", "end"]},
-    {"stoi": CHARS, "special_tokens": {"<pad>": 0, "<unk>": 1, "<eos>": 6}},
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"<PAD>": 0, "<UNK>": 1, "<EOS>": 6, **CHARS},
+        {"vocab": {"[PAD]": 0, "[UNK]": 1, "</s>": 6, **CHARS}},
+        {"stoi": CHARS, "unk": 1, "eos_token_id": 6, "pad_id": 0, "bos": None},
+        {
+            "stoi": {"nothing": 1, "end": 6, "fill": 0, **CHARS},
+            "unk_token": "nothing",
+            "eos_token": "end",
+            "special_tokens": ["fill", "nothing", "end"],
+        },
+        {"stoi": CHARS, "special_tokens": {"<pad>": 0, "<unk>": 1, "<eos>": 6}},
+    ],
+)
 def test_character_vocabulary_special_tokens(data):
     tokenizer = load_tokenizer(json.dumps(data), 8, "chars.json")
     assert tokenizer.encode("aéx<") == [2, 5, 1, 1]
@@ -291,35 +325,38 @@ def test_a_character_may_itself_stand_for_the_unknown():
 # Bad input
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "not valid JSON"),
-    ("{", "not valid JSON"),
-    ("[" * 100_000, "not valid JSON"),
-    ('{"a": 1' + "0" * 5000 + "}", "not valid JSON"),
-    ("3", "neither"),
-    ("null", "neither"),
-    ('["a", 2]', "neither"),
-    ("[]", "empty"),
-    ("{}", "empty"),
-    ('["a", "a"]', "'a' twice"),
-    ('{"a": 1, "b": 1}', "id 1 belongs to both 'a' and 'b'"),
-    ('{"a": -1}', "'a' has -1"),
-    ('{"a": 1.0}', "'a' has 1.0"),
-    ('{"a": true}', "'a' has True"),
-    ('{"the": 1}', "'the' has 3 characters"),
-    ('{"": 1}', "'' has 0 characters"),
-    ('{"\\ud800": 1}', "surrogate"),
-    ('{"a": 0, "b": 10}', "11 ids, the model only 10"),
-    ('{"stoi": {"a": 1}, "unk": "x"}', "unk names 'x'"),
-    ('{"stoi": {"a": 1}, "unk": 99}', "100 ids, the model only 10"),
-    ('{"stoi": {"a": 1}, "special_tokens": 3}', "special_tokens"),
-    ('{"stoi": {"a": 1}, "special_tokens": ["x"]}', "'x'"),
-    ('{"stoi": {"a": 1}, "unc": 3}', "unknown field 'unc'"),
-    ('{"vocab": {"a": 1}, "level": "word"}', "level is 'word'"),
-    ('{"model": {}}', "`tokenizers`"),
-    ('{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": {"type": "None"}}', "`tokenizers`"),
-    (HF["llama"].to_str(), r"\d+ ids, the model only 10"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"a": 1' + "0" * 5000 + "}", "not valid JSON"),
+        ("3", "neither"),
+        ("null", "neither"),
+        ('["a", 2]', "neither"),
+        ("[]", "empty"),
+        ("{}", "empty"),
+        ('["a", "a"]', "'a' twice"),
+        ('{"a": 1, "b": 1}', "id 1 belongs to both 'a' and 'b'"),
+        ('{"a": -1}', "'a' has -1"),
+        ('{"a": 1.0}', "'a' has 1.0"),
+        ('{"a": true}', "'a' has True"),
+        ('{"the": 1}', "'the' has 3 characters"),
+        ('{"": 1}', "'' has 0 characters"),
+        ('{"\\ud800": 1}', "surrogate"),
+        ('{"a": 0, "b": 10}', "11 ids, the model only 10"),
+        ('{"stoi": {"a": 1}, "unk": "x"}', "unk names 'x'"),
+        ('{"stoi": {"a": 1}, "unk": 99}', "100 ids, the model only 10"),
+        ('{"stoi": {"a": 1}, "special_tokens": 3}', "special_tokens"),
+        ('{"stoi": {"a": 1}, "special_tokens": ["x"]}', "'x'"),
+        ('{"stoi": {"a": 1}, "unc": 3}', "unknown field 'unc'"),
+        ('{"vocab": {"a": 1}, "level": "word"}', "level is 'word'"),
+        ('{"model": {}}', "`tokenizers`"),
+        ('{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": {"type": "None"}}', "`tokenizers`"),
+        (HF["llama"].to_str(), r"\d+ ids, the model only 10"),
+    ],
+)
 def test_bad_files(text, message):
     with pytest.raises(TokenizerError, match=message) as error:
         load_tokenizer(text, 10, "some/tokenizer.json")
@@ -331,7 +368,7 @@ def test_damaged_tokenizer_files_raise_nothing_else():
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
         place, other = torch.randint(len(text), (2,), generator=generator).tolist()
-        for damaged in (text[:place], text[:place] + text[other] + text[place + 1:]):
+        for damaged in (text[:place], text[:place] + text[other] + text[place + 1 :]):
             try:
                 tokenizer = load_tokenizer(damaged, MODEL_VOCAB, "t")
                 tokenizer.decode(tokenizer.encode("Hello 👍"))

@@ -22,9 +22,21 @@ from thl_engine.train.modules import TrainableModel, chunk_loss
 from thl_engine.train.options import rate
 from thl_engine.train.run import RESUME_FILE, Run
 
-CONFIG = {"vocab_size": 280, "embedding_dim": 12, "num_tiers": 2, "tier_dims": [16, 10],
-          "tier_timescales": [1, 4], "local_window": 5, "memory_slots": 6, "memory_dim": 8, "query_dim": 4,
-          "value_dim": 8, "num_heads": 2, "head_dim": 4, "read_topk": 2}
+CONFIG = {
+    "vocab_size": 280,
+    "embedding_dim": 12,
+    "num_tiers": 2,
+    "tier_dims": [16, 10],
+    "tier_timescales": [1, 4],
+    "local_window": 5,
+    "memory_slots": 6,
+    "memory_dim": 8,
+    "query_dim": 4,
+    "value_dim": 8,
+    "num_heads": 2,
+    "head_dim": 4,
+    "read_topk": 2,
+}
 
 
 def _text(sentences: int = 400, seed: int = 1) -> str:
@@ -47,9 +59,20 @@ def one_thread() -> Iterator[None]:
 def options(tmp_path: Path) -> TrainOptions:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "text.txt").write_text(_text(), encoding="utf-8")
-    return TrainOptions("thl", tmp_path / "config.json", tmp_path / "text.txt", tmp_path / "run", steps=6,
-                        batch_size=4, chunk=10, carry=30, warmup=2, evaluate_every=3, save_every=2,
-                        sample_tokens=5)
+    return TrainOptions(
+        "thl",
+        tmp_path / "config.json",
+        tmp_path / "text.txt",
+        tmp_path / "run",
+        steps=6,
+        batch_size=4,
+        chunk=10,
+        carry=30,
+        warmup=2,
+        evaluate_every=3,
+        save_every=2,
+        sample_tokens=5,
+    )
 
 
 def _model(**given: float) -> TrainableModel:
@@ -107,6 +130,7 @@ def test_every_used_parameter_learns() -> None:
 
 def test_noise_is_for_training_only() -> None:
     tokens = _tokens(2, 20)
+
     def run(model: TrainableModel) -> torch.Tensor:
         with torch.no_grad():
             return model(tokens, model.init_state(2))[0]
@@ -120,6 +144,7 @@ def test_noise_is_for_training_only() -> None:
 
 def test_bfloat16_trains_close_to_float32_and_evaluates_the_same() -> None:
     tokens = _tokens(4, 24)
+
     def gradients(model: TrainableModel) -> tuple[float, torch.Tensor]:
         logits, _ = model.train()(tokens[:, :-1], model.init_state(4))
         loss = chunk_loss(logits, tokens[:, 1:])
@@ -214,8 +239,7 @@ def test_lanes_of_an_evaluation_agree() -> None:
     assert evaluate(model, tokens[:2], 0.4, lanes=8).perplexity > 1
 
 
-def test_resume_is_the_run_that_was_not_interrupted(options: TrainOptions,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_is_the_run_that_was_not_interrupted(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     given = replace(options, steps=9, dropout=0.1, weight_dropout=0.1)
     expected = train(given)
     stopped = replace(given, out=given.out.with_name("stopped"))
@@ -302,29 +326,44 @@ def _break(options: TrainOptions, what: str) -> TrainOptions:
     return options
 
 
-@pytest.mark.parametrize(("what", "error", "message"), [
-    ("no text", ConfigError, "cannot read the text nowhere.txt: No such file"),
-    ("empty", ConfigError, "is empty"),
-    ("binary", ConfigError, "is not UTF-8 text"),
-    ("short", ConfigError, "the text is too short"),
-    ("no config", ConfigError, "nowhere.json: No such file"),
-    ("bad config", ConfigError, "is not JSON"),
-    ("typo", ConfigError, "did you mean 'memory_slots'"),
-    ("tokenizer", TokenizerError, "290 ids"),
-    ("no tokenizer", ConfigError, "nowhere.json"),
-    ("vocabulary", ConfigError, "at least 256"),
-    ("large vocabulary", ConfigError, "5000; set vocab_size to"),
-    ("folder", ConfigError, "cannot make the folder"),
-])
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("no text", ConfigError, "cannot read the text nowhere.txt: No such file"),
+        ("empty", ConfigError, "is empty"),
+        ("binary", ConfigError, "is not UTF-8 text"),
+        ("short", ConfigError, "the text is too short"),
+        ("no config", ConfigError, "nowhere.json: No such file"),
+        ("bad config", ConfigError, "is not JSON"),
+        ("typo", ConfigError, "did you mean 'memory_slots'"),
+        ("tokenizer", TokenizerError, "290 ids"),
+        ("no tokenizer", ConfigError, "nowhere.json"),
+        ("vocabulary", ConfigError, "at least 256"),
+        ("large vocabulary", ConfigError, "5000; set vocab_size to"),
+        ("folder", ConfigError, "cannot make the folder"),
+    ],
+)
 def test_bad_input_is_one_clear_line(options: TrainOptions, what: str, error: type, message: str) -> None:
     with pytest.raises(error, match=message) as caught:
         train(_break(options, what))
     assert isinstance(caught.value, EngineError) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("steps", 0), ("chunk", 0), ("dropout", 1.0), ("learning_rate", math.nan), ("held_out", 0.0),
-    ("precision", "float16"), ("tokenizer_type", "words"), ("clip", 0.0), ("threads", 0), ("warmup", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("chunk", 0),
+        ("dropout", 1.0),
+        ("learning_rate", math.nan),
+        ("held_out", 0.0),
+        ("precision", "float16"),
+        ("tokenizer_type", "words"),
+        ("clip", 0.0),
+        ("threads", 0),
+        ("warmup", -1),
+    ],
+)
 def test_options_are_checked(options: TrainOptions, field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         replace(options, **{field: value})

@@ -19,10 +19,27 @@ from thl_engine.train.objectives import OBJECTIVES, objective_of
 from thl_engine.train.run import RESUME_FILE, Run
 
 SIZES = {
-    "inl": {"d_model": 16, "num_layers": 2, "num_heads": 2, "num_iterations_per_layer": 4, "feedforward_dim": 24,
-            "max_seq_len": 24, "hierarchical_group_size": 5},
-    "him": {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "num_encoder_layers": 3, "dim_feedforward": 24,
-            "max_answer_len": 4, "mem_slots": 3, "mem_rank": 4, "reasoning_tokens": 4, "max_seq_len": 24},
+    "inl": {
+        "d_model": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_iterations_per_layer": 4,
+        "feedforward_dim": 24,
+        "max_seq_len": 24,
+        "hierarchical_group_size": 5,
+    },
+    "him": {
+        "embed_dim": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "num_encoder_layers": 3,
+        "dim_feedforward": 24,
+        "max_answer_len": 4,
+        "mem_slots": 3,
+        "mem_rank": 4,
+        "reasoning_tokens": 4,
+        "max_seq_len": 24,
+    },
     "hrm": {"hidden_size": 16, "num_heads": 2, "L_layers": 1, "H_layers": 1, "halt_max_steps": 2},
 }
 WAYS = [(model, objective.name) for model in SIZES for objective in OBJECTIVES[model]]
@@ -37,11 +54,22 @@ def options(tmp_path: Path):
 
     def make(model: str, objective: str | None = None, **given) -> TrainOptions:
         (tmp_path / f"{model}.json").write_text(json.dumps(SIZES[model]))
-        usual = {"steps": 6, "batch_size": 8, "chunk": 16, "carry": 64, "warmup": 2, "learning_rate": 0.01,
-                 "dropout": 0.0, "weight_dropout": 0.0, "evaluate_every": 60, "sample_tokens": 6,
-                 "tokenizer_type": "char"}
-        return TrainOptions(model, tmp_path / f"{model}.json", tmp_path / "text.txt", tmp_path / model, objective,
-                            **{**usual, **given})
+        usual = {
+            "steps": 6,
+            "batch_size": 8,
+            "chunk": 16,
+            "carry": 64,
+            "warmup": 2,
+            "learning_rate": 0.01,
+            "dropout": 0.0,
+            "weight_dropout": 0.0,
+            "evaluate_every": 60,
+            "sample_tokens": 6,
+            "tokenizer_type": "char",
+        }
+        return TrainOptions(
+            model, tmp_path / f"{model}.json", tmp_path / "text.txt", tmp_path / model, objective, **{**usual, **given}
+        )
 
     return make
 
@@ -77,8 +105,11 @@ def test_every_way_trains_every_parameter_that_it_uses(model, objective, options
     still = {name for name, p in trainable.named_parameters() if p.grad is None or not p.grad.any()}
     expected = {block.name for block in trainable.blocks if block.kind == "unused"}
     # Starting states and counters are buffers in the published models.
-    expected |= {name for name in still if name.startswith(("z0_", "memory.memory"))
-                 or name.endswith(("avg_iterations", "num_forwards"))}
+    expected |= {
+        name
+        for name in still
+        if name.startswith(("z0_", "memory.memory")) or name.endswith(("avg_iterations", "num_forwards"))
+    }
     if objective == "simple":
         expected |= {"q_head.weight", "q_head.bias"}
     if objective == "reconstruction":
@@ -117,12 +148,15 @@ def test_bfloat16_trains(model, options):
     assert min(losses[4:]) < losses[0] and all(p.dtype == torch.float32 for p in run.model.parameters())
 
 
-@pytest.mark.parametrize("model, change, words", [
-    ("inl", {"chunk": 25}, "chunk is 25; the model's max_seq_len is 24"),
-    ("him", {"chunk": 3}, "at least max_answer_len .4."),
-    ("hrm", {"chunk": 65}, "sees 64 tokens at once"),
-    ("hrm", {"objective": "shallow"}, "'shallow'; a model of type hrm has simple and deep"),
-])
+@pytest.mark.parametrize(
+    "model, change, words",
+    [
+        ("inl", {"chunk": 25}, "chunk is 25; the model's max_seq_len is 24"),
+        ("him", {"chunk": 3}, "at least max_answer_len .4."),
+        ("hrm", {"chunk": 65}, "sees 64 tokens at once"),
+        ("hrm", {"objective": "shallow"}, "'shallow'; a model of type hrm has simple and deep"),
+    ],
+)
 def test_options_that_cannot_work(model, change, words, options):
     with pytest.raises(ConfigError, match=words):
         loop.prepare(options(model, **change))

@@ -1,9 +1,9 @@
 """The folder of an HRM-Gemma: what it adds to a base that lies elsewhere.
 
-  config.json                  model_type "hrm_gemma3n"; base_model, the base's checkpoint, relative to this folder or
-                               absolute; hrm, the fields of `ReasoningConfig`. Fields of the base may be repeated.
-  l_adapter/, h_adapter/       adapter_config.json and adapter_model.safetensors as PEFT writes and loads them
-  hrm.safetensors              the recurrent modules
+config.json                  model_type "hrm_gemma3n"; base_model, the base's checkpoint, relative to this folder or
+                             absolute; hrm, the fields of `ReasoningConfig`. Fields of the base may be repeated.
+l_adapter/, h_adapter/       adapter_config.json and adapter_model.safetensors as PEFT writes and loads them
+hrm.safetensors              the recurrent modules
 """
 
 import json
@@ -24,9 +24,21 @@ FOLDERS = {"L": "l_adapter", "H": "h_adapter"}
 RECURRENT = "hrm.safetensors"
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # What changes the arithmetic of an adapter elsewhere, and is not computed here unless it is absent or says no.
-UNSUPPORTED = ("use_rslora", "use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern",
-               "alpha_pattern", "modules_to_save", "layer_replication", "alora_invocation_tokens", "target_parameters",
-               "trainable_token_indices")
+UNSUPPORTED = (
+    "use_rslora",
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "trainable_token_indices",
+)
 
 
 def is_adapter_folder(path: Path) -> bool:
@@ -43,13 +55,17 @@ def base_of(folder: Path) -> tuple[Path, dict[str, Any], str]:
     """The base's path, the fields of config.json, and where they stand. Raises ConfigError."""
     found = config_beside(folder)
     if found is None:
-        raise ConfigError(f"{folder / 'config.json'}: no such file; the folder of an hrm_gemma3n model needs it, with "
-                          "base_model, the path of its base")
+        raise ConfigError(
+            f"{folder / 'config.json'}: no such file; the folder of an hrm_gemma3n model needs it, with "
+            "base_model, the path of its base"
+        )
     given, where = found
     base = given.get("base_model")
     if not isinstance(base, str) or not base or "\0" in base:
-        raise ConfigError(f"{where}: base_model is {shown(base)}; it must be the path of the base's checkpoint, "
-                          f"absolute or relative to {folder}")
+        raise ConfigError(
+            f"{where}: base_model is {shown(base)}; it must be the path of the base's checkpoint, "
+            f"absolute or relative to {folder}"
+        )
     return folder / base, given, where
 
 
@@ -66,8 +82,10 @@ def adapted_config(given: Mapping[str, Any], base: Mapping[str, Any], where: str
     whole = config.to_dict()
     for field in fields(Gemma3nConfig):
         if whole[field.name] != base[field.name]:
-            raise ConfigError(f"{where}: {field.name} is {shown(whole[field.name])}, but the base has "
-                              f"{shown(base[field.name])}; leave it out")
+            raise ConfigError(
+                f"{where}: {field.name} is {shown(whole[field.name])}, but the base has "
+                f"{shown(base[field.name])}; leave it out"
+            )
     return config
 
 
@@ -93,8 +111,11 @@ def _check_adapter(file: Path, config: HRMGemma3nConfig, side: str) -> None:
     """Whether PEFT's description of an adapter is of what is computed here; the tensors are checked by themselves."""
     given = parse_json(read_text(file), str(file))
     rank, alpha = low_rank.rank_and_alpha(config, side)
-    for name, own, expected in (("peft_type", "", "LORA"), ("r", f"{side}_rank", rank),
-                                ("lora_alpha", f"{side}_alpha", alpha)):
+    for name, own, expected in (
+        ("peft_type", "", "LORA"),
+        ("r", f"{side}_rank", rank),
+        ("lora_alpha", f"{side}_alpha", alpha),
+    ):
         if given.get(name) != expected or isinstance(given.get(name), bool):
             source = f", as config.json's hrm has it ({own})" if own else ""
             raise CheckpointError(f"{file}: {name} is {shown(given.get(name))}; it must be {expected!r}{source}")
@@ -108,15 +129,27 @@ def _check_adapter(file: Path, config: HRMGemma3nConfig, side: str) -> None:
 def adapter_config(config: HRMGemma3nConfig, side: str, base: str) -> dict[str, Any]:
     """PEFT's description of the adapter "L" or "H" of a base at the path `base`."""
     rank, alpha = low_rank.rank_and_alpha(config, side)
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0,
-            "target_modules": list(low_rank.TARGETS[side]), "bias": "none", "fan_in_fan_out": False,
-            "inference_mode": True, "init_lora_weights": True, "modules_to_save": None, "use_dora": False,
-            "use_rslora": False}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(low_rank.TARGETS[side]),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
 
 
-def write_adapters(folder: Path, config: HRMGemma3nConfig, base: str, sources: Mapping[str, Source],
-                   progress: Progress | None = None) -> None:
+def write_adapters(
+    folder: Path, config: HRMGemma3nConfig, base: str, sources: Mapping[str, Source], progress: Progress | None = None
+) -> None:
     """Writes a folder that `read_adapters` reads, config.json last.
 
     base: the path of the base as config.json is to have it. sources: the tensors by the names of the model's blocks.
@@ -124,8 +157,9 @@ def write_adapters(folder: Path, config: HRMGemma3nConfig, base: str, sources: M
     names = {RECURRENT: {block.name: block.name for block in hrm_gemma3n.reasoning_blocks(config)}}
     texts = {}
     for side, name in FOLDERS.items():
-        names[f"{name}/{ADAPTER_TENSORS}"] = {low_rank.PEFT_PREFIX + block.name: block.name
-                                              for block in low_rank.side_blocks(config, side)}
+        names[f"{name}/{ADAPTER_TENSORS}"] = {
+            low_rank.PEFT_PREFIX + block.name: block.name for block in low_rank.side_blocks(config, side)
+        }
         texts[f"{name}/{ADAPTER_CONFIG}"] = adapter_config(config, side, base)
     own = {"model_type": config.model_type, "base_model": base, "hrm": config.to_dict()["hrm"]}
     texts["config.json"] = own

@@ -315,9 +315,7 @@ def _state_dict(file: Path, loaded: object) -> dict[str, torch.Tensor]:
             break
     values = loaded.values() if isinstance(loaded, dict) else ()
     if not values or not all(isinstance(value, torch.Tensor) for value in values):
-        raise CheckpointError(
-            f"{file}: expected a state dict of tensors, or one under {' '.join(map(repr, WRAPPERS))}"
-        )
+        raise CheckpointError(f"{file}: expected a state dict of tensors, or one under {' '.join(map(repr, WRAPPERS))}")
     names = {str(name): tensor for name, tensor in loaded.items()}
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in names)), None):
         names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}

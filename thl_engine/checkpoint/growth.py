@@ -24,9 +24,16 @@ from thl_engine.text.hrm_tokenizer import extended
 VOCABULARY_TABLES = ("input_embedding.embedding_weight", "output_head.weight")
 
 
-def grow_checkpoint(src: str | os.PathLike, dst: str | os.PathLike, *, vocab_size: int | None = None,
-                    text: str | None = None, layers: int | None = None, seed: int = 0,
-                    progress: Progress | None = None) -> HRMConfig:
+def grow_checkpoint(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    vocab_size: int | None = None,
+    text: str | None = None,
+    layers: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> HRMConfig:
     """Writes a float checkpoint with more tokens, more layers or both to the file `dst`; returns its configuration.
 
     vocab_size: tokens afterwards. text: in place of it, the vocabulary that goes with the checkpoint is extended by the
@@ -41,8 +48,10 @@ def grow_checkpoint(src: str | os.PathLike, dst: str | os.PathLike, *, vocab_siz
         config, tokenizer = parse_config(store.config, store.model_type), store.tokenizer_json
         if text is not None:
             if tokenizer is None:
-                raise TokenizerError(f"{store.path}: no vocabulary in or beside the checkpoint that could be extended; "
-                                     "put its continual_tokenizer.json there, or say how many tokens to have")
+                raise TokenizerError(
+                    f"{store.path}: no vocabulary in or beside the checkpoint that could be extended; "
+                    "put its continual_tokenizer.json there, or say how many tokens to have"
+                )
             tokenizer, size = extended(tokenizer, text, str(store.path))
             vocab_size = max(size, config.vocab_size)
         if vocab_size is not None:
@@ -62,8 +71,9 @@ def _float_tensors(store: Store) -> dict[str, Tensor]:
     return {name: store.read(name) for name in store.tensors}
 
 
-def expand_vocabulary(config: HRMConfig, tensors: Mapping[str, Tensor], vocab_size: int,
-                      seed: int = 0) -> tuple[HRMConfig, dict[str, Tensor]]:
+def expand_vocabulary(
+    config: HRMConfig, tensors: Mapping[str, Tensor], vocab_size: int, seed: int = 0
+) -> tuple[HRMConfig, dict[str, Tensor]]:
     """The model with `vocab_size` tokens, at least as many as it has.
 
     Old rows of both tables are kept bit for bit, and so are the logits of old tokens, all states and every decision to
@@ -81,8 +91,9 @@ def expand_vocabulary(config: HRMConfig, tensors: Mapping[str, Tensor], vocab_si
     return grown, out
 
 
-def expand_layers(config: HRMConfig, tensors: Mapping[str, Tensor], more_L: int = 0, more_H: int = 0,
-                  seed: int = 0) -> tuple[HRMConfig, dict[str, Tensor]]:
+def expand_layers(
+    config: HRMConfig, tensors: Mapping[str, Tensor], more_L: int = 0, more_H: int = 0, seed: int = 0
+) -> tuple[HRMConfig, dict[str, Tensor]]:
     """The model with that many blocks appended to its modules, initialised as a fresh model's.
 
     New blocks are no identity: the model's function changes and needs further training. They have the inner width of
@@ -96,16 +107,21 @@ def expand_layers(config: HRMConfig, tensors: Mapping[str, Tensor], more_L: int 
     _check(tensors, before)
     generator = torch.Generator().manual_seed(seed)
     like = tensors[VOCABULARY_TABLES[0]]
-    added = {name: hrm.initial(grown, block, slice(None), generator).to(like)
-             for name, block in after.items() if name not in before}
+    added = {
+        name: hrm.initial(grown, block, slice(None), generator).to(like)
+        for name, block in after.items()
+        if name not in before
+    }
     return grown, {**tensors, **added}
 
 
 def _grown(config: HRMConfig, **sizes: int) -> HRMConfig:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < getattr(config, name):
-            raise ConfigError(f"{name} is {size!r}; a model grows to a whole number of at least the "
-                              f"{getattr(config, name)} that it has")
+            raise ConfigError(
+                f"{name} is {size!r}; a model grows to a whole number of at least the "
+                f"{getattr(config, name)} that it has"
+            )
     return replace(config, **sizes)
 
 
@@ -120,7 +136,9 @@ def _check(tensors: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> None:
         if name not in tensors:
             raise CheckpointError(f"tensor {name!r} is missing; growing needs the whole model")
         if tuple(tensors[name].shape) != block.shape or not tensors[name].is_floating_point():
-            raise CheckpointError(f"tensor {name!r} is {tensors[name].dtype} {list(tensors[name].shape)}; the "
-                                  f"configuration says floats {list(block.shape)}")
+            raise CheckpointError(
+                f"tensor {name!r} is {tensors[name].dtype} {list(tensors[name].shape)}; the "
+                f"configuration says floats {list(block.shape)}"
+            )
     for name in tensors.keys() - blocks.keys():
         raise CheckpointError(f"tensor {name!r} is none of the model's; the configuration is of another model")

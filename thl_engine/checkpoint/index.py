@@ -129,7 +129,7 @@ def read_config(file: Path) -> tuple[dict, str]:
 
 
 def _status(path: Path, what: str) -> str:
-    """"file" or "folder"; a path that is neither, or cannot be reached, is a `CheckpointError`."""
+    """ "file" or "folder"; a path that is neither, or cannot be reached, is a `CheckpointError`."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
@@ -238,9 +238,7 @@ def _check_prefix(path: Path, prefix: bytes, length: int, size: int) -> None:
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty")
     if prefix.startswith(PICKLE_MAGIC) or path.suffix in PICKLE_SUFFIXES:
-        raise CheckpointError(
-            f"{path}: a torch.save file, expected safetensors; convert it: thl convert {path} OUT"
-        )
+        raise CheckpointError(f"{path}: a torch.save file, expected safetensors; convert it: thl convert {path} OUT")
     if prefix.startswith(b"GGUF"):
         raise CheckpointError(f"{path}: a GGUF file, expected safetensors")
     if size < 8:
@@ -293,9 +291,7 @@ def _check_entry(path: Path, name: str, entry: object, data: int, available: int
         )
     nbytes = count * DTYPES[dtype].itemsize
     if end - begin != nbytes:
-        raise CheckpointError(
-            f"{where}: {dtype} {shown(shape)} takes {nbytes} bytes, data_offsets span {end - begin}"
-        )
+        raise CheckpointError(f"{where}: {dtype} {shown(shape)} takes {nbytes} bytes, data_offsets span {end - begin}")
     return TensorInfo(name, dtype, tuple(shape), path, data + begin, nbytes)
 
 

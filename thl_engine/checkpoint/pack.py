@@ -147,11 +147,12 @@ def write_tensors(path: Path, sources: Mapping[str, Source], progress: Progress 
         position += entries[-1].nbytes
     header = {"__metadata__": {"format": "pt"}} | {
         e.name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.offset, e.offset + e.nbytes]}
-        for e in entries}
+        for e in entries
+    }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     data = 8 + len(text)
-    with (replacing(path, data + position) as descriptor, ThreadPoolExecutor(1, "pack-source") as ahead):
+    with replacing(path, data + position) as descriptor, ThreadPoolExecutor(1, "pack-source") as ahead:
         _write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
         for entry in entries:
             for start, rows in _chunks(entry, sources[entry.name], ahead):
@@ -208,9 +209,7 @@ class PackPlan:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
         if len(text) > TEXT_LIMIT:
-            raise CheckpointError(
-                f"{self.where}: needs a header of {len(text)} bytes, over the limit of {TEXT_LIMIT}"
-            )
+            raise CheckpointError(f"{self.where}: needs a header of {len(text)} bytes, over the limit of {TEXT_LIMIT}")
         return len(text).to_bytes(8, "little") + text
 
     def write(self, descriptor: int, progress: Progress | None = None) -> None:
@@ -248,8 +247,13 @@ class PackPlan:
 
 
 def plan_pack(
-    config: Mapping, sources: Mapping[str, Source], *,
-    quantize: str, group: int | None, tokenizer: str | None, where: str,
+    config: Mapping,
+    sources: Mapping[str, Source],
+    *,
+    quantize: str,
+    group: int | None,
+    tokenizer: str | None,
+    where: str,
 ) -> PackPlan:
     """Checks options and sources and lays out the file."""
     if quantize not in ("none", "int8"):

@@ -20,9 +20,7 @@ from thl_engine.errors import CheckpointError, shown
 from thl_engine.memory import size
 
 
-def spool_store(
-    store: Store, quantize: str = "int8", group: int | None = None, in_memory: bool = False
-) -> Store:
+def spool_store(store: Store, quantize: str = "int8", group: int | None = None, in_memory: bool = False) -> Store:
     """A packed copy of a float store; `quantize` and `group` as in `write_store`."""
     copy = _spool(store.config, store.sources(), quantize, group, in_memory, str(store.path))
     copy.tokenizer_json = store.tokenizer_json
@@ -66,12 +64,7 @@ def _rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 
 def _spool(
-    config: Mapping,
-    sources: Mapping[str, Source],
-    quantize: str,
-    group: int | None,
-    in_memory: bool,
-    where: str,
+    config: Mapping, sources: Mapping[str, Source], quantize: str, group: int | None, in_memory: bool, where: str
 ) -> Store:
     plan = plan_pack(config, sources, quantize=quantize, group=group, tokenizer=None, where=where)
     descriptor = None
@@ -91,8 +84,6 @@ def _spool(
             raise
         place = "memory" if in_memory else tempfile.gettempdir()
         amount = size(plan.file_bytes)
-        raise CheckpointError(
-            f"{where}: cannot write a copy of {amount} to {place}: {error.strerror}"
-        ) from error
+        raise CheckpointError(f"{where}: cannot write a copy of {amount} to {place}: {error.strerror}") from error
     store.descriptor = descriptor
     return store

@@ -164,9 +164,15 @@ def _open_adapted(folder: Path) -> Store:
 
     tensors = {name: replace(tensor, pages=tuple(map(moved, tensor.pages))) for name, tensor in own.tensors.items()}
     files, tokenizer = base.files + own.files, own.tokenizer_json or base.tokenizer_json
-    return replace(own, files=files, format=base.format, tensors=base.tensors | tensors, tokenizer_json=tokenizer,
-                   pages=(*base.pages, *map(moved, own.pages)),
-                   index=CheckpointIndex(base.index.tensors | index.tensors, {}, files, folder))
+    return replace(
+        own,
+        files=files,
+        format=base.format,
+        tensors=base.tensors | tensors,
+        tokenizer_json=tokenizer,
+        pages=(*base.pages, *map(moved, own.pages)),
+        index=CheckpointIndex(base.index.tensors | index.tensors, {}, files, folder),
+    )
 
 
 def find_config(index: CheckpointIndex) -> tuple[dict, str]:
@@ -179,7 +185,7 @@ def find_config(index: CheckpointIndex) -> tuple[dict, str]:
     if found is None:
         raise ConfigError(
             f"{index.root / 'config.json'}: no such file; put the model's configuration there, a JSON "
-            "object of its fields with \"model_type\""
+            'object of its fields with "model_type"'
         )
     return found
 
@@ -207,14 +213,13 @@ def _open_plain(path: Path, index: CheckpointIndex) -> Store:
     return _assemble_plain(path, index, config, blocks, tokenizer_beside(index.root))
 
 
-def _assemble_plain(path: Path, index: CheckpointIndex, config: object, blocks: tuple[Block, ...],
-                    tokenizer: str | None) -> Store:
+def _assemble_plain(
+    path: Path, index: CheckpointIndex, config: object, blocks: tuple[Block, ...], tokenizer: str | None
+) -> Store:
     groups = _check_stored(path, index, blocks, config.model_type, None)
     for block in blocks:
         if index.tensors[block.name].dtype == "F64" and block.kind != "unused":
-            raise CheckpointError(
-                f"{path}: tensor {shown(block.name)} is F64; save it as F32, F16 or BF16"
-            )
+            raise CheckpointError(f"{path}: tensor {shown(block.name)} is F64; save it as F32, F16 or BF16")
     pages = {}
     for name, (kind, _, _) in groups.items():
         info = index.tensors[name]
@@ -232,9 +237,7 @@ def _open_packed(path: Path, index: CheckpointIndex) -> Store:
         )
     found, expected = f"{metadata_checksum(metadata):08x}", metadata.get("thl_engine.checksum")
     if found != expected:
-        raise CheckpointError(
-            f"{file}: metadata has CRC32C {found!r}, expected {shown(expected)}; the file is damaged"
-        )
+        raise CheckpointError(f"{file}: metadata has CRC32C {found!r}, expected {shown(expected)}; the file is damaged")
     fields, where = find_config(index)
     config = parse_config(fields, where=where)
     blocks = architecture(config.model_type).blocks(config)
@@ -246,11 +249,7 @@ def _open_packed(path: Path, index: CheckpointIndex) -> Store:
 
 
 def _check_stored(
-    path: Path,
-    index: CheckpointIndex,
-    blocks: tuple[Block, ...],
-    model_type: str,
-    table: dict | None,
+    path: Path, index: CheckpointIndex, blocks: tuple[Block, ...], model_type: str, table: dict | None
 ) -> dict[str, tuple[str, int | None, bool]]:
     """Checks tensors against the model; name -> (kind, inputs that share a scale, transposed), in file order."""
     scaled = {
@@ -264,7 +263,8 @@ def _check_stored(
     # To check_tensors an int8 tensor with scales is as good as the floats that it stands for.
     found = {
         name: Source("F32", info.shape[:: -1 if name in turned else 1], lambda a, b: torch.empty(0))
-        if name in scaled else info
+        if name in scaled
+        else info
         for name, info in index.tensors.items()
         if not name.startswith(PADDING) and name.removesuffix(SCALE_SUFFIX) not in scaled or name in scaled
     }
@@ -297,12 +297,15 @@ def _transposed(path: Path, index: CheckpointIndex, quantized: list[Block], tabl
     able = {block.name: block.shape[::-1] for block in quantized if may_transpose(block)}
     if table is None:
         return {name for name, shape in able.items() if index.tensors[name].shape == shape}
-    marked = {name: entry["transposed"] for name, entry in table.items()
-              if isinstance(entry, dict) and "transposed" in entry}
+    marked = {
+        name: entry["transposed"] for name, entry in table.items() if isinstance(entry, dict) and "transposed" in entry
+    }
     for name, mark in marked.items():
         if mark is not True or name not in able:
-            raise CheckpointError(f"{path}: metadata 'thl_engine.pages' marks {shown(name)} as transposed "
-                                  f"({shown(mark)}), which this model does not store so")
+            raise CheckpointError(
+                f"{path}: metadata 'thl_engine.pages' marks {shown(name)} as transposed "
+                f"({shown(mark)}), which this model does not store so"
+            )
     return set(marked)
 
 

@@ -101,6 +101,7 @@ def _notes() -> Iterator[None]:
 @contextmanager
 def _terminable() -> Iterator[None]:
     """Turns SIGTERM into an exit that cleans up, temporary files included."""
+
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 

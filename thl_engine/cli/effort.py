@@ -22,8 +22,9 @@ def mode_options(model_type: str, mode: str | None, max_cycles: int | None = Non
         able = [other for other in ARCHITECTURES if _takes(other, name)]
         if model_type not in able:
             option = "--mode" if name == "cycles" else "--max-cycles"
-            raise ConfigError(f"{option} {value}: {model_type} models have no such option; these have: "
-                              f"{', '.join(able)}")
+            raise ConfigError(
+                f"{option} {value}: {model_type} models have no such option; these have: {', '.join(able)}"
+            )
     return options
 
 
@@ -65,16 +66,24 @@ def effort(trace: Trace | None) -> dict[str, Any]:
     return {"iterations_per_layer": list(means.values())} if means else {}
 
 
-def _reasoning(used: torch.Tensor, updates: torch.Tensor, residuals: torch.Tensor,
-               q_values: torch.Tensor) -> dict[str, float]:
+def _reasoning(
+    used: torch.Tensor, updates: torch.Tensor, residuals: torch.Tensor, q_values: torch.Tensor
+) -> dict[str, float]:
     """Means over the positions [P] that were thought about, and their cycles [P, N]."""
     halt, proceed = q_values.flatten(0, 1).nanmean(dim=0).tolist()
-    return {"cycles_per_token": float(used.mean()), "L_steps_per_cycle": float(updates.sum() / used.sum()),
-            "L_residual": float(residuals.nanmean()), "q_halt": halt, "q_continue": proceed}
+    return {
+        "cycles_per_token": float(used.mean()),
+        "L_steps_per_cycle": float(updates.sum() / used.sum()),
+        "L_residual": float(residuals.nanmean()),
+        "q_halt": halt,
+        "q_continue": proceed,
+    }
 
 
 def described(stats: dict[str, Any]) -> str:
     """What HRM-Gemma's reasoning took, for people."""
-    return (f"{stats['cycles_per_token']:.2f} cycles a token, {stats['L_steps_per_cycle']:.2f} L updates each, after "
-            f"which the last changed z_L by {stats['L_residual']:.3g}; q halt {stats['q_halt']:.3g}, continue "
-            f"{stats['q_continue']:.3g}")
+    return (
+        f"{stats['cycles_per_token']:.2f} cycles a token, {stats['L_steps_per_cycle']:.2f} L updates each, after "
+        f"which the last changed z_L by {stats['L_residual']:.3g}; q halt {stats['q_halt']:.3g}, continue "
+        f"{stats['q_continue']:.3g}"
+    )

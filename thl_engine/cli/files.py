@@ -30,15 +30,28 @@ def init(arguments: Namespace) -> None:
                 raise ConfigError(f"--base: goes with --model-type hrm_gemma3n, not {arguments.model_type}")
             init_adapters(arguments.base, arguments.target, arguments.config, arguments.seed, progress)
         else:
-            init_checkpoint(arguments.model_type, arguments.config, arguments.target, arguments.seed,
-                            arguments.quantize, progress=progress)
+            init_checkpoint(
+                arguments.model_type,
+                arguments.config,
+                arguments.target,
+                arguments.seed,
+                arguments.quantize,
+                progress=progress,
+            )
     print(arguments.target)
 
 
 def grow(arguments: Namespace) -> None:
     text = None if arguments.text is None else read_text(Path(arguments.text), ConfigError)
     with progress_bar("writing") as progress:
-        config = grow_checkpoint(arguments.source, arguments.target, vocab_size=arguments.vocabulary, text=text,
-                                 layers=arguments.layers, seed=arguments.seed, progress=progress)
+        config = grow_checkpoint(
+            arguments.source,
+            arguments.target,
+            vocab_size=arguments.vocabulary,
+            text=text,
+            layers=arguments.layers,
+            seed=arguments.seed,
+            progress=progress,
+        )
     print(f"thl: {config.vocab_size} tokens, {config.L_layers} + {config.H_layers} layers", file=sys.stderr)
     print(arguments.target)

@@ -33,17 +33,23 @@ def run(arguments: Namespace) -> None:
     if not native.available() and arguments.backend != "reference" and not arguments.device.startswith("cuda"):
         print(f"thl: computing with torch, more slowly: {native.reason()}", file=sys.stderr)
     with Engine.from_pretrained(
-            arguments.model, device=arguments.device, backend=arguments.backend, quantize=arguments.quantize,
-            stream="auto" if arguments.stream is None else arguments.stream,
-            memory_budget=arguments.memory_budget, threads=arguments.threads, batch_size=len(prompts),
-            host_memory=arguments.host_memory, **cache_options(arguments)) as engine:
+        arguments.model,
+        device=arguments.device,
+        backend=arguments.backend,
+        quantize=arguments.quantize,
+        stream="auto" if arguments.stream is None else arguments.stream,
+        memory_budget=arguments.memory_budget,
+        threads=arguments.threads,
+        batch_size=len(prompts),
+        host_memory=arguments.host_memory,
+        **cache_options(arguments),
+    ) as engine:
         if arguments.stats:
             print(f"thl: model {engine.model_type}, {_backend(engine)}", file=sys.stderr)
         if arguments.input is not None:
             _answer(engine, arguments)
             return
-        state = (open_state(engine, arguments.state, arguments.mode, arguments.max_cycles) if len(prompts) == 1
-                 else None)
+        state = open_state(engine, arguments.state, arguments.mode, arguments.max_cycles) if len(prompts) == 1 else None
         names = traced(engine) if arguments.stats or arguments.json else ()
         with engine.trace(*names) if names else nullcontext() as trace:
             pieces, timing = _write(engine, _stream(engine, prompts, state, arguments), prompts, arguments.json)
@@ -54,8 +60,15 @@ def run(arguments: Namespace) -> None:
             engine.save_state(state, arguments.save_state)
         stats = {**engine.stats(), **timing, **effort(trace), "isa": _isa(engine), "threads": _threads(engine)}
         if arguments.json:
-            found = [{"text": "".join(piece.text for piece in of), "ids": [piece.id for piece in of],
-                      "logprobs": [piece.logprob for piece in of], "stats": stats} for of in pieces]
+            found = [
+                {
+                    "text": "".join(piece.text for piece in of),
+                    "ids": [piece.id for piece in of],
+                    "logprobs": [piece.logprob for piece in of],
+                    "stats": stats,
+                }
+                for of in pieces
+            ]
             print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
         if arguments.stats:
             print(_table(stats), file=sys.stderr)
@@ -65,8 +78,9 @@ def _answer(engine: Engine, arguments: Namespace) -> None:
     """Answers a file of prompts."""
     started = time.perf_counter()
     with progress_bar("answering", "prompts") as progress:
-        count = him_batch.answer_file(engine, arguments.input, arguments.output, _sampling(arguments, him_batch.PUBLISHED),
-                                  progress=progress)
+        count = him_batch.answer_file(
+            engine, arguments.input, arguments.output, _sampling(arguments, him_batch.PUBLISHED), progress=progress
+        )
     print(f"thl: {count} prompts answered in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     if arguments.stats:
         print(_table(engine.stats()), file=sys.stderr)
@@ -85,14 +99,28 @@ def _stream(engine: Engine, prompts: list[str], state: Any, arguments: Namespace
     published = engine.model_type == "hrm"  # its chat is a way of writing
     if published and arguments.chat is not False:
         if len(prompts) > 1:
-            raise ConfigError(f"{len(prompts)} prompts: an {engine.model_type} model's chat takes one; --no-chat "
-                              "continues several")
-        pieces = hrm_chat.chat(engine, prompts[0], max_new_tokens=arguments.max_new_tokens, stop=stop, state=state,
-                               sampling=_sampling(arguments, hrm_chat.SAMPLING))
+            raise ConfigError(
+                f"{len(prompts)} prompts: an {engine.model_type} model's chat takes one; --no-chat continues several"
+            )
+        pieces = hrm_chat.chat(
+            engine,
+            prompts[0],
+            max_new_tokens=arguments.max_new_tokens,
+            stop=stop,
+            state=state,
+            sampling=_sampling(arguments, hrm_chat.SAMPLING),
+        )
         return ((0, piece) for piece in pieces)
     how = _sampling(arguments, Sampling())
-    options = {"max_new_tokens": arguments.max_new_tokens, "temperature": how.temperature, "top_k": how.top_k,
-               "top_p": how.top_p, "repetition_penalty": how.repetition_penalty, "seed": how.seed, "stop": stop}
+    options = {
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": how.temperature,
+        "top_k": how.top_k,
+        "top_p": how.top_p,
+        "repetition_penalty": how.repetition_penalty,
+        "seed": how.seed,
+        "stop": stop,
+    }
     starts: list[str | list[int]] = list(prompts)
     if arguments.chat and not published:
         starts = [_asked(engine, prompt) for prompt in prompts]
@@ -109,8 +137,9 @@ def _asked(engine: Engine, text: str) -> list[int]:
     return engine.tokenizer.chat([{"role": "user", "content": text}])
 
 
-def _write(engine: Engine, stream: Iterator[tuple[int, Piece]], prompts: list[str],
-           silent: bool) -> tuple[list[list[Piece]], dict[str, Any]]:
+def _write(
+    engine: Engine, stream: Iterator[tuple[int, Piece]], prompts: list[str], silent: bool
+) -> tuple[list[list[Piece]], dict[str, Any]]:
     """Generates, printing as it goes unless `silent`. Returns the pieces of each prompt and what was timed."""
     before = engine.stats()["tokens"]
     pieces: list[list[Piece]] = [[] for _ in prompts]
@@ -133,11 +162,13 @@ def _write(engine: Engine, stream: Iterator[tuple[int, Piece]], prompts: list[st
         read, prompted = ended, engine.stats()["tokens"] - before
     count = sum(map(len, pieces))
     return pieces, {
-        "prompt_tokens": prompted, "prompt_seconds": read - started,
+        "prompt_tokens": prompted,
+        "prompt_seconds": read - started,
         "prompt_tokens_per_second": prompted / (read - started),
         # Tokens that were written but not fed back: a model reads what it wrote when it is asked for the next.
         "unread": before + prompted + count - engine.stats()["tokens"],
-        "new_tokens": count, "decode_seconds": ended - read,
+        "new_tokens": count,
+        "decode_seconds": ended - read,
         # The first token comes with the prompt's time, every other one took a step.
         "decode_tokens_per_second": (count - 1) / (ended - read) if count > 1 else None,
     }
@@ -179,8 +210,9 @@ def _prompt(given: str | None) -> str:
     try:
         return data.decode() or ("\n" if given is None else "")
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"the prompt on stdin is not UTF-8 text (byte {error.start}); "
-                             "convert it to UTF-8") from None
+        raise TokenizerError(
+            f"the prompt on stdin is not UTF-8 text (byte {error.start}); convert it to UTF-8"
+        ) from None
 
 
 def _argument(text: str) -> str:
@@ -211,8 +243,7 @@ def _threads(engine: Engine) -> int:
 def _backend(engine: Engine) -> str:
     """What computes, for people."""
     isa = _isa(engine)
-    return (f"backend {engine.ops.name}{f' ({isa})' if isa else ''} on {engine.device}, "
-            f"{_threads(engine)} threads")
+    return f"backend {engine.ops.name}{f' ({isa})' if isa else ''} on {engine.device}, {_threads(engine)} threads"
 
 
 def _table(stats: dict[str, Any]) -> str:
@@ -233,14 +264,18 @@ def _table(stats: dict[str, Any]) -> str:
         ("bytes streamed", f"{size(stats['bytes_streamed'])}, and {size(stats['bytes_gathered'])} of table rows"),
         ("waited for pages", f"{stats['stall_seconds']:.2f} s of {stats['seconds']:.2f} s"),
         ("pages", f"{stats['page_hits']} of {uses} uses found in memory, {stats['page_misses']} read"),
-        ("peak memory", f"{size(stats['peak_memory_bytes'])} planned of budget {budget}, "
-                        f"{size(stats['peak_rss_bytes'])} of the whole process"),
+        (
+            "peak memory",
+            f"{size(stats['peak_memory_bytes'])} planned of budget {budget}, "
+            f"{size(stats['peak_rss_bytes'])} of the whole process",
+        ),
     ]
     if "cycles_per_token" in stats:
         rows.insert(2, ("reasoning", described(stats)))
     if stats["sliding_window"]:
-        rows.append(("attention", f"sees the last {stats['sliding_window']} tokens; those further back are no longer "
-                                  "seen"))
+        rows.append(
+            ("attention", f"sees the last {stats['sliding_window']} tokens; those further back are no longer seen")
+        )
     if stats["peak_device_bytes"]:
         rows.append(("on the device", on_device(stats)))
     width = max(len(name) for name, _ in rows)

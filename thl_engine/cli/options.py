@@ -13,9 +13,11 @@ STEPS = 256  # a multiple of common clock periods, so that a benchmark reads wha
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Options of `thl`. `command` names the function that carries it out, as "module.function"."""
     parser = argparse.ArgumentParser(
-        prog="thl", allow_abbrev=False,
+        prog="thl",
+        allow_abbrev=False,
         description="Runs hierarchical language models within a memory budget, streaming their weights.",
-        epilog="`thl COMMAND --help` explains a command's options. Results go to stdout, everything else to stderr.")
+        epilog="`thl COMMAND --help` explains a command's options. Results go to stdout, everything else to stderr.",
+    )
     parser.add_argument("--version", action="version", version=f"thl_engine {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (fill, about) in COMMANDS.items():
@@ -45,48 +47,80 @@ def _sentence(about: str) -> str:
 
 def _run(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="generate.run", check=partial(_check_files, parser))
-    parser.add_argument("--model", required=True, metavar="PATH",
-                        help="a .safetensors file, or a folder with config.json and *.safetensors")
-    parser.add_argument("--prompt", action="append", metavar="TEXT",
-                        help="text to continue; - reads stdin (default: what is piped in, else a new line); given "
-                             "several times, all are continued with one pass over the weights for each token")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N",
-                        help="tokens to write at most (default: %(default)s)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
-                        help="end before this text; may be given several times")
-    sampling = parser.add_argument_group("sampling", "Defaults are 1, all, all and 1; with --input 1, 50, 0.9 and with "
-                                                     "--chat 0.8, 50, all, as published.")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="a .safetensors file, or a folder with config.json and *.safetensors",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue; - reads stdin (default: what is piped in, else a new line); given "
+        "several times, all are continued with one pass over the weights for each token",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to write at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    sampling = parser.add_argument_group(
+        "sampling",
+        "Defaults are 1, all, all and 1; with --input 1, 50, 0.9 and with --chat 0.8, 50, all, as published.",
+    )
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time")
     sampling.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens; 0 for all")
-    sampling.add_argument("--top-p", type=float, metavar="P",
-                          help="choose among the likeliest that together exceed probability P; 1 for all")
-    sampling.add_argument("--repetition-penalty", type=float, metavar="R",
-                          help="above 1 disfavours tokens that occurred lately")
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="choose among the likeliest that together exceed probability P; 1 for all",
+    )
+    sampling.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="above 1 disfavours tokens that occurred lately"
+    )
     sampling.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a new one each time)")
     _engine(parser)
     _cache(parser)
-    parser.add_argument("--quantize", choices=("auto", "int8", "none"), default="auto",
-                        help="weights as stored, as int8, or only as floats (default: %(default)s)")
+    parser.add_argument(
+        "--quantize",
+        choices=("auto", "int8", "none"),
+        default="auto",
+        help="weights as stored, as int8, or only as floats (default: %(default)s)",
+    )
     context = parser.add_argument_group("context")
     context.add_argument("--state", metavar="FILE", help="go on from a context that --save-state wrote")
-    context.add_argument("--save-state", metavar="FILE",
-                         help="keep the context afterwards: all that was read and written")
+    context.add_argument(
+        "--save-state", metavar="FILE", help="keep the context afterwards: all that was read and written"
+    )
     batch = parser.add_argument_group("many prompts, for models that answer in one pass (him)")
-    batch.add_argument("--input", metavar="FILE", help="JSON list of objects with the text under \"prompt\" or "
-                                                       "\"input\"; each is answered at the model's own length")
-    batch.add_argument("--output", metavar="FILE", help="where to write that list with \"output\" and \"ids\" added")
+    batch.add_argument(
+        "--input",
+        metavar="FILE",
+        help='JSON list of objects with the text under "prompt" or '
+        '"input"; each is answered at the model\'s own length',
+    )
+    batch.add_argument("--output", metavar="FILE", help='where to write that list with "output" and "ids" added')
     thinking = parser.add_argument_group("models that think in cycles (hrm, hrm_gemma3n)")
     _mode(thinking)
     thinking.add_argument("--max-cycles", type=int, metavar="N", help="hrm_gemma3n: cycles that a token takes at most")
-    thinking.add_argument("--chat", action=argparse.BooleanOptionalAction,
-                          help="follow the rules of the published chat, the only way in which the published model "
-                               "writes: the last 60 tokens of the prompt; an end at <PAD>, <EOS> or the 11th "
-                               "repetition of a token (default: for hrm models, yes)")
+    thinking.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="follow the rules of the published chat, the only way in which the published model "
+        "writes: the last 60 tokens of the prompt; an end at <PAD>, <EOS> or the 11th "
+        "repetition of a token (default: for hrm models, yes)",
+    )
     report = parser.add_argument_group("output")
     report.add_argument("--stats", action="store_true", help="end with speed, traffic and memory on stderr")
-    report.add_argument("--json", action="store_true",
-                        help="print one JSON object (text, ids, logprobs, stats) in place of the text; a list of them "
-                             "for several prompts")
+    report.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object (text, ids, logprobs, stats) in place of the text; a list of them "
+        "for several prompts",
+    )
 
 
 def _check_files(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -99,38 +133,65 @@ def _check_files(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
 
 
 def _mode(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--mode", metavar="M", help="hrm: cycles of a segment, fast, normal, deep, thorough or "
-                                                    "extreme; hrm_gemma3n: cycles of a token, math, code or agent; or "
-                                                    "NxT such as 3x2 (default: normal, and the model's own)")
+    parser.add_argument(
+        "--mode",
+        metavar="M",
+        help="hrm: cycles of a segment, fast, normal, deep, thorough or "
+        "extreme; hrm_gemma3n: cycles of a token, math, code or agent; or "
+        "NxT such as 3x2 (default: normal, and the model's own)",
+    )
 
 
 def _engine(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--stream", action=argparse.BooleanOptionalAction,
-                        help="page weights from disk by schedule, or keep all in memory (default: page if they "
-                             "do not fit)")
-    engine.add_argument("--memory-budget", metavar="SIZE",
-                        help="bound on what the engine keeps in memory, for example 4GiB (default: what is free)")
-    engine.add_argument("--host-memory", metavar="SIZE",
-                        help="with a CUDA device, how much of what is streamed to it stays in the host's memory "
-                             "(default: half of what is free)")
+    engine.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="page weights from disk by schedule, or keep all in memory (default: page if they do not fit)",
+    )
+    engine.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="bound on what the engine keeps in memory, for example 4GiB (default: what is free)",
+    )
+    engine.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="with a CUDA device, how much of what is streamed to it stays in the host's memory "
+        "(default: half of what is free)",
+    )
     engine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    engine.add_argument("--backend", default="auto",
-                        help="native (C++, for the CPU), triton (for CUDA), reference (torch), or auto: the first of "
-                             "these that there is (default: %(default)s)")
+    engine.add_argument(
+        "--backend",
+        default="auto",
+        help="native (C++, for the CPU), triton (for CUDA), reference (torch), or auto: the first of "
+        "these that there is (default: %(default)s)",
+    )
     engine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a processor)")
 
 
 def _cache(parser: argparse.ArgumentParser) -> None:
     cache = parser.add_argument_group("KV cache, for models that have one")
-    cache.add_argument("--context", type=int, metavar="N",
-                       help="tokens that a sequence may grow to; the memory budget holds so many (default: the most "
-                            "that the model has)")
-    cache.add_argument("--kv-cache", choices=("float32", "int8"), default="float32",
-                       help="how keys and values are kept; int8 takes a quarter (default: %(default)s)")
-    cache.add_argument("--sliding-window", type=int, metavar="N",
-                       help="attend to the last N tokens only: tokens further back are no longer seen, which changes "
-                            "what the model says (default: all tokens)")
+    cache.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens that a sequence may grow to; the memory budget holds so many (default: the most "
+        "that the model has)",
+    )
+    cache.add_argument(
+        "--kv-cache",
+        choices=("float32", "int8"),
+        default="float32",
+        help="how keys and values are kept; int8 takes a quarter (default: %(default)s)",
+    )
+    cache.add_argument(
+        "--sliding-window",
+        type=int,
+        metavar="N",
+        help="attend to the last N tokens only: tokens further back are no longer seen, which changes "
+        "what the model says (default: all tokens)",
+    )
 
 
 def cache_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -143,32 +204,57 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a float checkpoint: file or folder")
     parser.add_argument("target", metavar="OUT", help="the file to write: ordinary safetensors, laid out for paging")
     parser.add_argument("--bits", type=int, default=8, choices=(8,), help="bits of a weight (default: %(default)s)")
-    parser.add_argument("--group-size", type=int, default=0, choices=(0, 128),
-                        help="inputs that share a scale, 0 for one scale a row (default: %(default)s)")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=0,
+        choices=(0, 128),
+        help="inputs that share a scale, 0 for one scale a row (default: %(default)s)",
+    )
 
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="files.convert")
-    parser.add_argument("source", metavar="IN", help="folder with config.json and pytorch_model.bin, or a .bin, "
-                                                     ".pt or .pth file; nothing in it is executed")
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        help="folder with config.json and pytorch_model.bin, or a .bin, .pt or .pth file; nothing in it is executed",
+    )
     parser.add_argument("target", metavar="OUT", help="a .safetensors file, or a folder to write")
-    parser.add_argument("--config", metavar="FILE", help="JSON configuration, or a published size such as inl-small "
-                                                         "(default: config.json beside the file, or what is in it)")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON configuration, or a published size such as inl-small "
+        "(default: config.json beside the file, or what is in it)",
+    )
 
 
 def _init(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="files.init", check=partial(_check_init, parser))
-    parser.add_argument("--model-type", metavar="T",
-                        help="architecture, such as thl (default: as the configuration says)")
-    parser.add_argument("--config", metavar="FILE",
-                        help="JSON configuration of the model, or a published size: small, medium, 5b or 10b of inl")
-    parser.add_argument("--base", metavar="PATH", help="hrm_gemma3n: a gemma3n checkpoint, for which adapters are "
-                                                       "written; --config may then be left out, or hold \"hrm\" alone")
+    parser.add_argument(
+        "--model-type", metavar="T", help="architecture, such as thl (default: as the configuration says)"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON configuration of the model, or a published size: small, medium, 5b or 10b of inl",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="PATH",
+        help="hrm_gemma3n: a gemma3n checkpoint, for which adapters are "
+        'written; --config may then be left out, or hold "hrm" alone',
+    )
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write; with --base a folder")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="same seed, same weights (default: %(default)s)")
-    parser.add_argument("--quantize", choices=("none", "int8"), default="none",
-                        help="write float32 or int8 weights (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="same seed, same weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("none", "int8"),
+        default="none",
+        help="write float32 or int8 weights (default: %(default)s)",
+    )
 
 
 def _check_init(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -181,15 +267,19 @@ def _check_init(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
 def _grow(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="files.grow", check=partial(_check_growth, parser))
     parser.add_argument("source", metavar="IN", help="a float checkpoint of an hrm model: file or folder")
-    parser.add_argument("target", metavar="OUT", help="the .safetensors file to write; what the model has is kept bit "
-                                                      "for bit")
+    parser.add_argument(
+        "target", metavar="OUT", help="the .safetensors file to write; what the model has is kept bit for bit"
+    )
     tokens = parser.add_mutually_exclusive_group()
     tokens.add_argument("--vocabulary", type=int, metavar="N", help="tokens afterwards")
     tokens.add_argument("--text", metavar="FILE", help="a text whose characters the vocabulary has afterwards")
-    parser.add_argument("--layers", type=int, metavar="N",
-                        help="layers that each of the two modules has afterwards; new ones need training")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="of the new weights (default: %(default)s)")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="layers that each of the two modules has afterwards; new ones need training",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the new weights (default: %(default)s)")
 
 
 def _check_growth(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -201,24 +291,43 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="reports.plan")
     parser.add_argument("path", metavar="PATH", help="a checkpoint: file or folder")
     parser.add_argument("--memory-budget", metavar="SIZE", help="for example 4GiB (default: what is free)")
-    parser.add_argument("--host-memory", metavar="SIZE",
-                        help="with a CUDA device, how much of what is streamed to it stays in the host's memory "
-                             "(default: half of what is free)")
-    parser.add_argument("--disk-bandwidth", type=_rate, metavar="GB/s",
-                        help="what reading pages achieves (default: measured on the file itself)")
-    parser.add_argument("--memory-bandwidth", type=_rate, metavar="GB/s",
-                        help="what products with weights in memory achieve (default: measured, or assumed of a CUDA "
-                             "device that is not here)")
-    parser.add_argument("--link-bandwidth", type=_rate, metavar="GB/s",
-                        help="from the host to a CUDA device, which every streamed page passes after the disk "
-                             "(default: measured, or assumed of one that is not here)")
+    parser.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="with a CUDA device, how much of what is streamed to it stays in the host's memory "
+        "(default: half of what is free)",
+    )
+    parser.add_argument(
+        "--disk-bandwidth",
+        type=_rate,
+        metavar="GB/s",
+        help="what reading pages achieves (default: measured on the file itself)",
+    )
+    parser.add_argument(
+        "--memory-bandwidth",
+        type=_rate,
+        metavar="GB/s",
+        help="what products with weights in memory achieve (default: measured, or assumed of a CUDA "
+        "device that is not here)",
+    )
+    parser.add_argument(
+        "--link-bandwidth",
+        type=_rate,
+        metavar="GB/s",
+        help="from the host to a CUDA device, which every streamed page passes after the disk "
+        "(default: measured, or assumed of one that is not here)",
+    )
     _batch(parser)
     _cache(parser)
-    parser.add_argument("--device", default="auto",
-                        help="auto, cpu, cuda or cuda:N, which need not be here (default: %(default)s)")
-    parser.add_argument("--backend", default="auto",
-                        help="native (C++, for the CPU), triton (for CUDA), reference (torch), or auto: the first of "
-                             "these that there is (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N, which need not be here (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help="native (C++, for the CPU), triton (for CUDA), reference (torch), or auto: the first of "
+        "these that there is (default: %(default)s)",
+    )
     _mode(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
 
@@ -233,10 +342,12 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 def _bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command="reports.bench")
     parser.add_argument("path", metavar="PATH", help="a checkpoint: file or folder")
-    parser.add_argument("--tokens", type=int, default=STEPS, metavar="N",
-                        help="tokens to decode, timed (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=16, metavar="N",
-                        help="tokens before the clock starts (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=STEPS, metavar="N", help="tokens to decode, timed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=16, metavar="N", help="tokens before the clock starts (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens (default: %(default)s)")
     _batch(parser)
     _engine(parser)
@@ -246,8 +357,13 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _batch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N",
-                        help="sequences that share each pass over the weights (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sequences that share each pass over the weights (default: %(default)s)",
+    )
 
 
 def _train(parser: argparse.ArgumentParser) -> None:

@@ -32,12 +32,18 @@ def progress_bar(what: str, unit: str | None = None) -> Iterator[Progress]:
         shown = now
         share, rate = done / max(total, 1), done / max(now - started, 1e-9)
         left = int((total - done) / max(rate, 1e-9))
-        amount = (f"{done / 1e9:.2f} of {total / 1e9:.2f} GB  {rate / 1e6:4.0f} MB/s" if unit is None
-                  else f"{done} of {total} {unit}")
+        amount = (
+            f"{done / 1e9:.2f} of {total / 1e9:.2f} GB  {rate / 1e6:4.0f} MB/s"
+            if unit is None
+            else f"{done} of {total} {unit}"
+        )
         bar = "#" * int(share * BAR)
-        print(f"{chr(13) if live else ''}{what} [{bar:<{BAR}}] {share:4.0%}  {amount}  "
-              f"{left // 60}:{left % 60:02} left", end=" " if live else "\n", file=sys.stderr,
-              flush=True)
+        print(
+            f"{chr(13) if live else ''}{what} [{bar:<{BAR}}] {share:4.0%}  {amount}  {left // 60}:{left % 60:02} left",
+            end=" " if live else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     try:
         yield show

@@ -12,9 +12,12 @@ HELP = {
     "config": ("FILE", "JSON configuration of the model; vocab_size may be left out"),
     "data": ("TEXT", "UTF-8 text to learn from"),
     "out": ("DIR", "folder for the checkpoint and what --resume needs"),
-    "objective": ("NAME", "what to minimise: of hrm, simple (one segment, as its trainer) or deep (all segments and "
-                          "halting); of him, answers (the tokens that follow) or reconstruction (those given) "
-                          "(default: the first; of inl and thl there is one)"),
+    "objective": (
+        "NAME",
+        "what to minimise: of hrm, simple (one segment, as its trainer) or deep (all segments and "
+        "halting); of him, answers (the tokens that follow) or reconstruction (those given) "
+        "(default: the first; of inl and thl there is one)",
+    ),
     "tokenizer": ("FILE", "tokenizer.json or character vocabulary to use; without it one is made from the text"),
     "tokenizer_type": ("KIND", "of the tokenizer that is made: bpe (byte-level) or char (default: bpe; of hrm, char)"),
     "vocab_size": ("N", "entries of the vocabulary, in place of the configuration's"),
@@ -49,9 +52,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(name, action="store_true", help=about)
             continue
         required = field.default is MISSING
-        parser.add_argument(name, metavar=placeholder, type=_type(field), required=required,
-                            default=None if required else field.default,
-                            help=about if required or field.default is None else f"{about} (default: %(default)s)")
+        parser.add_argument(
+            name,
+            metavar=placeholder,
+            type=_type(field),
+            required=required,
+            default=None if required else field.default,
+            help=about if required or field.default is None else f"{about} (default: %(default)s)",
+        )
 
 
 def run(arguments: argparse.Namespace) -> None:

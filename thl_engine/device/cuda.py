@@ -95,18 +95,40 @@ def gemv_shape(x: Tensor, rows: int, columns: int) -> GemvShape | None:
     return GemvShape(*choice.launch)
 
 
-def gemv_int8(x: Tensor, w: Tensor, scales: Tensor, out: Tensor, shape: GemvShape, *, bias: Tensor | None = None,
-              residual: Tensor | None = None, up: Tensor | None = None, up_scales: Tensor | None = None,
-              activation: str | None = None, group: int | None = None) -> None:
+def gemv_int8(
+    x: Tensor,
+    w: Tensor,
+    scales: Tensor,
+    out: Tensor,
+    shape: GemvShape,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    up: Tensor | None = None,
+    up_scales: Tensor | None = None,
+    activation: str | None = None,
+    group: int | None = None,
+) -> None:
     """out [B, R] takes x [B, C] times the transpose of w int8 [R, C], plus bias [R], plus residual [B, R]; B at most 8.
 
     scales: of each row [R] or, with `group` columns sharing one, [R, ceil(C / group)]; float32, as bias is. x, residual
     and out are float32, float16 or bfloat16 each, rows at any distance. With `up`, another w, and `activation` "silu"
     or "gelu_tanh": activation(x wᵀ + bias) * (x upᵀ) + residual.
     """
-    _cuda.gemv_int8(to_dlpack(x), to_dlpack(w), to_dlpack(scales), to_dlpack(out), _capsule(bias), _capsule(residual),
-                    _capsule(up), _capsule(up_scales), activation or "", group or 0, *shape,
-                    torch.cuda.current_stream(x.device).cuda_stream)
+    _cuda.gemv_int8(
+        to_dlpack(x),
+        to_dlpack(w),
+        to_dlpack(scales),
+        to_dlpack(out),
+        _capsule(bias),
+        _capsule(residual),
+        _capsule(up),
+        _capsule(up_scales),
+        activation or "",
+        group or 0,
+        *shape,
+        torch.cuda.current_stream(x.device).cuda_stream,
+    )
 
 
 def _capsule(x: Tensor | None) -> object | None:

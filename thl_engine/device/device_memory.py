@@ -69,8 +69,10 @@ class DeviceMemory:
                     self._arenas.append(cuda.open_arena(index, nbytes))
                 except RuntimeError as error:
                     free = torch.cuda.mem_get_info(index)[0] + sum(sizes[: len(self._arenas)])
-                    raise BudgetError(f"memory budget {size(self._budget)} ({self._budget} bytes): {self._device} has "
-                                      f"{free} bytes free ({error}); a budget below that can work") from None
+                    raise BudgetError(
+                        f"memory budget {size(self._budget)} ({self._budget} bytes): {self._device} has "
+                        f"{free} bytes free ({error}); a budget below that can work"
+                    ) from None
             self._pools.append(torch.cuda.MemPool(_allocator().allocator()))
 
     @property
@@ -131,19 +133,27 @@ class DeviceMemory:
 
     def _exhausted(self, reason: str) -> BudgetError:
         if not self._arenas:
-            return BudgetError(f"{self._device} is out of memory: {reason.partition('. GPU')[0]}; a smaller memory "
-                               "budget, batch size or context takes less")
+            return BudgetError(
+                f"{self._device} is out of memory: {reason.partition('. GPU')[0]}; a smaller memory "
+                "budget, batch size or context takes less"
+            )
         counts = cuda.arena_counts(self._arenas[0])
         asked = re.search(r"Tried to allocate ([0-9.]+ \w+)", reason)
-        return BudgetError(f"memory budget {size(self._budget)} ({self._budget} bytes): "
-                           f"{asked[1] if asked else 'memory'} more on {self._device} does not fit beside "
-                           f"{size(counts['in_use'])} in use; fewer or shorter contexts take less, and a budget of "
-                           f"{self._budget + counts['last_refused']} bytes has room for it")
+        return BudgetError(
+            f"memory budget {size(self._budget)} ({self._budget} bytes): "
+            f"{asked[1] if asked else 'memory'} more on {self._device} does not fit beside "
+            f"{size(counts['in_use'])} in use; fewer or shorter contexts take less, and a budget of "
+            f"{self._budget + counts['last_refused']} bytes has room for it"
+        )
 
     def stats(self, planned: int) -> dict[str, Any]:
         """As in `Engine.stats`. planned: bytes that the engine's plan counts, which are told where nothing measures."""
-        out = {"peak_memory_bytes": planned, "peak_device_bytes": 0, "device_bytes_besides": 0,
-               "budget_enforced": self.enforced}
+        out = {
+            "peak_memory_bytes": planned,
+            "peak_device_bytes": 0,
+            "device_bytes_besides": 0,
+            "budget_enforced": self.enforced,
+        }
         if self._device.type != "cuda":
             return out
         free, total = torch.cuda.mem_get_info(self._device)
@@ -152,8 +162,12 @@ class DeviceMemory:
         else:
             counts = [cuda.arena_counts(arena) for arena in self._arenas]
             peak, held = (sum(own[name] for own in counts) for name in ("peak", "size"))
-        return {**out, "peak_memory_bytes": peak, "peak_device_bytes": peak,
-                "device_bytes_besides": max(total - free - held, 0)}
+        return {
+            **out,
+            "peak_memory_bytes": peak,
+            "peak_device_bytes": peak,
+            "device_bytes_besides": max(total - free - held, 0),
+        }
 
 
 @cache

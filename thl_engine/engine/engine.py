@@ -70,22 +70,44 @@ def _computing(method: Callable) -> Callable:
 class Engine:
     """Runs one model. It holds no context: all that a sequence needs is in its state."""
 
-    def __init__(self, store: Store, *, device: str = "auto", backend: str = "auto", stream: bool | str = "auto",
-                 memory_budget: str | int | None = None, threads: int | None = None, batch_size: int = 1,
-                 context: int | None = None, kv_cache: str = "float32", sliding_window: int | None = None,
-                 host_memory: str | int | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        device: str = "auto",
+        backend: str = "auto",
+        stream: bool | str = "auto",
+        memory_budget: str | int | None = None,
+        threads: int | None = None,
+        batch_size: int = 1,
+        context: int | None = None,
+        kv_cache: str = "float32",
+        sliding_window: int | None = None,
+        host_memory: str | int | None = None,
+    ) -> None:
         """Takes over `store`. Options as in `from_pretrained`."""
         set_threads(threads)
         self.device = choose_device(device)
         self.ops = load_ops(backend, self.device.type)
         self.config = parse_config(store.config, store.model_type)
-        self.tokenizer = None if store.tokenizer_json is None else load_tokenizer(
-            store.tokenizer_json, self.config.vocab_size, str(store.path))
+        self.tokenizer = (
+            None
+            if store.tokenizer_json is None
+            else load_tokenizer(store.tokenizer_json, self.config.vocab_size, str(store.path))
+        )
         self._model = architecture(store.model_type)
         self._store = store
         self._options = state_options(store.model_type, context, kv_cache, sliding_window)
-        schedule, self._plan = divide_memory(store, self.ops, self.device, stream, memory_budget,
-                                             batch_size=batch_size, host_memory=host_memory, **self._options)
+        schedule, self._plan = divide_memory(
+            store,
+            self.ops,
+            self.device,
+            stream,
+            memory_budget,
+            batch_size=batch_size,
+            host_memory=host_memory,
+            **self._options,
+        )
         self._schedules: dict[tuple, PageSchedule] = {(): schedule}  # by the options that a state was made with
         self._streams = self._plan.streamed_pages > 0
 
@@ -97,19 +119,36 @@ class Engine:
         self._weights = paged_weights(store, self._pager, vectors)
         if not self._streams and self._plan.resident_tables:
             self.close()  # all is in memory: nothing needs the file any more
-        self._graphs = step_graphs(self._model, self.ops, self.device, self._pager.count_uses,
-                                   pool=memory.pool_for_graphs, apart=memory.capturing)
+        self._graphs = step_graphs(
+            self._model,
+            self.ops,
+            self.device,
+            self._pager.count_uses,
+            pool=memory.pool_for_graphs,
+            apart=memory.capturing,
+        )
         self._trace: Trace | None = None
         self._tokens = 0
         self._seconds = 0.0
         self._memory = memory  # last: what lies in it goes first when the engine does
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, device: str = "auto", backend: str = "auto",
-                        quantize: str = "auto", stream: bool | str = "auto",
-                        memory_budget: str | int | None = None, threads: int | None = None, batch_size: int = 1,
-                        context: int | None = None, kv_cache: str = "float32", sliding_window: int | None = None,
-                        host_memory: str | int | None = None) -> "Engine":
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        device: str = "auto",
+        backend: str = "auto",
+        quantize: str = "auto",
+        stream: bool | str = "auto",
+        memory_budget: str | int | None = None,
+        threads: int | None = None,
+        batch_size: int = 1,
+        context: int | None = None,
+        kv_cache: str = "float32",
+        sliding_window: int | None = None,
+        host_memory: str | int | None = None,
+    ) -> "Engine":
         """Opens a checkpoint: a .safetensors file, or a folder with config.json and *.safetensors.
 
         device: "auto", "cpu", "cuda", "cuda:N". backend: "auto", "reference" (torch), "native" (C++)
@@ -133,28 +172,65 @@ class Engine:
             raise ConfigError(f"{store.path}: is stored as int8; float weights need the checkpoint it was made from")
         if quantize == "int8" and not quantized:
             store = spool_store(store, "int8", in_memory=stream is not True and memory_budget is None)
-        return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads,
-                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window,
-                   host_memory=host_memory)
+        return cls(
+            store,
+            device=device,
+            backend=backend,
+            stream=stream,
+            memory_budget=memory_budget,
+            threads=threads,
+            batch_size=batch_size,
+            context=context,
+            kv_cache=kv_cache,
+            sliding_window=sliding_window,
+            host_memory=host_memory,
+        )
 
     @classmethod
-    def from_state_dict(cls, model_type: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *,
-                        device: str = "auto", backend: str = "auto", quantize: str = "auto",
-                        stream: bool | str = "auto", memory_budget: str | int | None = None,
-                        threads: int | None = None, batch_size: int = 1, context: int | None = None,
-                        kv_cache: str = "float32", sliding_window: int | None = None,
-                        host_memory: str | int | None = None) -> "Engine":
+    def from_state_dict(
+        cls,
+        model_type: str,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        device: str = "auto",
+        backend: str = "auto",
+        quantize: str = "auto",
+        stream: bool | str = "auto",
+        memory_budget: str | int | None = None,
+        threads: int | None = None,
+        batch_size: int = 1,
+        context: int | None = None,
+        kv_cache: str = "float32",
+        sliding_window: int | None = None,
+        host_memory: str | int | None = None,
+    ) -> "Engine":
         """An engine over tensors in memory, by their published names; options as in `from_pretrained`.
 
         The tensors are copied, to a temporary file where they are to be streamed.
         """
         if quantize not in ("auto", "int8", "none"):
             raise ConfigError(f"quantize is {quantize!r}; it must be 'auto', 'int8' or 'none'")
-        store = spool_tensors(model_type, config, tensors, "int8" if quantize == "int8" else "none",
-                                   in_memory=stream is not True and memory_budget is None)
-        return cls(store, device=device, backend=backend, stream=stream, memory_budget=memory_budget, threads=threads,
-                   batch_size=batch_size, context=context, kv_cache=kv_cache, sliding_window=sliding_window,
-                   host_memory=host_memory)
+        store = spool_tensors(
+            model_type,
+            config,
+            tensors,
+            "int8" if quantize == "int8" else "none",
+            in_memory=stream is not True and memory_budget is None,
+        )
+        return cls(
+            store,
+            device=device,
+            backend=backend,
+            stream=stream,
+            memory_budget=memory_budget,
+            threads=threads,
+            batch_size=batch_size,
+            context=context,
+            kv_cache=kv_cache,
+            sliding_window=sliding_window,
+            host_memory=host_memory,
+        )
 
     @property
     def model_type(self) -> str:
@@ -170,8 +246,9 @@ class Engine:
         check_batch_size(batch_size)
         self._check_budget(batch_size)
         try:
-            return self._model.init_state(self.config, batch_size, self.device, self._weights,
-                                          **{**self._options, **options})
+            return self._model.init_state(
+                self.config, batch_size, self.device, self._weights, **{**self._options, **options}
+            )
         except TypeError:
             if not options:
                 raise
@@ -184,9 +261,11 @@ class Engine:
         own = needs(self._store, self.ops, self.device, batch_size, self._options)
         needed = plan.peak_memory_bytes - plan.state_bytes - plan.workspace_bytes - plan.reserve_bytes + own.total
         if needed > plan.budget:
-            raise BudgetError(f"a state of batch_size {batch_size} takes {size(own.state)}; with it the memory budget "
-                              f"must be at least {needed} bytes, and is {plan.budget}; an engine that is opened with "
-                              f"batch_size={batch_size} leaves room for it")
+            raise BudgetError(
+                f"a state of batch_size {batch_size} takes {size(own.state)}; with it the memory budget "
+                f"must be at least {needed} bytes, and is {plan.budget}; an engine that is opened with "
+                f"batch_size={batch_size} leaves room for it"
+            )
 
     @_computing
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -228,8 +307,9 @@ class Engine:
         """
         started = time.perf_counter()
         if state is None:
-            state = self.new_state(tokens.shape[0] if isinstance(tokens, Tensor) and tokens.dim() == 2
-                                   and tokens.shape[0] else 1)
+            state = self.new_state(
+                tokens.shape[0] if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[0] else 1
+            )
         whole = hasattr(self._model, "forward")  # such a model knows which batches its state takes
         tokens = self._check_tokens(tokens, 2, None if whole else state.batch_size)
         self._check_room(state, tokens.shape[1])
@@ -250,8 +330,9 @@ class Engine:
             raise ConfigError(f"forward: {self.model_type} models have no input {', '.join(inputs)}") from None
         names = walk.reads(0)
         self._pager.begin(None, lambda: self._schedules[()].once(names), walk.may_stop)
-        logits, following = self._model.forward(self.config, self._weights, self.ops, tokens.to(self.device), state,
-                                                self._recorder(), **inputs)
+        logits, following = self._model.forward(
+            self.config, self._weights, self.ops, tokens.to(self.device), state, self._recorder(), **inputs
+        )
         state.become(following)
         self._pager.end(None)
         return logits
@@ -270,8 +351,7 @@ class Engine:
     def _run(self, tokens: Tensor, state: Any) -> list[Tensor]:
         """Feeds [B, n] in as many passes as the model needs; the hidden states of each. Logits are to follow."""
         self._begin(state, tokens.shape[1])
-        return [self._pass(self._advance, part, state)
-                for part in tokens.split(self._model.chunk(self.config), dim=1)]
+        return [self._pass(self._advance, part, state) for part in tokens.split(self._model.chunk(self.config), dim=1)]
 
     def _pass(self, compute: Compute, tokens: Tensor, state: Any) -> Tensor:
         """What `compute` makes of tokens [B, n] that the model takes at once; the state follows."""
@@ -342,8 +422,9 @@ class Engine:
             raise ConfigError(f"tokens: batch of {tokens.shape[0]}, but the state holds {batch} sequences")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.config.vocab_size:
-            raise TokenizerError(f"tokens: id {low if low < 0 else high} is outside the vocabulary of "
-                                 f"{self.config.vocab_size}")
+            raise TokenizerError(
+                f"tokens: id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}"
+            )
         return tokens
 
     def _check_room(self, state: Any, count: int) -> None:
@@ -362,9 +443,19 @@ class Engine:
         self._tokens += tokens
         self._seconds += time.perf_counter() - started
 
-    def generate(self, prompt: str | Sequence[int], *, max_new_tokens: int = 128, temperature: float = 1.0,
-                 top_k: int | None = None, top_p: float | None = None, repetition_penalty: float = 1.0,
-                 seed: int | None = None, stop: Sequence[str] = (), state: Any = None) -> Iterator[Piece]:
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        state: Any = None,
+    ) -> Iterator[Piece]:
         """Continues a prompt, token by token. Temperature 0 takes the likeliest token.
 
         `stop` strings end the text before they appear. A `state` carries an earlier context on and follows along: after
@@ -376,11 +467,19 @@ class Engine:
         self._check_prompt(state, len(row.prompt), max_new_tokens)
         return (piece for _, piece in generate(self, [row], state))
 
-    def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, max_new_tokens: int = 128,
-                       temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-                       repetition_penalty: float = 1.0, seed: int | None = None,
-                       stop: Sequence[str] = (),
-                       state_options: Mapping[str, Any] | None = None) -> Iterator[tuple[int, Piece]]:
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        state_options: Mapping[str, Any] | None = None,
+    ) -> Iterator[tuple[int, Piece]]:
         """Continues several prompts with one pass over the weights for each token of all: (prompt's index, its piece).
 
         Options as in `generate`, those of `new_state` in `state_options`. Each prompt has a sampler of its own, so its
@@ -393,8 +492,11 @@ class Engine:
         sampling, options = Sampling(temperature, top_k, top_p, repetition_penalty, seed), dict(state_options or {})
         rows = [self._row(prompt, max_new_tokens, sampling, stop) for prompt in prompts]
         if getattr(self._model, "ROWS_MEET", False):
-            return ((i, piece) for i, row in enumerate(rows)
-                    for _, piece in generate(self, [row], self.new_state(**options)))
+            return (
+                (i, piece)
+                for i, row in enumerate(rows)
+                for _, piece in generate(self, [row], self.new_state(**options))
+            )
         state = self.new_state(len(rows), **options)
         self._check_prompt(state, max(len(row.prompt) for row in rows), max_new_tokens)
         return generate(self, rows, state)
@@ -417,8 +519,10 @@ class Engine:
         try:
             tokenizer = ByteTokenizer(self.config.vocab_size)
         except TokenizerError:
-            raise TokenizerError(f"{self._store.path}: no tokenizer in or beside the checkpoint; put its "
-                                 "tokenizer.json there, or give the prompt as token ids") from None
+            raise TokenizerError(
+                f"{self._store.path}: no tokenizer in or beside the checkpoint; put its "
+                "tokenizer.json there, or give the prompt as token ids"
+            ) from None
         _log.warning("%s: no tokenizer in or beside the checkpoint; text is taken as bytes", self._store.path)
         return tokenizer
 
@@ -442,12 +546,16 @@ class Engine:
         budget_enforced: whether what does not fit is refused.
         """
         return {
-            "tokens": self._tokens, "seconds": self._seconds,
+            "tokens": self._tokens,
+            "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else 0.0,
             "replayed_steps": 0 if self._graphs is None else self._graphs.replayed,
-            **asdict(self._pager.traffic), **self._memory.stats(self._plan.peak_memory_bytes),
+            **asdict(self._pager.traffic),
+            **self._memory.stats(self._plan.peak_memory_bytes),
             "peak_rss_bytes": peak_bytes(),
-            "memory_budget": self._plan.budget, "backend": self.ops.name, "device": str(self.device),
+            "memory_budget": self._plan.budget,
+            "backend": self.ops.name,
+            "device": str(self.device),
             "sliding_window": self._options.get("sliding_window"),
         }
 
@@ -465,8 +573,11 @@ class Engine:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            save_file(state.to_dict(), temporary, metadata={"thl_engine.state": self.model_type,
-                                                            "thl_engine.config": json.dumps(self.config.to_dict())})
+            save_file(
+                state.to_dict(),
+                temporary,
+                metadata={"thl_engine.state": self.model_type, "thl_engine.config": json.dumps(self.config.to_dict())},
+            )
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)

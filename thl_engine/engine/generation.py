@@ -33,8 +33,9 @@ class Steps(Protocol):
 class Row:
     """One sequence: its prompt, and the text that is made of what follows."""
 
-    def __init__(self, prompt: list[int], count: int, tokenizer: Tokenizer | None, sampler: Sampler,
-                 stops: StopStrings) -> None:
+    def __init__(
+        self, prompt: list[int], count: int, tokenizer: Tokenizer | None, sampler: Sampler, stops: StopStrings
+    ) -> None:
         """count: tokens to generate at most."""
         self.prompt = prompt
         self.done = count == 0

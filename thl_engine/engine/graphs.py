@@ -56,8 +56,9 @@ class CudaCaptures:
     pool is active; torch takes what a capture allocates from the one that became active first.
     """
 
-    def __init__(self, device: torch.device, pool: Any = None,
-                 apart: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    def __init__(
+        self, device: torch.device, pool: Any = None, apart: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self._apart = apart
         with torch.cuda.device(device):
             self._pool = torch.cuda.MemPool() if pool is None else pool
@@ -200,6 +201,7 @@ class Recorder:
     def each_part(self, matrix: Matrix, use: Use) -> None:
         parts = matrix.resident()
         if parts is None:
+
             def stream() -> None:
                 for part in matrix.parts():
                     use(part)
@@ -371,8 +373,9 @@ class StepGraphs:
             self._ops.recorder = None
 
 
-def step_graphs(model: Any, ops: Any, device: torch.device, count_uses: Callable[[int], None],
-                **memory: Any) -> StepGraphs | None:
+def step_graphs(
+    model: Any, ops: Any, device: torch.device, count_uses: Callable[[int], None], **memory: Any
+) -> StepGraphs | None:
     """An engine's tapes, None where device, ops or model have no graphs; `memory` as CudaCaptures takes it."""
     if device.type != "cuda" or not hasattr(ops, "recorder") or not hasattr(model, "graph_key"):
         return None

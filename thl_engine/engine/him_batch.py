@@ -22,8 +22,14 @@ PUBLISHED = Sampling(temperature=1.0, top_k=50, top_p=0.9)
 PROMPT_KEYS = ("prompt", "input")
 
 
-def answer_file(engine: Engine, source: str | os.PathLike, target: str | os.PathLike, sampling: Sampling = PUBLISHED,
-                pad_id: int = PAD_ID, progress: Callable[[int, int], None] | None = None) -> int:
+def answer_file(
+    engine: Engine,
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    sampling: Sampling = PUBLISHED,
+    pad_id: int = PAD_ID,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
     """Answers every sample of a JSON file and returns how many there were.
 
     source: a list of objects with the text under "prompt" or "input". target: the list of the same objects, with
@@ -33,8 +39,10 @@ def answer_file(engine: Engine, source: str | os.PathLike, target: str | os.Path
     """
     source, target = Path(source), Path(target)
     if engine.model_type != "him":
-        raise ConfigError(f"{source}: prompts from a file are for models that answer in one pass (him); this is a "
-                          f"{engine.model_type} model, which takes one prompt")
+        raise ConfigError(
+            f"{source}: prompts from a file are for models that answer in one pass (him); this is a "
+            f"{engine.model_type} model, which takes one prompt"
+        )
     if engine.tokenizer is None:
         raise TokenizerError(f"{source}: no tokenizer in or beside the checkpoint; put its tokenizer.json there")
     samples = read_samples(source)
@@ -58,8 +66,9 @@ def answer_file(engine: Engine, source: str | os.PathLike, target: str | os.Path
     return len(results)
 
 
-def answer(engine: Engine, tokens: Sequence[int], state: Any, sampler: Sampler, eos_id: int | None,
-           pad_id: int = PAD_ID) -> tuple[list[int], Any]:
+def answer(
+    engine: Engine, tokens: Sequence[int], state: Any, sampler: Sampler, eos_id: int | None, pad_id: int = PAD_ID
+) -> tuple[list[int], Any]:
     """The published generation: (ids up to the first `eos_id`, which is included, the state).
 
     The prompt is cut to its first max_seq_len tokens and always padded to that length, with the padding masked. Every
@@ -86,12 +95,14 @@ def read_samples(path: Path) -> list[tuple[dict[str, Any], str]]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {str(error).splitlines()[0][:120]}") from None
     if not isinstance(samples, list):
-        raise ConfigError(f"{path}: holds a JSON {type(samples).__name__}, expected a list of objects with \"prompt\"")
+        raise ConfigError(f'{path}: holds a JSON {type(samples).__name__}, expected a list of objects with "prompt"')
     out = []
     for number, sample in enumerate(samples):
         keys = [key for key in PROMPT_KEYS if key in sample] if isinstance(sample, dict) else []
         if not keys or not isinstance(sample[keys[0]], str):
-            raise ConfigError(f"{path}: sample {number} is {shown(sample)}, expected an object with text under "
-                              + " or ".join(f'"{key}"' for key in PROMPT_KEYS))
+            raise ConfigError(
+                f"{path}: sample {number} is {shown(sample)}, expected an object with text under "
+                + " or ".join(f'"{key}"' for key in PROMPT_KEYS)
+            )
         out.append((sample, sample[keys[0]]))
     return out

@@ -48,8 +48,15 @@ def end_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
     return tuple(i for i in END_IDS if tokenizer is None or not tokenizer.decode([i]))
 
 
-def chat(engine: Engine, prompt: str | Sequence[int], *, max_new_tokens: int, sampling: Sampling = SAMPLING,
-         stop: Sequence[str] = (), state: Any = None) -> Iterator[Piece]:
+def chat(
+    engine: Engine,
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = SAMPLING,
+    stop: Sequence[str] = (),
+    state: Any = None,
+) -> Iterator[Piece]:
     """The pieces of an answer, as `Engine.generate` gives them, by the rules of the chat.
 
     When one of its rules ends the answer, `state` has read all of it.
@@ -59,9 +66,16 @@ def chat(engine: Engine, prompt: str | Sequence[int], *, max_new_tokens: int, sa
         prompt = tokenizer.encode(prompt)
     if not isinstance(prompt, str):  # without a tokenizer text is taken as bytes, whose numbering is not the chat's
         prompt = chat_prompt(prompt)
-    pieces = engine.generate(prompt, max_new_tokens=max_new_tokens, temperature=sampling.temperature,
-                             top_k=sampling.top_k, top_p=sampling.top_p, state=state, seed=sampling.seed,
-                             repetition_penalty=sampling.repetition_penalty)
+    pieces = engine.generate(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        state=state,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+    )
     end = ChatEnd(engine.config.vocab_size if tokenizer is None else tokenizer.vocab_size, end_ids(tokenizer))
     return _until(end, pieces, StopStrings(list(stop)))
 

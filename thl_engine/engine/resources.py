@@ -29,26 +29,42 @@ HOST_SHARE = 0.5  # of free host memory: page-locked, it is lost to everything e
 GRAPHS_BYTES, GRAPHS_LOGITS = 32 * MIB, 8
 
 
-def divide_memory(store: Store, ops: ReferenceOps, device: torch.device, stream: bool | str = "auto",
-                  memory_budget: str | int | None = None, *, batch_size: int = 1, host_memory: str | int | None = None,
-                  **options: Any) -> tuple[PageSchedule, Plan]:
+def divide_memory(
+    store: Store,
+    ops: ReferenceOps,
+    device: torch.device,
+    stream: bool | str = "auto",
+    memory_budget: str | int | None = None,
+    *,
+    batch_size: int = 1,
+    host_memory: str | int | None = None,
+    **options: Any,
+) -> tuple[PageSchedule, Plan]:
     """What an engine pins and streams for states of `batch_size` with these options; none of the weights is read."""
     if stream not in (True, False, "auto"):
         raise ConfigError(f"stream is {stream!r}; it must be True, False or 'auto'")
     check_batch_size(batch_size)
     config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
     products = model.products(config) if hasattr(model, "products") else {}
-    schedule = PageSchedule(store, model.walk(config), model.head(config), products,
-                            touched(store, ops, batch_size))
+    schedule = PageSchedule(store, model.walk(config), model.head(config), products, touched(store, ops, batch_size))
     limit = None if memory_budget is None else parse_bytes(memory_budget)
     room = host_room(device, host_memory)
     needed = needs(store, ops, device, batch_size, options)
 
     def plan(limit: int | None, stream: bool) -> Plan:
-        return make_plan(store, schedule, budget=limit, stream=stream, batch_size=batch_size,
-                         state_bytes=needed.state, workspace_bytes=needed.workspace, reserve_bytes=needed.reserve,
-                         state_traffic=state_traffic(store, batch_size, options), nominal=nominal(device),
-                         host_room=room)
+        return make_plan(
+            store,
+            schedule,
+            budget=limit,
+            stream=stream,
+            batch_size=batch_size,
+            state_bytes=needed.state,
+            workspace_bytes=needed.workspace,
+            reserve_bytes=needed.reserve,
+            state_traffic=state_traffic(store, batch_size, options),
+            nominal=nominal(device),
+            host_room=room,
+        )
 
     if stream != "auto":
         return schedule, plan(limit, stream)
@@ -89,8 +105,9 @@ def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int
     return Needs(state.nbytes, passing + scratch, reserve)
 
 
-def workspace(model: Any, config: Any, ops: ReferenceOps, state: Any, page_elements: int,
-              columns: int) -> tuple[int, int]:
+def workspace(
+    model: Any, config: Any, ops: ReferenceOps, state: Any, page_elements: int, columns: int
+) -> tuple[int, int]:
     """Bytes of activations and logits, and of what the ops take beside them.
 
     page_elements: weights of the largest page. columns: of the widest matrix.
@@ -98,13 +115,16 @@ def workspace(model: Any, config: Any, ops: ReferenceOps, state: Any, page_eleme
     reused = model.reused(config) if hasattr(model, "reused") else 0
     rows = max(WORKSPACE_LOGITS * state.batch_size, 0 if hasattr(model, "forward") else FORWARD_CHUNK)
     activations, scores = model.workspace(config, state)
-    inputs = (state.batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config))
-              * columns)
+    inputs = (
+        state.batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config)) * columns
+    )
     if not ops.in_place:  # all but a cache is written anew
         activations += state.nbytes - (state.cache.nbytes if hasattr(state, "cache") else 0)
     dequantized = state.cache.dequantized_bytes if hasattr(state, "cache") else 0
-    return (4 * rows * config.vocab_size + activations,
-            ops.scratch_bytes(page_elements, reused, scores, inputs, dequantized))
+    return (
+        4 * rows * config.vocab_size + activations,
+        ops.scratch_bytes(page_elements, reused, scores, inputs, dequantized),
+    )
 
 
 def for_graphs(ops: ReferenceOps, config: Any, batch_size: int) -> int:
@@ -148,8 +168,11 @@ def touched(store: Store, ops: ReferenceOps, batch_size: int) -> dict[str, float
     shares = model.touched(config) if hasattr(model, "touched") else {}
     by_columns = {block.name for block in model.blocks(config) if block.transposed}
     rows = rows_of_products(store, batch_size)
-    return {name: 1.0 - (1.0 - share) ** rows for name, share in shares.items()
-            if share <= ops.sparse_share and (name not in by_columns or store.tensors[name].transposed)}
+    return {
+        name: 1.0 - (1.0 - share) ** rows
+        for name, share in shares.items()
+        if share <= ops.sparse_share and (name not in by_columns or store.tensors[name].transposed)
+    }
 
 
 def rows_of_products(store: Store, batch_size: int) -> int:
@@ -161,8 +184,11 @@ def rows_of_products(store: Store, batch_size: int) -> int:
 
 def state_options(model_type: str, context: int | None, kv_cache: str, sliding_window: int | None) -> dict[str, Any]:
     """Options for the model's `init_state`; only what differs from the defaults. Raises ConfigError if it has none."""
-    given = {"context": context, "kv_cache": None if kv_cache == "float32" else kv_cache,
-             "sliding_window": sliding_window}
+    given = {
+        "context": context,
+        "kv_cache": None if kv_cache == "float32" else kv_cache,
+        "sliding_window": sliding_window,
+    }
     options = {name: value for name, value in given.items() if value is not None}
     unknown = options.keys() - signature(architecture(model_type).init_state).parameters.keys()
     for name in sorted(unknown):
@@ -183,8 +209,9 @@ def host_room(device: torch.device, host_memory: str | int | None) -> int:
     """
     if device.type == "cpu":
         if host_memory is not None:
-            raise ConfigError("host_memory is for pages on their way to a CUDA device; on the CPU, memory_budget "
-                              "bounds what is kept")
+            raise ConfigError(
+                "host_memory is for pages on their way to a CUDA device; on the CPU, memory_budget bounds what is kept"
+            )
         return 0
     if torch.cuda.is_available() and not keeps_pages(device):
         return 0
@@ -198,8 +225,18 @@ def open_pager(store: Store, plan: Plan, vectors: Mapping[str, torch.Tensor], de
     tables = [page.index for name in plan.resident_tables for page in store.tensors[name].pages]
     streams = plan.streamed_pages > 0
     reader = Reader(store.files, direct=store.descriptor is None or streams)
-    pager = Pager(store, reader, vectors, (*plan.pinned, *tables), plan.slots, plan.slot_bytes, plan.horizon, device,
-                  plan.kept, direct_storage=device.type == "cuda" and plan.kept_bytes < plan.streamed_bytes)
+    pager = Pager(
+        store,
+        reader,
+        vectors,
+        (*plan.pinned, *tables),
+        plan.slots,
+        plan.slot_bytes,
+        plan.horizon,
+        device,
+        plan.kept,
+        direct_storage=device.type == "cuda" and plan.kept_bytes < plan.streamed_bytes,
+    )
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # later steps may be on another stream than the one that awaits pinned pages
     return pager

@@ -46,8 +46,14 @@ from types import ModuleType
 
 from thl_engine.models import gemma3n, him, hrm, hrm_gemma3n, inl, thl
 
-ARCHITECTURES: dict[str, ModuleType] = {"thl": thl, "hrm": hrm, "him": him, "inl": inl, "gemma3n": gemma3n,
-                                        "hrm_gemma3n": hrm_gemma3n}
+ARCHITECTURES: dict[str, ModuleType] = {
+    "thl": thl,
+    "hrm": hrm,
+    "him": him,
+    "inl": inl,
+    "gemma3n": gemma3n,
+    "hrm_gemma3n": hrm_gemma3n,
+}
 
 
 def architecture(model_type: str) -> ModuleType:

@@ -30,8 +30,11 @@ TIED = "model.embed_tokens.weight"  # also the projection to the vocabulary
 PER_LAYER_TABLE = "model.embed_tokens_per_layer.weight"
 # Where published checkpoints keep the decoder among parts for images and sound, and how those parts begin.
 NESTED = ("model.language_model.", "language_model.model.", "language_model.")
-OTHER_PARTS = tuple(f"{outer}{part}" for outer in ("", "model.") for part in
-                    ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio."))
+OTHER_PARTS = tuple(
+    f"{outer}{part}"
+    for outer in ("", "model.")
+    for part in ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
+)
 SHARED_AWAY = ("self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.k_norm.weight")
 
 
@@ -159,8 +162,12 @@ def walk(config: Gemma3nConfig) -> Walk:
 
 def touched(config: Gemma3nConfig) -> dict[str, float]:
     """Share of a matrix that one row's product needs: of a sparse gate's neighbours, what the gate lets through."""
-    return {f"model.layers.{i}.mlp.{name}_proj.weight": 1.0 - share
-            for i, share in enumerate(config.activation_sparsity_pattern) if share > 0.0 for name in ("up", "down")}
+    return {
+        f"model.layers.{i}.mlp.{name}_proj.weight": 1.0 - share
+        for i, share in enumerate(config.activation_sparsity_pattern)
+        if share > 0.0
+        for name in ("up", "down")
+    }
 
 
 def head(config: Gemma3nConfig) -> tuple[str, ...]:
@@ -191,8 +198,9 @@ def workspace(config: Gemma3nConfig, state: State) -> tuple[int, int]:
     c, rows = config, state.batch_size * CHUNK
     # Streams before and after each step, per-layer inputs and what they are made of, and the largest part of a layer.
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    floats = (4 * c.altup_num_inputs + 6) * c.hidden_size + 4 * _per_layer(c) + max(3 * max(c.intermediate_size),
-                                                                                    3 * heads)
+    floats = (
+        (4 * c.altup_num_inputs + 6) * c.hidden_size + 4 * _per_layer(c) + max(3 * max(c.intermediate_size), 3 * heads)
+    )
     seen = max(held.kept(state.context) for held in state.cache.layers) + CHUNK
     return 4 * rows * floats + 2 * CHUNK * seen, rows * c.num_attention_heads * seen
 
@@ -203,13 +211,21 @@ def traffic(config: Gemma3nConfig, state: State, position: int | None = None) ->
     reads = {i: 0 for i in state.layers}
     for i in range(config.num_hidden_layers):
         reads[config.kv_source(i)] += 1
-    return sum(times * KVCache([held]).traffic(position)
-               for times, held in zip(reads.values(), state.cache.layers, strict=True))
+    return sum(
+        times * KVCache([held]).traffic(position)
+        for times, held in zip(reads.values(), state.cache.layers, strict=True)
+    )
 
 
-def init_state(config: Gemma3nConfig, batch_size: int, device: torch.device | str = "cpu",
-               weights: Mapping[str, Any] | None = None, *, context: int | None = None,
-               kv_cache: str = "float32") -> State:
+def init_state(
+    config: Gemma3nConfig,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    weights: Mapping[str, Any] | None = None,
+    *,
+    context: int | None = None,
+    kv_cache: str = "float32",
+) -> State:
     """The state of `batch_size` fresh sequences.
 
     context: positions that a sequence may grow to, max_position_embeddings unless given. kv_cache: "float32", or
@@ -219,16 +235,20 @@ def init_state(config: Gemma3nConfig, batch_size: int, device: torch.device | st
     if kv_cache not in kv_caches.FORMATS:
         raise ConfigError(f"kv_cache is {kv_cache!r}; it must be one of {', '.join(kv_caches.FORMATS)}")
     if isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= c.max_position_embeddings:
-        raise ConfigError(f"context is {context!r}; it must be a whole number from 1 to max_position_embeddings "
-                          f"({c.max_position_embeddings})")
+        raise ConfigError(
+            f"context is {context!r}; it must be a whole number from 1 to max_position_embeddings "
+            f"({c.max_position_embeddings})"
+        )
     layers = tuple(i for i in range(c.num_hidden_layers) if c.kv_source(i) == i)
-    cache = kv_caches.empty([_window(c, i) for i in layers], batch_size, c.num_key_value_heads, c.head_dim, context,
-                            device, kv_cache)
+    cache = kv_caches.empty(
+        [_window(c, i) for i in layers], batch_size, c.num_key_value_heads, c.head_dim, context, device, kv_cache
+    )
     return State(0, context, layers, cache)
 
 
-def state_from_dict(config: Gemma3nConfig, values: Mapping[str, Tensor], ops: Any,
-                    device: torch.device | str = "cpu", **options: Any) -> State:
+def state_from_dict(
+    config: Gemma3nConfig, values: Mapping[str, Tensor], ops: Any, device: torch.device | str = "cpu", **options: Any
+) -> State:
     """The state that `State.to_dict` described, with the options of `init_state`, which are those it was made with.
 
     Raises CheckpointError on a missing field, a wrong shape or another kind of cache.
@@ -247,8 +267,9 @@ def state_from_dict(config: Gemma3nConfig, values: Mapping[str, Tensor], ops: An
 
 def check_room(config: Gemma3nConfig, state: State, count: int) -> None:
     """Raises ConfigError if `count` more tokens are more than the state's context has room for."""
-    kv_caches.check_room(state.timestep + count, state.context, "max_position_embeddings",
-                         config.max_position_embeddings)
+    kv_caches.check_room(
+        state.timestep + count, state.context, "max_position_embeddings", config.max_position_embeddings
+    )
 
 
 def graph_key(config: Gemma3nConfig, state: State) -> int:
@@ -256,8 +277,9 @@ def graph_key(config: Gemma3nConfig, state: State) -> int:
     return bucket(state.timestep + 1)
 
 
-def advance(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
-            record: Record | None = None) -> tuple[Tensor, State]:
+def advance(
+    config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+) -> tuple[Tensor, State]:
     """Feeds int64 [B, T] to the sequences of the batch.
 
     Returns the normalised features of the last position [B, 1, D], which `logits` projects to the vocabulary, and the
@@ -268,8 +290,9 @@ def advance(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state
     return normalise(config, weights, ops, x, record), following
 
 
-def forward(config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
-            record: Record | None = None) -> tuple[Tensor, State]:
+def forward(
+    config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+) -> tuple[Tensor, State]:
     """A whole sequence int64 [B, T] behind what the state holds: logits [B, T, vocab_size] and the next state.
 
     It goes CHUNK tokens at a time; what `record` receives is of the last of them.
@@ -298,8 +321,9 @@ def logits(config: Gemma3nConfig, weights: Any, ops: Any, hidden: Tensor) -> Ten
     return scores if cap is None else scores.div_(cap).tanh_() * cap
 
 
-def decode(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None, *,
-           last: bool) -> tuple[Tensor, State]:
+def decode(
+    c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None, *, last: bool
+) -> tuple[Tensor, State]:
     """Every layer over tokens [B, T]: features before the final norm [B, T, D], and the next state.
 
     last: of the last position only, [B, 1, D]. Layers that leave no keys and values behind then compute no other.
@@ -346,11 +370,14 @@ class Attention:
             self._tables[kind] = ops.rotary_tables(self._positions, self._frequencies[kind])
         tables, eps = self._tables[kind], c.rms_norm_eps
         names = ("q", "k", "v") if source == i else ("q",)
-        query, *own = (projected.unflatten(-1, (-1, c.head_dim)) for projected in
-                       ops.linears(x, [weights[f"{prefix}{name}_proj.weight"] for name in names]))
+        query, *own = (
+            projected.unflatten(-1, (-1, c.head_dim))
+            for projected in ops.linears(x, [weights[f"{prefix}{name}_proj.weight"] for name in names])
+        )
         if source == i:
-            self._attend.append(number, *own, key_norm=(weights[f"{prefix}k_norm.weight"], eps), value_eps=eps,
-                                tables=tables)
+            self._attend.append(
+                number, *own, key_norm=(weights[f"{prefix}k_norm.weight"], eps), value_eps=eps, tables=tables
+            )
         mixed = self._attend(number, query, 1.0, norm=(weights[f"{prefix}q_norm.weight"], eps), tables=tables)
         return ops.linear(mixed, weights[f"{prefix}o_proj.weight"])
 
@@ -362,24 +389,29 @@ def embed(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[Ten
     ids = torch.where(tokens < c.vocab_size_per_layer_input, tokens, 0)
     table = ops.gather(weights[PER_LAYER_TABLE], ids.flatten()).unflatten(0, tokens.shape) * sqrt(per_layer)
     projected = ops.linear(x, weights["model.per_layer_model_projection.weight"]) * width**-0.5
-    projected = ops.rms_norm(projected.unflatten(-1, (-1, per_layer)),
-                             weights["model.per_layer_projection_norm.weight"], c.rms_norm_eps)
+    projected = ops.rms_norm(
+        projected.unflatten(-1, (-1, per_layer)), weights["model.per_layer_projection_norm.weight"], c.rms_norm_eps
+    )
     return x, (projected + table.view_as(projected)) * 2.0**-0.5
 
 
 def expand(c: Gemma3nConfig, weights: Any, ops: Any, x: Tensor) -> Tensor:
     """The streams [n, B, T, D] that begin with x [B, T, D]: itself, and projections of its magnitude."""
     target = magnitude(x)
-    others = [scaled_to(ops.linear(x, weights[f"model.altup_projections.{j}.weight"]), target)
-              for j in range(c.altup_num_inputs - 1)]
+    others = [
+        scaled_to(ops.linear(x, weights[f"model.altup_projections.{j}.weight"]), target)
+        for j in range(c.altup_num_inputs - 1)
+    ]
     return torch.stack([x, *others])
 
 
 def collapse(c: Gemma3nConfig, weights: Any, ops: Any, streams: Tensor) -> Tensor:
     """The mean of the streams [n, B, T, D], the others brought back to the first one's magnitude: [B, T, D]."""
     target = magnitude(streams[0])
-    others = [scaled_to(ops.linear(streams[j + 1], weights[f"model.altup_unembed_projections.{j}.weight"]), target)
-              for j in range(c.altup_num_inputs - 1)]
+    others = [
+        scaled_to(ops.linear(streams[j + 1], weights[f"model.altup_unembed_projections.{j}.weight"]), target)
+        for j in range(c.altup_num_inputs - 1)
+    ]
     return torch.stack([streams[0], *others]).mean(dim=0)
 
 
@@ -391,8 +423,9 @@ def normalise(c: Gemma3nConfig, weights: Any, ops: Any, x: Tensor, record: Recor
     return hidden
 
 
-def layer(c: Gemma3nConfig, weights: Any, ops: Any, i: int, streams: Tensor, own_input: Tensor,
-          attention: Attention) -> Tensor:
+def layer(
+    c: Gemma3nConfig, weights: Any, ops: Any, i: int, streams: Tensor, own_input: Tensor, attention: Attention
+) -> Tensor:
     """One decoder layer: streams [n, B, T, D] and its per-layer input [B, T, P] to the next streams."""
     prefix, a = f"model.layers.{i}.", c.altup_active_idx
 
@@ -407,9 +440,14 @@ def layer(c: Gemma3nConfig, weights: Any, ops: Any, i: int, streams: Tensor, own
 
     def coefficients(name: str, x: Tensor, offset: float = 0.0) -> Tensor:
         """AltUp's, of what the router makes of x: [B, T, n] or [B, T, n * n]."""
-        return ops.altup_coefficients(x, weights[f"{prefix}altup.router_norm.weight"], c.rms_norm_eps,
-                                      weights[f"{prefix}altup.modality_router.weight"],
-                                      weights[f"{prefix}altup.{name}.weight"], offset)
+        return ops.altup_coefficients(
+            x,
+            weights[f"{prefix}altup.router_norm.weight"],
+            c.rms_norm_eps,
+            weights[f"{prefix}altup.modality_router.weight"],
+            weights[f"{prefix}altup.{name}.weight"],
+            offset,
+        )
 
     n = c.altup_num_inputs
     predicted = ops.altup_predict(streams, coefficients("prediction_coefs", streams[a]).unflatten(-1, (n, n)))

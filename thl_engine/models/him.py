@@ -78,9 +78,14 @@ class State:
 
     def named(self) -> dict[str, Tensor]:
         """The fields by name, not copied; memory and reasoning_embeddings are the published ones."""
-        return {"timestep": torch.tensor(self.timestep), "memory": self.memory,
-                "reasoning_embeddings": self.reasoning_embeddings, "context": self.context,
-                "context_valid": torch.tensor(self.context_valid), "answer": self.answer}
+        return {
+            "timestep": torch.tensor(self.timestep),
+            "memory": self.memory,
+            "reasoning_embeddings": self.reasoning_embeddings,
+            "context": self.context,
+            "context_valid": torch.tensor(self.context_valid),
+            "answer": self.answer,
+        }
 
     def to_dict(self) -> dict[str, Tensor]:
         """Copies of the fields on the CPU, enough to restart anywhere."""
@@ -137,8 +142,9 @@ def _attention_blocks(c: HIMConfig, prefix: str) -> list[Block]:
 def aliases(config: HIMConfig) -> dict[str, str]:
     """Names under which published checkpoints repeat a tensor, and the name that keeps it."""
     memory = {"memory": "memory.memory", **{f"{name}.weight": f"memory.{name}.weight" for name in MEMORY}}
-    reasoning = {name: f"reasoning_module.{name}"
-                 for name in ("reasoning_embeddings", *(f"{name}.weight" for name in REASONING))}
+    reasoning = {
+        name: f"reasoning_module.{name}" for name in ("reasoning_embeddings", *(f"{name}.weight" for name in REASONING))
+    }
     out = {"decoder_projection.weight": TIED}
     for i in range(config.num_encoder_layers):
         out |= {f"transformer_encoder.{i}.memory.{name}": kept for name, kept in memory.items()}
@@ -169,8 +175,9 @@ def head(config: HIMConfig) -> tuple[str, ...]:
     return (TIED,)
 
 
-def forward_walk(config: HIMConfig, tokens_shape: tuple[int, int], *, mask: Tensor | None = None,
-                 reconstruction: bool = False) -> Walk:
+def forward_walk(
+    config: HIMConfig, tokens_shape: tuple[int, int], *, mask: Tensor | None = None, reconstruction: bool = False
+) -> Walk:
     """What `forward` reads with the same inputs."""
     decoder = () if reconstruction else _decoder_reads()
     return Walk(tuple((name, 1) for name in (*_encoder_reads(config), *decoder, TIED)))
@@ -228,27 +235,34 @@ def chunk(config: HIMConfig) -> int:
     return 1 << 30
 
 
-def init_state(config: HIMConfig, batch_size: int, device: torch.device | str = "cpu",
-               weights: Mapping[str, Any] | None = None) -> State:
+def init_state(
+    config: HIMConfig, batch_size: int, device: torch.device | str = "cpu", weights: Mapping[str, Any] | None = None
+) -> State:
     """The state of `batch_size` fresh sequences: memory and reasoning buffer as in the checkpoint, or zeros without."""
     c = config
     if weights is None:
         memory = torch.zeros(1, c.mem_slots, c.embed_dim, device=device)
         reasoning = torch.zeros(c.reasoning_tokens, c.embed_dim, device=device)
     else:
-        memory, reasoning = (weights[name].detach().to(device=device, dtype=torch.float32, copy=True)
-                             for name in ("memory.memory", "reasoning_module.reasoning_embeddings"))
+        memory, reasoning = (
+            weights[name].detach().to(device=device, dtype=torch.float32, copy=True)
+            for name in ("memory.memory", "reasoning_module.reasoning_embeddings")
+        )
     return State(timestep=0, memory=memory, reasoning_embeddings=reasoning, **_unserved(c, batch_size, device))
 
 
 def _unserved(c: HIMConfig, batch_size: int, device: torch.device | str) -> dict[str, Any]:
     """The fields of the token loop before anything was read."""
-    return {"context": torch.zeros(batch_size, c.max_seq_len, dtype=torch.int64, device=device), "context_valid": 0,
-            "answer": torch.zeros(batch_size, c.max_answer_len, c.embed_dim, device=device)}
+    return {
+        "context": torch.zeros(batch_size, c.max_seq_len, dtype=torch.int64, device=device),
+        "context_valid": 0,
+        "answer": torch.zeros(batch_size, c.max_answer_len, c.embed_dim, device=device),
+    }
 
 
-def state_from_dict(config: HIMConfig, values: Mapping[str, Tensor], ops: Any,
-                    device: torch.device | str = "cpu") -> State:
+def state_from_dict(
+    config: HIMConfig, values: Mapping[str, Tensor], ops: Any, device: torch.device | str = "cpu"
+) -> State:
     """The state that `State.to_dict` described; of the published fields alone, one with nothing read yet.
 
     Raises CheckpointError on a missing or unknown field, a wrong shape, or values that no state can have.
@@ -264,16 +278,21 @@ def state_from_dict(config: HIMConfig, values: Mapping[str, Tensor], ops: Any,
     if memory is not None and memory.dim() == 3 and memory.shape[0] == batch:  # of each row, after the first pass
         expected["memory"] = expected["memory"].expand(batch, -1, -1)
     check_fields(values, expected)
-    taken = {name: values[name].detach().to(device=device, dtype=like.dtype, copy=True).contiguous()
-             for name, like in expected.items()}
+    taken = {
+        name: values[name].detach().to(device=device, dtype=like.dtype, copy=True).contiguous()
+        for name, like in expected.items()
+    }
     timestep, valid = int(taken.pop("timestep")), int(taken.pop("context_valid"))
     if timestep < 0 or not 0 <= valid <= config.max_seq_len:
-        raise CheckpointError(f"state: timestep {timestep} and context_valid {valid} must be at least 0 and "
-                              f"context_valid at most max_seq_len ({config.max_seq_len})")
+        raise CheckpointError(
+            f"state: timestep {timestep} and context_valid {valid} must be at least 0 and "
+            f"context_valid at most max_seq_len ({config.max_seq_len})"
+        )
     low, high = (int(v) for v in torch.aminmax(taken["context"]))
     if low < 0 or high >= config.vocab_size:
-        raise CheckpointError(f"state: context holds id {low if low < 0 else high}, outside the vocabulary of "
-                              f"{config.vocab_size}")
+        raise CheckpointError(
+            f"state: context holds id {low if low < 0 else high}, outside the vocabulary of {config.vocab_size}"
+        )
     return State(timestep=timestep, context_valid=valid, **taken)
 
 
@@ -291,8 +310,9 @@ def starts_at(config: HIMConfig, state: State, count: int) -> int:
     return state.timestep if count == 1 or not served else state.timestep + config.max_answer_len - served
 
 
-def advance(config: HIMConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
-            record: Record | None = None) -> tuple[Tensor, State]:
+def advance(
+    config: HIMConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+) -> tuple[Tensor, State]:
     """Adds tokens, int64 [B, n], to the context and serves one answer position: (its features [B, 1, D], state).
 
     Several tokens, or one that finds the answer block used up, encode the context (its last max_seq_len tokens) into
@@ -307,8 +327,14 @@ def advance(config: HIMConfig, weights: Any, ops: Any, tokens: Tensor, state: St
         encoded, memory, reasoning = _encode(c, weights, ops, context, memory, reasoning, None, record)
         answer = _decode(c, weights, ops, encoded, None)
     context = torch.nn.functional.pad(context, (0, c.max_seq_len - valid))
-    return answer[:, served : served + 1], State(timestep=t + 1, memory=memory, reasoning_embeddings=reasoning,
-                                                 context=context, context_valid=valid, answer=answer)
+    return answer[:, served : served + 1], State(
+        timestep=t + 1,
+        memory=memory,
+        reasoning_embeddings=reasoning,
+        context=context,
+        context_valid=valid,
+        answer=answer,
+    )
 
 
 def logits(config: HIMConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
@@ -316,8 +342,17 @@ def logits(config: HIMConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
     return ops.linear(hidden, weights[TIED], weights["decoder_projection.bias"])
 
 
-def forward(config: HIMConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None, *,
-            mask: Tensor | None = None, reconstruction: bool = False) -> tuple[Tensor, State]:
+def forward(
+    config: HIMConfig,
+    weights: Any,
+    ops: Any,
+    tokens: Tensor,
+    state: State,
+    record: Record | None = None,
+    *,
+    mask: Tensor | None = None,
+    reconstruction: bool = False,
+) -> tuple[Tensor, State]:
     """One pass as published, apart from the token loop, whose context it neither reads nor changes.
 
     tokens: int64 [B, L], L at most max_seq_len. mask [B, L]: 1 where a position may be attended, 0 where not.
@@ -327,8 +362,9 @@ def forward(config: HIMConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     """
     c, (batch, length) = config, tokens.shape
     if length > c.max_seq_len:
-        raise ConfigError(f"tokens: a sequence of {length} is longer than the model's max_seq_len ({c.max_seq_len}); "
-                          "cut it")
+        raise ConfigError(
+            f"tokens: a sequence of {length} is longer than the model's max_seq_len ({c.max_seq_len}); cut it"
+        )
     _check_batch(tokens, state)
     blocked = None if mask is None else _blocked(mask, batch, length).to(tokens.device)
     x, memory, reasoning = _encode(c, weights, ops, tokens, state.memory, state.reasoning_embeddings, blocked, record)
@@ -343,11 +379,15 @@ def forward(config: HIMConfig, weights: Any, ops: Any, tokens: Tensor, state: St
 def _check_batch(tokens: Tensor, state: State) -> None:
     batch, held = tokens.shape[0], state.memory.shape[0]
     if held not in (1, batch):
-        raise ConfigError(f"tokens: batch of {batch}, but the memory holds {held} sequences; keep to that batch, or "
-                          "call the state's reset_memory() first")
+        raise ConfigError(
+            f"tokens: batch of {batch}, but the memory holds {held} sequences; keep to that batch, or "
+            "call the state's reset_memory() first"
+        )
     if state.context_valid and state.batch_size != batch:
-        raise ConfigError(f"tokens: batch of {batch}, but the state has read {state.batch_size} sequences; keep to "
-                          "that batch, or start from a new state")
+        raise ConfigError(
+            f"tokens: batch of {batch}, but the state has read {state.batch_size} sequences; keep to "
+            "that batch, or start from a new state"
+        )
 
 
 def _blocked(mask: Tensor, batch: int, length: int) -> Tensor:
@@ -365,8 +405,16 @@ def _blocked(mask: Tensor, batch: int, length: int) -> Tensor:
     return blocked[:, None, None, :]
 
 
-def _encode(c: HIMConfig, weights: Any, ops: Any, tokens: Tensor, memory: Tensor, reasoning: Tensor,
-            blocked: Tensor | None, record: Record | None) -> tuple[Tensor, Tensor, Tensor]:
+def _encode(
+    c: HIMConfig,
+    weights: Any,
+    ops: Any,
+    tokens: Tensor,
+    memory: Tensor,
+    reasoning: Tensor,
+    blocked: Tensor | None,
+    record: Record | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """All encoder blocks over tokens [B, L]: (x [B, L, D], memory [B, m, D], reasoning buffer [R, D])."""
     batch, length = tokens.shape
     x = ops.gather(weights[TIED], tokens.flatten()).view(batch, length, c.embed_dim)
@@ -397,9 +445,11 @@ def _decode(c: HIMConfig, weights: Any, ops: Any, encoded: Tensor, blocked: Tens
     return ops.layer_norm(queries + attended, weights[f"{prefix}norm.weight"], weights[f"{prefix}norm.bias"])
 
 
-def _attend(c: HIMConfig, weights: Any, ops: Any, prefix: str, queries: Tensor, source: Tensor,
-            blocked: Tensor | None) -> Tensor:
+def _attend(
+    c: HIMConfig, weights: Any, ops: Any, prefix: str, queries: Tensor, source: Tensor, blocked: Tensor | None
+) -> Tensor:
     """Attention of queries [B, T, D] over source [B, L, D] in both directions, output projection included."""
+
     def heads(x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, c.head_dim).transpose(1, 2)
 
@@ -414,8 +464,9 @@ def _two_speeds(weights: Any, ops: Any, prefix: str, x: Tensor, attended: Tensor
     prefix, norm = f"{prefix}multi_speed.", f"{prefix}norm2"
     x, fast = ops.add_layer_norm(x, attended, weights[f"{norm}.weight"], weights[f"{norm}.bias"])
     gate, up = ops.linears(fast, [weights[f"{prefix}slow_ffn.{name}.weight"] for name in ("w_gate", "w_up")])
-    return ops.swiglu_linear(gate, up, weights[f"{prefix}slow_ffn.w_down.weight"],
-                             blend=(x, fast, weights[f"{prefix}gate"]))
+    return ops.swiglu_linear(
+        gate, up, weights[f"{prefix}slow_ffn.w_down.weight"], blend=(x, fast, weights[f"{prefix}gate"])
+    )
 
 
 def _read_memory(c: HIMConfig, weights: Any, ops: Any, x: Tensor, memory: Tensor) -> Tensor:

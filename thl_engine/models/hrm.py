@@ -34,17 +34,19 @@ NORMAL = PRESETS["normal"]
 Q_HEAD_BIAS = -5.0  # of a fresh model; equal for both outputs, so that it never halts early
 
 
-def parse_cycles(value: str | Sequence[int],
-                 presets: Mapping[str, tuple[int, int]] = PRESETS) -> tuple[int, int]:
+def parse_cycles(value: str | Sequence[int], presets: Mapping[str, tuple[int, int]] = PRESETS) -> tuple[int, int]:
     """(N, T) from a preset's name, from "NxT" or from two numbers. Raises ConfigError."""
     if isinstance(value, str) and value in presets:
         return presets[value]
     written = re.fullmatch("([0-9]{1,3})x([0-9]{1,3})", value) if isinstance(value, str) else None
     pair = tuple(map(int, written.groups())) if written else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= LARGEST_CYCLES
-                             for n in pair):
-        raise ConfigError(f"cycles is {value!r}; it must be one of {', '.join(presets)}, or NxT with whole numbers "
-                          f"from 1 to {LARGEST_CYCLES}")
+    if len(pair) != 2 or any(
+        isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= LARGEST_CYCLES for n in pair
+    ):
+        raise ConfigError(
+            f"cycles is {value!r}; it must be one of {', '.join(presets)}, or NxT with whole numbers "
+            f"from 1 to {LARGEST_CYCLES}"
+        )
     return pair
 
 
@@ -85,8 +87,12 @@ class State:
 
     def named(self) -> dict[str, Tensor]:
         """The fields as tensors, not copied."""
-        return {"timestep": torch.tensor(self.timestep), "window": self.window, "valid": torch.tensor(self.valid),
-                "cycles": torch.tensor(self.cycles)}
+        return {
+            "timestep": torch.tensor(self.timestep),
+            "window": self.window,
+            "valid": torch.tensor(self.valid),
+            "cycles": torch.tensor(self.cycles),
+        }
 
     def to_dict(self) -> dict[str, Tensor]:
         """Copies of the fields on the CPU, enough to restart anywhere."""
@@ -108,8 +114,11 @@ def blocks(config: HRMConfig) -> tuple[Block, ...]:
     The halting head's two rows stay float32: they decide how long every token takes.
     """
     c = config
-    out = [Block("input_embedding.embedding_weight", (c.vocab_size, c.hidden_size), "table"),
-           Block("z0_L", (1, 1, c.hidden_size), "vector"), Block("z0_H", (1, 1, c.hidden_size), "vector")]
+    out = [
+        Block("input_embedding.embedding_weight", (c.vocab_size, c.hidden_size), "table"),
+        Block("z0_L", (1, 1, c.hidden_size), "vector"),
+        Block("z0_H", (1, 1, c.hidden_size), "vector"),
+    ]
     for module, layers in (("L", c.L_layers), ("H", c.H_layers)):
         for j in range(layers):
             prefix = f"{module}_module.layers.{j}."
@@ -136,8 +145,14 @@ def walk(config: HRMConfig, cycles: str | Sequence[int] = NORMAL) -> Walk:
     Every step reads the same; halting ends a step after any of its segments.
     """
     n, t = parse_cycles(cycles)
-    of = {module: [block.name for block in blocks(config)
-                   if block.kind == "matrix" and block.name.startswith(f"{module}_module.")] for module in "LH"}
+    of = {
+        module: [
+            block.name
+            for block in blocks(config)
+            if block.kind == "matrix" and block.name.startswith(f"{module}_module.")
+        ]
+        for module in "LH"
+    }
     segment_reads = (of["L"] * t + of["H"]) * n
     return Walk(tuple((name, 1) for name in segment_reads * config.halt_max_steps), may_stop=True)
 
@@ -199,15 +214,22 @@ def inverse_frequencies(config: HRMConfig, device: torch.device | str = "cpu") -
     return 1.0 / ROTARY_BASE**exponents
 
 
-def init_state(config: HRMConfig, batch_size: int, device: torch.device | str = "cpu",
-               weights: Mapping[str, Any] | None = None, *, cycles: str | Sequence[int] = NORMAL) -> State:
+def init_state(
+    config: HRMConfig,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    weights: Mapping[str, Any] | None = None,
+    *,
+    cycles: str | Sequence[int] = NORMAL,
+) -> State:
     """The state of `batch_size` sequences without a token yet, to be read with these cycles."""
     window = torch.zeros(batch_size, WINDOW, dtype=torch.int64, device=device)
     return State(timestep=0, window=window, valid=0, cycles=parse_cycles(cycles))
 
 
-def state_from_dict(config: HRMConfig, values: Mapping[str, Tensor], ops: Any = None,
-                    device: torch.device | str = "cpu") -> State:
+def state_from_dict(
+    config: HRMConfig, values: Mapping[str, Tensor], ops: Any = None, device: torch.device | str = "cpu"
+) -> State:
     """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong value."""
     window = values.get("window")
     batch = window.shape[0] if window is not None and window.dim() == 2 else 1
@@ -220,8 +242,10 @@ def state_from_dict(config: HRMConfig, values: Mapping[str, Tensor], ops: Any = 
         taken[name] = values[name].detach().to(device=device, copy=True).contiguous()
     count, valid = int(taken["timestep"]), int(taken["valid"])
     if valid != min(count, WINDOW) or count < 0:
-        raise CheckpointError(f"state: timestep {count} and valid {valid} do not agree; valid is the number of tokens "
-                              f"read, at most {WINDOW}")
+        raise CheckpointError(
+            f"state: timestep {count} and valid {valid} do not agree; valid is the number of tokens "
+            f"read, at most {WINDOW}"
+        )
     window = taken["window"]
     if window.numel() and not 0 <= int(window.min()) <= int(window.max()) < config.vocab_size:
         raise CheckpointError(f"state: field 'window' holds ids outside the vocabulary of {config.vocab_size}")
@@ -241,8 +265,9 @@ def workspace(config: HRMConfig, state: State) -> tuple[int, int]:
     return 4 * rows * floats, rows * config.num_heads * WINDOW
 
 
-def advance(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
-            record: Record | None = None) -> tuple[Tensor, State]:
+def advance(
+    config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+) -> tuple[Tensor, State]:
     """Appends tokens, int64 [B, n], and thinks about the last 64 anew.
 
     Returns z_H of the last position, [B, 1, h], which `logits` projects to the vocabulary, and the next state.
@@ -258,8 +283,15 @@ def logits(config: HRMConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
     return ops.linear(hidden, weights["output_head.weight"])
 
 
-def forward(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None,
-            cycles: str | Sequence[int] | None = None) -> tuple[Tensor, State]:
+def forward(
+    config: HRMConfig,
+    weights: Any,
+    ops: Any,
+    tokens: Tensor,
+    state: State,
+    record: Record | None = None,
+    cycles: str | Sequence[int] | None = None,
+) -> tuple[Tensor, State]:
     """A whole sequence at once: int64 [B, T] -> logits at every position, float32 [B, T, vocab_size], and the state.
 
     Tokens that the state holds come first and are seen too. No window applies within the call. `cycles` replaces the
@@ -293,8 +325,16 @@ def begin(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[In
     return Inputs(embedded, cos, sin), high, low
 
 
-def segment(config: HRMConfig, weights: Any, ops: Any, inputs: Inputs, high: Tensor, low: Tensor,
-            cycles: tuple[int, int], last: int | None = None) -> tuple[Tensor, Tensor]:
+def segment(
+    config: HRMConfig,
+    weights: Any,
+    ops: Any,
+    inputs: Inputs,
+    high: Tensor,
+    low: Tensor,
+    cycles: tuple[int, int],
+    last: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """One segment from z_H and z_L [B, T, h] to the next (z_H, z_L), z_H of the `last` positions only if that is given.
 
     Only the last update of each module builds a graph; that is the published gradient, which takes the states before
@@ -328,8 +368,17 @@ def _remember(state: State, seen: Tensor, new: int) -> State:
     return State(state.timestep + new, window, kept.shape[1], state.cycles)
 
 
-def _think(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, cycles: tuple[int, int],
-           record: Record | None, *, together: bool, last: int) -> Tensor:
+def _think(
+    config: HRMConfig,
+    weights: Any,
+    ops: Any,
+    tokens: Tensor,
+    cycles: tuple[int, int],
+    record: Record | None,
+    *,
+    together: bool,
+    last: int,
+) -> Tensor:
     """Segments over int64 [B, T] until all rows want to halt: z_H of the `last` positions [B, last, h], as the last
     segment leaves it, or each row's last."""
     inputs, high, low = begin(config, weights, ops, tokens)
@@ -357,8 +406,9 @@ def _think(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, cycles: tu
     return settled[:, -last:]
 
 
-def _module(c: HRMConfig, weights: Any, ops: Any, module: str, x: Tensor, inputs: Inputs,
-            last: int | None = None) -> Tensor:
+def _module(
+    c: HRMConfig, weights: Any, ops: Any, module: str, x: Tensor, inputs: Inputs, last: int | None = None
+) -> Tensor:
     """The blocks of module L or H on x [B, T, h]: normalisation comes after each residual sum.
 
     Returns all positions, or the `last` ones, which alone then pass what follows the last attention.
@@ -370,8 +420,9 @@ def _module(c: HRMConfig, weights: Any, ops: Any, module: str, x: Tensor, inputs
         mixed = _attention(c, weights, ops, f"{prefix}attention.", x, inputs, wanted)
         x = x if wanted is None else x[:, -wanted:]
         x = ops.add_rms_norm(x, mixed, weights[f"{prefix}norm1.weight"], RMS_EPS)
-        x = ops.add_rms_norm(x, _feed_forward(weights, ops, f"{prefix}feed_forward.", x),
-                             weights[f"{prefix}norm2.weight"], RMS_EPS)
+        x = ops.add_rms_norm(
+            x, _feed_forward(weights, ops, f"{prefix}feed_forward.", x), weights[f"{prefix}norm2.weight"], RMS_EPS
+        )
     return x
 
 
@@ -380,8 +431,9 @@ def _feed_forward(weights: Any, ops: Any, prefix: str, x: Tensor) -> Tensor:
     return ops.swiglu_linear(gate, up, weights[f"{prefix}down_proj.weight"])
 
 
-def _attention(c: HRMConfig, weights: Any, ops: Any, prefix: str, x: Tensor, inputs: Inputs,
-               last: int | None) -> Tensor:
+def _attention(
+    c: HRMConfig, weights: Any, ops: Any, prefix: str, x: Tensor, inputs: Inputs, last: int | None
+) -> Tensor:
     """Attention to every position, later ones included, of every position or the `last` ones of x [B, T, h]."""
     joined = ops.linear(x, weights[f"{prefix}qkv_proj.weight"])
     mixed = ops.rotary_attention(joined, c.num_heads, inputs.cos, inputs.sin, 1.0 / sqrt(c.head_dim))

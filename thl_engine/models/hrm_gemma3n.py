@@ -73,8 +73,9 @@ class State(gemma3n.State):
         return {**super().named(), "cycles": torch.tensor(self.cycles)}
 
 
-def parse_cycles(config: HRMGemma3nConfig, cycles: str | Sequence[int] | None = None,
-                 max_cycles: int | None = None) -> tuple[int, int]:
+def parse_cycles(
+    config: HRMGemma3nConfig, cycles: str | Sequence[int] | None = None, max_cycles: int | None = None
+) -> tuple[int, int]:
     """(N, T) from a preset's name or two numbers, the configuration's if None; `max_cycles` replaces N.
 
     Raises ConfigError.
@@ -183,9 +184,17 @@ def workspace(config: HRMGemma3nConfig, state: State) -> tuple[int, int]:
     return activations + 4 * state.batch_size * gemma3n.CHUNK * floats, scores
 
 
-def init_state(config: HRMGemma3nConfig, batch_size: int, device: torch.device | str = "cpu",
-               weights: Mapping[str, Any] | None = None, *, cycles: str | Sequence[int] | None = None,
-               max_cycles: int | None = None, context: int | None = None, kv_cache: str = "float32") -> State:
+def init_state(
+    config: HRMGemma3nConfig,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    weights: Mapping[str, Any] | None = None,
+    *,
+    cycles: str | Sequence[int] | None = None,
+    max_cycles: int | None = None,
+    context: int | None = None,
+    kv_cache: str = "float32",
+) -> State:
     """The state of `batch_size` fresh sequences, to be thought about with these cycles (`parse_cycles`).
 
     context, kv_cache: as the base has them. Raises ConfigError.
@@ -194,8 +203,9 @@ def init_state(config: HRMGemma3nConfig, batch_size: int, device: torch.device |
     return _state(gemma3n.init_state(config, batch_size, device, weights, context=context, kv_cache=kv_cache), made)
 
 
-def state_from_dict(config: HRMGemma3nConfig, values: Mapping[str, Tensor], ops: Any,
-                    device: torch.device | str = "cpu", **options: Any) -> State:
+def state_from_dict(
+    config: HRMGemma3nConfig, values: Mapping[str, Tensor], ops: Any, device: torch.device | str = "cpu", **options: Any
+) -> State:
     """The state that `State.to_dict` described, with the options of `init_state` that concern its cache.
 
     Raises CheckpointError on a missing field or a wrong value.
@@ -211,8 +221,9 @@ def state_from_dict(config: HRMGemma3nConfig, values: Mapping[str, Tensor], ops:
     return _state(gemma3n.state_from_dict(config, rest, ops, device, **options), cycles)
 
 
-def advance(config: HRMGemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
-            record: Record | None = None) -> tuple[Tensor, State]:
+def advance(
+    config: HRMGemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+) -> tuple[Tensor, State]:
     """Feeds int64 [B, T] to the sequences of the batch.
 
     Returns the features of the last position [B, 1, D], which `logits` projects to the vocabulary, and the next state,
@@ -224,9 +235,16 @@ def advance(config: HRMGemma3nConfig, weights: Any, ops: Any, tokens: Tensor, st
     return hidden[:, None], _state(following, state.cycles)
 
 
-def forward(config: HRMGemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
-            record: Record | None = None, cycles: str | Sequence[int] | None = None,
-            max_cycles: int | None = None) -> tuple[Tensor, State]:
+def forward(
+    config: HRMGemma3nConfig,
+    weights: Any,
+    ops: Any,
+    tokens: Tensor,
+    state: State,
+    record: Record | None = None,
+    cycles: str | Sequence[int] | None = None,
+    max_cycles: int | None = None,
+) -> tuple[Tensor, State]:
     """A whole sequence int64 [B, T] behind what the state holds: logits [B, T, vocab_size] and the next state.
 
     It goes CHUNK tokens at a time; what `record` receives is of the last of them. `cycles`, `max_cycles` replace the
@@ -245,15 +263,20 @@ def forward(config: HRMGemma3nConfig, weights: Any, ops: Any, tokens: Tensor, st
     return torch.cat(out, dim=1), state
 
 
-def forward_walk(config: HRMGemma3nConfig, tokens_shape: Sequence[int], cycles: str | Sequence[int] | None = None,
-                 max_cycles: int | None = None) -> Walk:
+def forward_walk(
+    config: HRMGemma3nConfig,
+    tokens_shape: Sequence[int],
+    cycles: str | Sequence[int] | None = None,
+    max_cycles: int | None = None,
+) -> Walk:
     """Matrices that one `forward` reads, those of the logits included."""
     once = (*walk(config, parse_cycles(config, cycles, max_cycles)).clocked, *((name, 1) for name in head(config)))
     return Walk(once * -(-tokens_shape[1] // gemma3n.CHUNK), may_stop=True)
 
 
-def think(config: HRMGemma3nConfig, weights: Any, ops: Any, x: Tensor, cycles: tuple[int, int],
-          record: Record | None = None) -> Tensor:
+def think(
+    config: HRMGemma3nConfig, weights: Any, ops: Any, x: Tensor, cycles: tuple[int, int], record: Record | None = None
+) -> Tensor:
     """Features of P positions that `logits` projects to the vocabulary: x [P, D] -> [P, D].
 
     `record` receives of each position `cycles_used` [P], and of each cycle, NaN or 0 where none was made, `L_steps`
@@ -266,8 +289,9 @@ def think(config: HRMGemma3nConfig, weights: Any, ops: Any, x: Tensor, cycles: t
     return gemma3n.normalise(config, weights, ops, x + ops.linear(high, weights["hrm.P_out.weight"]), record)
 
 
-def reason(config: HRMGemma3nConfig, weights: Any, ops: Any, x: Tensor,
-           cycles: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+def reason(
+    config: HRMGemma3nConfig, weights: Any, ops: Any, x: Tensor, cycles: tuple[int, int]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """z_H [P, d_H] of x [P, D] after the cycles of each position, and what `think` records of them."""
     n, t = cycles
     low, high = _start(weights, ops, "L", x), _start(weights, ops, "H", x)
@@ -294,8 +318,9 @@ def reason(config: HRMGemma3nConfig, weights: Any, ops: Any, x: Tensor,
     return high, {"cycles_used": used, "L_steps": steps, "L_residual": residuals, "q_values": q_values}
 
 
-def settle(config: HRMGemma3nConfig, weights: Any, ops: Any, low: Tensor, drive: Tensor,
-           steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def settle(
+    config: HRMGemma3nConfig, weights: Any, ops: Any, low: Tensor, drive: Tensor, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """L updates of z_L [P, d_L] until each position has converged, at most `steps` of them.
 
     drive [P, 2 d_L]: what z_H and x contribute to the transform and the gate. Returns the states, and of each position

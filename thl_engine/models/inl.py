@@ -60,8 +60,13 @@ class State:
 
     def clone(self) -> "State":
         """An independent copy: advancing one leaves the other as it is."""
-        return State(self.timestep, self.context, self.cache.clone(self.timestep), self.avg_iterations.clone(),
-                     self.num_forwards.clone())
+        return State(
+            self.timestep,
+            self.context,
+            self.cache.clone(self.timestep),
+            self.avg_iterations.clone(),
+            self.num_forwards.clone(),
+        )
 
     def become(self, other: "State") -> None:
         """Takes over the other's values without copying them."""
@@ -90,8 +95,10 @@ def blocks(config: INLConfig) -> tuple[Block, ...]:
     """All tensors of the published state dict, those that a pass reads first in the order of reading."""
     c, d = config, config.d_model
     if c.use_lowrank_embeddings:
-        out = [Block("token_embedding.embed_low.weight", (c.vocab_size, c.embedding_rank), "table"),
-               Block("token_embedding.project_up.weight", (d, c.embedding_rank), "matrix")]
+        out = [
+            Block("token_embedding.embed_low.weight", (c.vocab_size, c.embedding_rank), "table"),
+            Block("token_embedding.project_up.weight", (d, c.embedding_rank), "matrix"),
+        ]
     else:
         out = [Block("token_embedding.weight", (c.vocab_size, d), "table")]
 
@@ -145,9 +152,14 @@ def walk(config: INLConfig) -> Walk:
     names = ["token_embedding.project_up.weight"] if config.use_lowrank_embeddings else []
     for i in range(config.num_layers):
         layer, integrator = f"layers.{i}.", _integrator(config, i)
-        names += [f"{layer}attention.in_proj_weight", f"{layer}attention.out_proj.weight",
-                  f"{integrator}controller.0.weight", f"{integrator}controller.2.weight",
-                  f"{layer}ff.0.weight", f"{layer}ff.3.weight"]
+        names += [
+            f"{layer}attention.in_proj_weight",
+            f"{layer}attention.out_proj.weight",
+            f"{integrator}controller.0.weight",
+            f"{integrator}controller.2.weight",
+            f"{layer}ff.0.weight",
+            f"{layer}ff.3.weight",
+        ]
     return Walk(tuple((name, 1) for name in names))
 
 
@@ -214,9 +226,16 @@ def initial(config: INLConfig, block: Block, rows: slice, generator: torch.Gener
     return torch.rand(shape, generator=generator).mul_(2.0 * bound).sub_(bound)
 
 
-def init_state(config: INLConfig, batch_size: int, device: torch.device | str = "cpu",
-               weights: Mapping[str, Any] | None = None, *, context: int | None = None, kv_cache: str = "float32",
-               sliding_window: int | None = None) -> State:
+def init_state(
+    config: INLConfig,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    weights: Mapping[str, Any] | None = None,
+    *,
+    context: int | None = None,
+    kv_cache: str = "float32",
+    sliding_window: int | None = None,
+) -> State:
     """The state of `batch_size` fresh sequences.
 
     weights: where the counters start; None for zeros. context: positions that a sequence may grow to, max_seq_len
@@ -232,8 +251,9 @@ def init_state(config: INLConfig, batch_size: int, device: torch.device | str = 
             raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
     if context > c.max_seq_len:
         raise ConfigError(f"context is {context}; the model's max_seq_len is {c.max_seq_len}")
-    cache = kv_caches.empty([sliding_window] * c.num_layers, batch_size, c.num_heads, c.head_dim, context, device,
-                            kv_cache)
+    cache = kv_caches.empty(
+        [sliding_window] * c.num_layers, batch_size, c.num_heads, c.head_dim, context, device, kv_cache
+    )
     layers = c.num_layers if c.use_adaptive_stopping else 0
     average, count = torch.zeros(layers, device=device), torch.zeros(layers, dtype=torch.int64, device=device)
     if weights is not None:
@@ -242,8 +262,9 @@ def init_state(config: INLConfig, batch_size: int, device: torch.device | str = 
     return State(0, context, cache, average, count)
 
 
-def state_from_dict(config: INLConfig, values: Mapping[str, Tensor], ops: Any,
-                    device: torch.device | str = "cpu", **options: Any) -> State:
+def state_from_dict(
+    config: INLConfig, values: Mapping[str, Tensor], ops: Any, device: torch.device | str = "cpu", **options: Any
+) -> State:
     """The state that `State.to_dict` described, with the options of `init_state`, which are those it was made with.
 
     Raises CheckpointError on a missing field, a wrong shape or another kind of cache.
@@ -253,8 +274,10 @@ def state_from_dict(config: INLConfig, values: Mapping[str, Tensor], ops: Any,
     length = int(step) if step is not None and step.numel() == 1 else 0
     state = init_state(config, max(batch, 1), device, **options)
     if not 0 <= length <= state.context:
-        raise CheckpointError(f"state: {length} positions, but the context ends at {state.context}; the model's "
-                              f"max_seq_len is {config.max_seq_len}")
+        raise CheckpointError(
+            f"state: {length} positions, but the context ends at {state.context}; the model's "
+            f"max_seq_len is {config.max_seq_len}"
+        )
     state.timestep = length
     state.cache.seek(length)
     kv_caches.restore(state.named(), values)
@@ -271,8 +294,9 @@ def graph_key(config: INLConfig, state: State) -> int:
     return bucket(state.timestep + 1)
 
 
-def advance(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
-            record: Record | None = None) -> tuple[Tensor, State]:
+def advance(
+    config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+) -> tuple[Tensor, State]:
     """Feeds int64 [B, n] to the sequences of the batch; each token stops its integrators by itself.
 
     Returns the normalised features [B, n, D], which `logits` projects to the vocabulary, and the next state, which
@@ -282,8 +306,17 @@ def advance(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     return _run(config, weights, ops, tokens, state, None, together=False, record=record)
 
 
-def forward(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None, *,
-            attention_mask: Tensor | None = None, training: bool = False) -> tuple[Tensor, State]:
+def forward(
+    config: INLConfig,
+    weights: Any,
+    ops: Any,
+    tokens: Tensor,
+    state: State,
+    record: Record | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    training: bool = False,
+) -> tuple[Tensor, State]:
     """A whole sequence int64 [B, T] behind what the state holds: logits [B, T, vocab_size] and the next state.
 
     All tokens stop a layer's integrator together, as published. attention_mask: bool [T, past + T], True where a
@@ -299,14 +332,15 @@ def forward(config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
     if blocked is not None:
         if not isinstance(blocked, Tensor) or blocked.dtype != torch.bool or blocked.shape != (rows, past + rows):
             found = f"{blocked.dtype} {list(blocked.shape)}" if isinstance(blocked, Tensor) else type(blocked).__name__
-            raise ConfigError(f"attention_mask: expected a bool tensor [{rows}, {past + rows}], True where a position "
-                              f"must not be seen; found {found}")
+            raise ConfigError(
+                f"attention_mask: expected a bool tensor [{rows}, {past + rows}], True where a position "
+                f"must not be seen; found {found}"
+            )
         blocked, window = blocked.to(tokens.device), None if training else state.cache.layers[0].window
         if window is not None:
             within = causal(rows, past, tokens.device, window)
             blocked = blocked[:, -within.shape[1] :] | within
-    hidden, state = _run(config, weights, ops, tokens, state, blocked, together=True, record=record,
-                         training=training)
+    hidden, state = _run(config, weights, ops, tokens, state, blocked, together=True, record=record, training=training)
     return logits(config, weights, ops, hidden.flatten(0, 1)).unflatten(0, tokens.shape), state
 
 
@@ -320,8 +354,18 @@ def logits(config: INLConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
     return ops.linear(hidden, weights["lm_head.weight"])
 
 
-def _run(c: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, blocked: Tensor | None, *, together: bool,
-         record: Record | None, training: bool = False) -> tuple[Tensor, State]:
+def _run(
+    c: INLConfig,
+    weights: Any,
+    ops: Any,
+    tokens: Tensor,
+    state: State,
+    blocked: Tensor | None,
+    *,
+    together: bool,
+    record: Record | None,
+    training: bool = False,
+) -> tuple[Tensor, State]:
     """Every layer over tokens [B, T]: features after the final norm [B, T, D], and the next state."""
     past, cache = (0, None) if training else (state.timestep, state.cache)
     x = _embed(c, weights, ops, tokens) + sinusoid(tokens.shape[1], c.d_model, ops.counter(past), tokens.device)
@@ -355,31 +399,53 @@ def _embed(c: INLConfig, weights: Any, ops: Any, tokens: Tensor) -> Tensor:
     return x.unflatten(0, tokens.shape)
 
 
-def _attend(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, attention: CachedAttention,
-            blocked: Tensor | None) -> Tensor:
+def _attend(
+    c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, attention: CachedAttention, blocked: Tensor | None
+) -> Tensor:
     """Attention of x [B, T, D] over itself and what the cache holds, the output projection included."""
     prefix = f"layers.{i}.attention."
-    qkv = ops.linear(x, weights[f"{prefix}in_proj_weight"], weights[f"{prefix}in_proj_bias"],
-                     norm=_norm(weights, f"layers.{i}.norm_attn"))
+    qkv = ops.linear(
+        x,
+        weights[f"{prefix}in_proj_weight"],
+        weights[f"{prefix}in_proj_bias"],
+        norm=_norm(weights, f"layers.{i}.norm_attn"),
+    )
     query, key, value = qkv.view(*x.shape[:2], 3, c.num_heads, c.head_dim).unbind(2)
     attention.append(i, key, value)
     mixed = attention(i, query, 1.0 / math.sqrt(c.head_dim), blocked=blocked)
     return ops.linear(mixed, weights[f"{prefix}out_proj.weight"], weights[f"{prefix}out_proj.bias"])
 
 
-def _settle(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, context: Tensor, together: bool, training: bool,
-            record: Record | None) -> tuple[Tensor, Tensor]:
+def _settle(
+    c: INLConfig,
+    weights: Any,
+    ops: Any,
+    i: int,
+    x: Tensor,
+    context: Tensor,
+    together: bool,
+    training: bool,
+    record: Record | None,
+) -> tuple[Tensor, Tensor]:
     """x [B, T, D] plus where the integrator takes its norm, and the iterations of each row, int64 [B * T]."""
     prefix = _integrator(c, i)
     mu, group = weights[f"{prefix}mu_global"] + weights[f"{prefix}mu_local_offsets"], c.hierarchical_group_size
     stops = c.use_adaptive_stopping and not training
     out = ops.integrate(
-        x.flatten(0, 1), context.flatten(0, 1),
-        weights[f"{prefix}controller.0.weight"], weights[f"{prefix}controller.0.bias"],
-        weights[f"{prefix}controller.2.weight"], weights[f"{prefix}controller.2.bias"], mu,
-        steps=c.num_iterations_per_layer, threshold=c.adaptive_convergence_threshold if stops else None,
-        together=together, trajectory=training and record is not None, group=group,
-        norm=_norm(weights, f"layers.{i}.norm1"))
+        x.flatten(0, 1),
+        context.flatten(0, 1),
+        weights[f"{prefix}controller.0.weight"],
+        weights[f"{prefix}controller.0.bias"],
+        weights[f"{prefix}controller.2.weight"],
+        weights[f"{prefix}controller.2.bias"],
+        mu,
+        steps=c.num_iterations_per_layer,
+        threshold=c.adaptive_convergence_threshold if stops else None,
+        together=together,
+        trajectory=training and record is not None,
+        group=group,
+        norm=_norm(weights, f"layers.{i}.norm1"),
+    )
     if record is not None:
         record(f"layer{i}.mu", spread(mu, group, c.d_model))
         record(f"layer{i}.x_final", out.x)
@@ -394,8 +460,9 @@ def _settle(c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, context: Te
 
 def _feed_forward(weights: Any, ops: Any, i: int, x: Tensor) -> Tensor:
     prefix = f"layers.{i}.ff."
-    inner = ops.linear(x, weights[f"{prefix}0.weight"], weights[f"{prefix}0.bias"],
-                       norm=_norm(weights, f"layers.{i}.norm2"), gelu=True)
+    inner = ops.linear(
+        x, weights[f"{prefix}0.weight"], weights[f"{prefix}0.bias"], norm=_norm(weights, f"layers.{i}.norm2"), gelu=True
+    )
     return ops.linear(inner, weights[f"{prefix}3.weight"], weights[f"{prefix}3.bias"], addend=x)
 
 

@@ -38,14 +38,18 @@ class SharedController:
     def blocks(self) -> tuple[Block, ...]:
         """The module's tensors."""
         layers = (self.num_layers, 4)
-        return (*_summed_blocks(self.hidden_dim, self.output_dim, self.hidden_controller),
-                Block("layer_scalers", layers, "vector"), Block("layer_biases", layers, "vector"))
+        return (
+            *_summed_blocks(self.hidden_dim, self.output_dim, self.hidden_controller),
+            Block("layer_scalers", layers, "vector"),
+            Block("layer_biases", layers, "vector"),
+        )
 
     def control(self, weights: Any, ops: Any, h: Tensor, x: Tensor, v: Tensor, layer: int) -> Control:
         """What the controller sets in one layer, counted from 0."""
         scales, shifts = weights["layer_scalers"][layer], weights["layer_biases"][layer]
         alpha, beta, gate, candidate = (
-            part * scales[k] + shifts[k] for k, part in enumerate(_summed(weights, ops, "", h, x, v).chunk(4, dim=-1)))
+            part * scales[k] + shifts[k] for k, part in enumerate(_summed(weights, ops, "", h, x, v).chunk(4, dim=-1))
+        )
         return Control(torch.sigmoid(alpha), functional.softplus(beta), torch.sigmoid(gate), candidate)
 
 
@@ -61,17 +65,22 @@ class SparseHarmonicINL:
     def blocks(self) -> tuple[Block, ...]:
         """The module's tensors; `excited_indices` holds whole numbers."""
         driven = (max(1, int(self.output_dim * self.sparsity)),)
-        return (Block("mu", (self.output_dim,), "vector"),
-                *_stacked_blocks("controller.", self.hidden_dim, self.output_dim),
-                Block("excited_indices", driven, "vector"), Block("excitation_amplitude", (), "vector"),
-                Block("excitation_gamma", driven, "vector"), Block("excitation_phi", driven, "vector"))
+        return (
+            Block("mu", (self.output_dim,), "vector"),
+            *_stacked_blocks("controller.", self.hidden_dim, self.output_dim),
+            Block("excited_indices", driven, "vector"),
+            Block("excitation_amplitude", (), "vector"),
+            Block("excitation_gamma", driven, "vector"),
+            Block("excitation_phi", driven, "vector"),
+        )
 
     def control(self, weights: Any, ops: Any, h: Tensor, x: Tensor, v: Tensor) -> Control:
         """What the controller sets."""
         return _stacked(weights, ops, "controller.", h, x, v)
 
-    def step(self, weights: Any, ops: Any, h: Tensor, x: Tensor, v: Tensor, t: int,
-             training: bool = False) -> tuple[Tensor, Tensor]:
+    def step(
+        self, weights: Any, ops: Any, h: Tensor, x: Tensor, v: Tensor, t: int, training: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """x and v after step `t`, counted from 0."""
         alpha, beta, gate, _ = self.control(weights, ops, h, x, v)
         v = alpha * v - beta * (x - weights["mu"])
@@ -92,11 +101,17 @@ class MixtureOfIntegrators:
 
     def blocks(self) -> tuple[Block, ...]:
         """The module's tensors."""
-        experts = [block for e in range(self.num_experts)
-                   for block in _stacked_blocks(f"expert_controllers.{e}.", self.hidden_dim, self.output_dim)]
-        return (Block("mu", (self.output_dim,), "vector"),
-                Block("router.weight", (self.num_experts, self.hidden_dim), "matrix"),
-                Block("router.bias", (self.num_experts,), "vector"), *experts)
+        experts = [
+            block
+            for e in range(self.num_experts)
+            for block in _stacked_blocks(f"expert_controllers.{e}.", self.hidden_dim, self.output_dim)
+        ]
+        return (
+            Block("mu", (self.output_dim,), "vector"),
+            Block("router.weight", (self.num_experts, self.hidden_dim), "matrix"),
+            Block("router.bias", (self.num_experts,), "vector"),
+            *experts,
+        )
 
     def route(self, weights: Any, ops: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(probabilities [N, experts], experts chosen int64 [N, top_k], their weights [N, top_k], which sum to 1)."""
@@ -138,9 +153,13 @@ class IntegratorNeuronLayer:
     def blocks(self) -> tuple[Block, ...]:
         """The module's tensors."""
         width = (self.output_dim,)
-        return (*_summed_blocks(self.hidden_dim, self.output_dim, self.hidden_controller), Block("mu", width, "vector"),
-                Block("excitation_amplitude", (), "vector"), Block("excitation_gamma", width, "vector"),
-                Block("excitation_phi", width, "vector"))
+        return (
+            *_summed_blocks(self.hidden_dim, self.output_dim, self.hidden_controller),
+            Block("mu", width, "vector"),
+            Block("excitation_amplitude", (), "vector"),
+            Block("excitation_gamma", width, "vector"),
+            Block("excitation_phi", width, "vector"),
+        )
 
     def start(self, weights: Any, rows: int) -> tuple[Tensor, Tensor]:
         """x and v before the first step: at mu, at rest."""
@@ -218,8 +237,16 @@ class AdaptiveIntegratorNeuronLayer:
                 if bool(converged.all()):
                     break
         average = 0.99 * weights["avg_iterations"] + 0.01 * iterations.float().mean()
-        return Adapted(x, v, iterations, converged, torch.stack(xs, dim=1), torch.stack(vs, dim=1), average,
-                       weights["num_forwards"] + 1)
+        return Adapted(
+            x,
+            v,
+            iterations,
+            converged,
+            torch.stack(xs, dim=1),
+            torch.stack(vs, dim=1),
+            average,
+            weights["num_forwards"] + 1,
+        )
 
 
 def _linear_blocks(name: str, outputs: int, inputs: int) -> tuple[Block, Block]:
@@ -227,14 +254,17 @@ def _linear_blocks(name: str, outputs: int, inputs: int) -> tuple[Block, Block]:
 
 
 def _summed_blocks(hidden_dim: int, output_dim: int, controller: int) -> tuple[Block, ...]:
-    return (*_linear_blocks("controller_h", controller, hidden_dim),
-            *_linear_blocks("controller_x", controller, output_dim),
-            *_linear_blocks("controller_v", controller, output_dim),
-            *_linear_blocks("controller_mlp.1", 4 * output_dim, controller))
+    return (
+        *_linear_blocks("controller_h", controller, hidden_dim),
+        *_linear_blocks("controller_x", controller, output_dim),
+        *_linear_blocks("controller_v", controller, output_dim),
+        *_linear_blocks("controller_mlp.1", 4 * output_dim, controller),
+    )
 
 
 def _summed(weights: Any, ops: Any, prefix: str, h: Tensor, x: Tensor, v: Tensor) -> Tensor:
     """Raw outputs [N, 4 output_dim] of a controller that adds its three inputs behind a product each."""
+
     def linear(name: str, value: Tensor) -> Tensor:
         return ops.linear(value, weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"])
 
@@ -243,19 +273,23 @@ def _summed(weights: Any, ops: Any, prefix: str, h: Tensor, x: Tensor, v: Tensor
 
 
 def _stacked_blocks(prefix: str, hidden_dim: int, output_dim: int) -> tuple[Block, ...]:
-    return (*_linear_blocks(f"{prefix}0", CONTROLLER, hidden_dim + 2 * output_dim),
-            *_linear_blocks(f"{prefix}2", 3 * output_dim, CONTROLLER))
+    return (
+        *_linear_blocks(f"{prefix}0", CONTROLLER, hidden_dim + 2 * output_dim),
+        *_linear_blocks(f"{prefix}2", 3 * output_dim, CONTROLLER),
+    )
 
 
 def _stacked(weights: Any, ops: Any, prefix: str, h: Tensor, x: Tensor, v: Tensor) -> Control:
     """A controller that joins its three inputs."""
     hidden = ops.linear(torch.cat([h, x, v], dim=-1), weights[f"{prefix}0.weight"], weights[f"{prefix}0.bias"])
-    alpha, beta, gate = ops.linear(torch.relu(hidden), weights[f"{prefix}2.weight"],
-                                   weights[f"{prefix}2.bias"]).chunk(3, dim=-1)
+    alpha, beta, gate = ops.linear(torch.relu(hidden), weights[f"{prefix}2.weight"], weights[f"{prefix}2.bias"]).chunk(
+        3, dim=-1
+    )
     return Control(torch.sigmoid(alpha), functional.softplus(beta), torch.sigmoid(gate))
 
 
 def _excitation(weights: Any, prefix: str, t: int) -> Tensor:
     """A sine for each driven feature at step `t`."""
     return weights[f"{prefix}excitation_amplitude"] * torch.sin(
-        weights[f"{prefix}excitation_gamma"] * t + weights[f"{prefix}excitation_phi"])
+        weights[f"{prefix}excitation_gamma"] * t + weights[f"{prefix}excitation_phi"]
+    )

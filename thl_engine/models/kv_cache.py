@@ -191,16 +191,28 @@ class KVCache:
     def clone(self, past: int) -> "KVCache":
         """The same for sequences of `past` positions."""
         used = [min(past - own.first, own.capacity) for own in self.layers]
-        return KVCache([Layer(own.keys.copy(rows), own.values.copy(rows), own.window, own.first)
-                        for own, rows in zip(self.layers, used, strict=True)])
+        return KVCache(
+            [
+                Layer(own.keys.copy(rows), own.values.copy(rows), own.window, own.first)
+                for own, rows in zip(self.layers, used, strict=True)
+            ]
+        )
 
 
-def empty(windows: Sequence[int | None], batch_size: int, heads: int, width: int, positions: int,
-          device: torch.device | str = "cpu", rows: str = "float32") -> KVCache:
+def empty(
+    windows: Sequence[int | None],
+    batch_size: int,
+    heads: int,
+    width: int,
+    positions: int,
+    device: torch.device | str = "cpu",
+    rows: str = "float32",
+) -> KVCache:
     """A cache without content for up to `positions` positions.
 
     windows: of each layer, None where it sees all positions. rows: one of FORMATS.
     """
+
     def new(capacity: int) -> Rows:
         shape = (batch_size, heads, capacity)
         if rows == "int8":
@@ -230,6 +242,8 @@ def restore(fields: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, own in fields.items():
         value = values[name]
         if (value.dtype == torch.int8) != (own.dtype == torch.int8):
-            raise CheckpointError(f"state: field {name!r} is {value.dtype}, expected {own.dtype}; open the engine with "
-                                  "the kv_cache that the state was made with")
+            raise CheckpointError(
+                f"state: field {name!r} is {value.dtype}, expected {own.dtype}; open the engine with "
+                "the kv_cache that the state was made with"
+            )
         own.copy_(value.detach())

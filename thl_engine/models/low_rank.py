@@ -46,15 +46,22 @@ def adapters(config: HRMGemma3nConfig) -> Mapping[str, Adapter]:
         rank, alpha = rank_and_alpha(config, side)
         rows, columns = block.shape
         name = block.name.removesuffix(".weight")
-        out[block.name] = Adapter(Block(name + DOWN, (rank, columns), "matrix", exact=True),
-                                  Block(name + UP, (rows, rank), "matrix", exact=True), alpha / rank)
+        out[block.name] = Adapter(
+            Block(name + DOWN, (rank, columns), "matrix", exact=True),
+            Block(name + UP, (rows, rank), "matrix", exact=True),
+            alpha / rank,
+        )
     return out
 
 
 def side_blocks(config: HRMGemma3nConfig, side: str) -> tuple[Block, ...]:
     """The tensors of the adapter "L" or "H"."""
-    return tuple(block for name, adapter in adapters(config).items() for block in (adapter.down, adapter.up)
-                 if name.removesuffix(".weight").endswith(TARGETS[side]))
+    return tuple(
+        block
+        for name, adapter in adapters(config).items()
+        for block in (adapter.down, adapter.up)
+        if name.removesuffix(".weight").endswith(TARGETS[side])
+    )
 
 
 def stored_name(config: HRMGemma3nConfig, name: str) -> str | None:
@@ -80,8 +87,9 @@ class AdaptedWeights(Mapping):
         adapter = self._adapters.get(name)
         if adapter is None:
             return self._weights[name]
-        return Adapted(self._weights[name], self._weights[adapter.down.name], self._weights[adapter.up.name],
-                       adapter.scale)
+        return Adapted(
+            self._weights[name], self._weights[adapter.down.name], self._weights[adapter.up.name], adapter.scale
+        )
 
     def __iter__(self):
         return iter(self._weights)

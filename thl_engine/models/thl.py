@@ -68,10 +68,17 @@ class State:
     def named(self) -> dict[str, Tensor]:
         """The fields under their published names, not copied; `norms` is left out because the memory gives it."""
         tiers = {f"tier{k}": s for k, s in enumerate(self.tiers)}
-        return {"timestep": torch.tensor(self.timestep), **tiers, "memory_state": self.memory,
-                "read_ema": self.read_ema, "write_ema": self.write_ema, "last_read": self.last_read,
-                "last_write": self.last_write, "local_buffer": self.local_buffer,
-                "local_valid": torch.tensor(self.local_valid)}
+        return {
+            "timestep": torch.tensor(self.timestep),
+            **tiers,
+            "memory_state": self.memory,
+            "read_ema": self.read_ema,
+            "write_ema": self.write_ema,
+            "last_read": self.last_read,
+            "last_write": self.last_write,
+            "local_buffer": self.local_buffer,
+            "local_valid": torch.tensor(self.local_valid),
+        }
 
     def to_dict(self) -> dict[str, Tensor]:
         """Copies of the fields under their published names on the CPU, enough to restart anywhere."""
@@ -124,8 +131,11 @@ def walk(config: THLConfig) -> Walk:
     """Matrices read by each step; a tier's three only on its clock."""
     window = ("local_attn.q.weight", "local_attn.k.weight", "local_attn.v.weight") if config.local_window else ()
     always = (*window, "router.W_q.weight", "router.W_k.weight", "router.W_v.weight")
-    tiers = [(f"tiers.cells.{k}.{gate}.weight", clock)
-             for k, clock in enumerate(config.tier_timescales) for gate in ("W_z", "W_r", "W_h")]
+    tiers = [
+        (f"tiers.cells.{k}.{gate}.weight", clock)
+        for k, clock in enumerate(config.tier_timescales)
+        for gate in ("W_z", "W_r", "W_h")
+    ]
     return Walk((*((name, 1) for name in always), *tiers, ("writer.W_w.weight", 1)))
 
 
@@ -163,28 +173,49 @@ def init_state(config: THLConfig, batch_size: int, device: torch.device | str = 
         return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
 
     slots = c.memory_slots
-    return State(timestep=0, tiers=[zeros(d) for d in c.tier_dims], memory=zeros(slots, c.memory_dim),
-                 norms=zeros(slots), read_ema=zeros(slots), write_ema=zeros(slots),
-                 last_read=zeros(slots, dtype=torch.int64), last_write=zeros(slots, dtype=torch.int64),
-                 local_buffer=zeros(c.local_window, c.embedding_dim), local_valid=0)
+    return State(
+        timestep=0,
+        tiers=[zeros(d) for d in c.tier_dims],
+        memory=zeros(slots, c.memory_dim),
+        norms=zeros(slots),
+        read_ema=zeros(slots),
+        write_ema=zeros(slots),
+        last_read=zeros(slots, dtype=torch.int64),
+        last_write=zeros(slots, dtype=torch.int64),
+        local_buffer=zeros(c.local_window, c.embedding_dim),
+        local_valid=0,
+    )
 
 
-def state_from_dict(config: THLConfig, values: Mapping[str, Tensor], ops: Any,
-                    device: torch.device | str = "cpu") -> State:
+def state_from_dict(
+    config: THLConfig, values: Mapping[str, Tensor], ops: Any, device: torch.device | str = "cpu"
+) -> State:
     """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong shape."""
     batch = values["memory_state"].shape[0] if "memory_state" in values and values["memory_state"].dim() == 3 else 1
     expected = init_state(config, batch, "meta").named()
     check_fields(values, expected)
-    taken = {name: values[name].detach().to(device=device, dtype=like.dtype, copy=True).contiguous()
-             for name, like in expected.items()}
+    taken = {
+        name: values[name].detach().to(device=device, dtype=like.dtype, copy=True).contiguous()
+        for name, like in expected.items()
+    }
     valid, step_count = int(taken["local_valid"]), int(taken["timestep"])
     if not 0 <= valid <= config.local_window or step_count < 0:
-        raise CheckpointError(f"state: timestep {step_count} and local_valid {valid} must be at least 0 and "
-                              f"local_valid at most local_window ({config.local_window})")
-    return State(timestep=step_count, tiers=[taken[f"tier{k}"] for k in range(config.num_tiers)],
-                 memory=taken["memory_state"], norms=ops.slot_norms(taken["memory_state"]),
-                 read_ema=taken["read_ema"], write_ema=taken["write_ema"], last_read=taken["last_read"],
-                 last_write=taken["last_write"], local_buffer=taken["local_buffer"], local_valid=valid)
+        raise CheckpointError(
+            f"state: timestep {step_count} and local_valid {valid} must be at least 0 and "
+            f"local_valid at most local_window ({config.local_window})"
+        )
+    return State(
+        timestep=step_count,
+        tiers=[taken[f"tier{k}"] for k in range(config.num_tiers)],
+        memory=taken["memory_state"],
+        norms=ops.slot_norms(taken["memory_state"]),
+        read_ema=taken["read_ema"],
+        write_ema=taken["write_ema"],
+        last_read=taken["last_read"],
+        last_write=taken["last_write"],
+        local_buffer=taken["local_buffer"],
+        local_valid=valid,
+    )
 
 
 def workspace(config: THLConfig, state: State) -> tuple[int, int]:
@@ -207,8 +238,9 @@ def graph_key(config: THLConfig, state: State) -> tuple[bool, ...] | None:
     return (aged, valid < width, *(state.timestep % clock == 0 for clock in config.tier_timescales))
 
 
-def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State,
-            record: Record | None = None) -> tuple[Tensor, State]:
+def advance(
+    config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+) -> tuple[Tensor, State]:
     """One step of every sequence in the batch.
 
     tokens: int64 [B, 1]. Returns the normalised tier states [B, 1, Σ d_k], which `logits` projects to the vocabulary,
@@ -229,10 +261,22 @@ def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
 
     candidate = ops.linear_joined((tiers[0], tiers[-1]), *_gate(weights, "writer.W_w"))
     written = ops.novelty_write(
-        candidate, state.memory, state.norms, read_ema, state.write_ema, state.last_write, counter,
-        slots=c.write_slots, clip_max=c.write_clip_max, theta=c.novelty_theta, beta=c.novelty_beta,
-        decay=c.memory_decay, ema_decay=c.write_ema_decay, stale_weight=c.stale_weight,
-        underuse_weight=c.underuse_weight)
+        candidate,
+        state.memory,
+        state.norms,
+        read_ema,
+        state.write_ema,
+        state.last_write,
+        counter,
+        slots=c.write_slots,
+        clip_max=c.write_clip_max,
+        theta=c.novelty_theta,
+        beta=c.novelty_beta,
+        decay=c.memory_decay,
+        ema_decay=c.write_ema_decay,
+        stale_weight=c.stale_weight,
+        underuse_weight=c.underuse_weight,
+    )
     if record is not None:
         record("local_read", local)
         record("write_vector", written.vector)
@@ -242,9 +286,18 @@ def advance(config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: St
         record("write_indices", written.indices)
 
     hidden = ops.layer_norm_joined(tiers, weights["layer_norm.weight"], weights["layer_norm.bias"])
-    following = State(timestep=t + 1, tiers=tiers, memory=written.memory, norms=written.norms, read_ema=read_ema,
-                      write_ema=written.write_ema, last_read=last_read, last_write=written.last_write,
-                      local_buffer=buffer, local_valid=valid)
+    following = State(
+        timestep=t + 1,
+        tiers=tiers,
+        memory=written.memory,
+        norms=written.norms,
+        read_ema=read_ema,
+        write_ema=written.write_ema,
+        last_read=last_read,
+        last_write=written.last_write,
+        local_buffer=buffer,
+        local_valid=valid,
+    )
     return hidden[:, None], following
 
 
@@ -253,8 +306,9 @@ def logits(config: THLConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
     return ops.linear(hidden, weights["output_head.weight"], weights["output_head.bias"])
 
 
-def _read_window(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State,
-                 counter: int | Tensor) -> tuple[Tensor, Tensor, int]:
+def _read_window(
+    c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State, counter: int | Tensor
+) -> tuple[Tensor, Tensor, int]:
     """Attention over the embeddings before this one, then this one joins them: (read [B, d_v], buffer, valid)."""
     if c.local_window == 0:
         return embedded.new_zeros(embedded.shape[0], c.value_dim), state.local_buffer, 0
@@ -268,16 +322,25 @@ def _read_window(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: 
     return local, buffer, min(state.local_valid + 1, c.local_window)
 
 
-def _read_memory(c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State, counter: int | Tensor,
-                 record: Record | None) -> tuple[Tensor, Tensor, Tensor]:
+def _read_memory(
+    c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State, counter: int | Tensor, record: Record | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse read of the slots: (value [B, d_v], read_ema, last_read)."""
     query = ops.linear_joined((embedded, state.tiers[0], state.tiers[-1]), weights["router.W_q.weight"])
     query = query.view(embedded.shape[0], c.num_heads, c.head_dim)
     query = ops.linear_transposed_heads(query, weights["router.W_k.weight"])  # [B, H, d_m]
     mixed, alpha, indices, read_ema, last_read = ops.slot_read(
-        query, state.memory, state.read_ema, state.last_read, counter, k=c.read_topk,
-        capacity=c.read_slot_capacity, scale=1.0 / sqrt(c.head_dim), load_penalty=c.load_penalty,
-        decay=c.read_ema_decay)  # mixed [B, H, d_m]
+        query,
+        state.memory,
+        state.read_ema,
+        state.last_read,
+        counter,
+        k=c.read_topk,
+        capacity=c.read_slot_capacity,
+        scale=1.0 / sqrt(c.head_dim),
+        load_penalty=c.load_penalty,
+        decay=c.read_ema_decay,
+    )  # mixed [B, H, d_m]
     read = ops.linear_heads(mixed, weights["router.W_v.weight"])
     if record is not None:
         record("router_alpha", alpha)

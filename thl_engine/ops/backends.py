@@ -20,8 +20,9 @@ def _triton() -> ReferenceOps:
     try:
         from thl_engine.ops import triton_ops
     except ImportError as error:
-        raise ConfigError(f"backend 'triton' is not available ({error}); install triton or use backend 'reference'"
-                          ) from None
+        raise ConfigError(
+            f"backend 'triton' is not available ({error}); install triton or use backend 'reference'"
+        ) from None
     return triton_ops.TritonOps()
 
 

@@ -38,8 +38,16 @@ class CachedAttention:
         """int64 [T]."""
         return torch.arange(self._past, self._past + self._rows, device=self._device)
 
-    def append(self, layer: int, key: Tensor, value: Tensor, *, key_norm: Norm | None = None,
-               value_eps: float | None = None, tables: Tables | None = None) -> None:
+    def append(
+        self,
+        layer: int,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_norm: Norm | None = None,
+        value_eps: float | None = None,
+        tables: Tables | None = None,
+    ) -> None:
         """Stores key and value [B, T, A_k, d] of a layer; first normalised, and keys rotated, if so wanted.
 
         value_eps: epsilon of an `rms_norm` of each value, without a weight.
@@ -48,8 +56,16 @@ class CachedAttention:
         value = self._prepared(value, None if value_eps is None else (None, value_eps), None)
         self._seen[layer] = (key, value) if self._cache is None else self._cache.append(layer, self._past, key, value)
 
-    def __call__(self, layer: int, query: Tensor, scale: float, *, norm: Norm | None = None,
-                 tables: Tables | None = None, blocked: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        scale: float,
+        *,
+        norm: Norm | None = None,
+        tables: Tables | None = None,
+        blocked: Tensor | None = None,
+    ) -> Tensor:
         """query [B, T, A, d], or [B, 1, A, d] of the last position, attends to a layer: [B, T, A * d].
 
         blocked: bool, broadcastable to [B, A, T, S] for the S positions that the layer's window, if it has one, leaves

@@ -17,21 +17,30 @@ class Compositions:
         """`geglu` of x through both matrices."""
         return self.geglu(*self.linears(x, [gate, up]))
 
-    def geglu_sparse(self, gate: Tensor, x: Tensor, up: Matrix | Adapted, down: Matrix | Adapted,
-                     quantile: float) -> Tensor:
+    def geglu_sparse(
+        self, gate: Tensor, x: Tensor, up: Matrix | Adapted, down: Matrix | Adapted, quantile: float
+    ) -> Tensor:
         """`linear_sparse` of `geglu_linear`: a whole feed-forward layer but for its gate."""
         return self.linear_sparse(self.geglu_linear(gate, x, up, quantile), down)
 
-    def rms_norm_add(self, x: Tensor, weight: Tensor | None, eps: float, addend: Tensor, second: Tensor | None = None,
-                     scale: float = 1.0) -> Tensor:
+    def rms_norm_add(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        addend: Tensor,
+        second: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
         """(addend + `rms_norm` of x + second) * scale, all [..., D]."""
         total = addend + self.rms_norm(x, weight, eps)
         if second is not None:
             total = total + second
         return total if scale == 1.0 else total * scale
 
-    def altup_coefficients(self, x: Tensor, weight: Tensor, eps: float, router: Tensor, matrix: Tensor,
-                           offset: float = 0.0) -> Tensor:
+    def altup_coefficients(
+        self, x: Tensor, weight: Tensor, eps: float, router: Tensor, matrix: Tensor, offset: float = 0.0
+    ) -> Tensor:
         """AltUp's coefficients [..., m] for x [..., D]: matrix [m, n] times the tanh of router [n, D] times `rms_norm`
         of x over D, plus offset."""
         routed = self.linear(self.rms_norm(x, weight, eps) / x.shape[-1], Held(router))

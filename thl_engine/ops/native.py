@@ -70,8 +70,9 @@ def read_seconds(memory: Tensor) -> float:
     return _native.read_seconds(to_dlpack(memory))
 
 
-def pack_activations(x: Tensor, into: "PackedActivations | None" = None, norm: tuple[Tensor, Tensor] | None = None,
-                     eps: float = 0.0) -> "PackedActivations":
+def pack_activations(
+    x: Tensor, into: "PackedActivations | None" = None, norm: tuple[Tensor, Tensor] | None = None, eps: float = 0.0
+) -> "PackedActivations":
     """x [.., C] as 16-bit integers with one scale a row, for `linear_int8`. Reuses the memory of `into`.
 
     norm: weight and bias [C] of a `layer_norm` before. The rounding error is at most 1/65278 of the row's largest
@@ -86,22 +87,52 @@ def pack_swiglu(gate: Tensor, up: Tensor, into: "PackedActivations | None" = Non
     return _native.pack_swiglu(to_dlpack(gate), to_dlpack(up), into)
 
 
-def linear_int8(packed: "PackedActivations", w: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor,
-                start: int = -1, gelu: bool = False, addend: Tensor | None = None) -> None:
+def linear_int8(
+    packed: "PackedActivations",
+    w: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    start: int = -1,
+    gelu: bool = False,
+    addend: Tensor | None = None,
+) -> None:
     """out [.., R] = x times the transpose of w, int8 [R, C] with scales [R] or [R, ceil(C / 128)], plus bias [R].
 
     gelu: that is followed by `gelu`, and addend [.., R] is added to the result. start: w holds the rows from there on
     of a larger matrix, to which out, bias and addend belong; -1 for a whole one.
     """
-    _native.linear_int8(packed, to_dlpack(w), to_dlpack(scales), None if bias is None else to_dlpack(bias),
-                        to_dlpack(out), start, gelu, None if addend is None else to_dlpack(addend))
+    _native.linear_int8(
+        packed,
+        to_dlpack(w),
+        to_dlpack(scales),
+        None if bias is None else to_dlpack(bias),
+        to_dlpack(out),
+        start,
+        gelu,
+        None if addend is None else to_dlpack(addend),
+    )
 
 
-def linear_float(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, start: int = -1, gelu: bool = False,
-                 addend: Tensor | None = None) -> None:
+def linear_float(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    start: int = -1,
+    gelu: bool = False,
+    addend: Tensor | None = None,
+) -> None:
     """out [.., R] = x [.., C] times the transpose of w [R, C] (float32, bfloat16 or float16); else as `linear_int8`."""
-    _native.linear_float(to_dlpack(x), to_dlpack(w), None if bias is None else to_dlpack(bias), to_dlpack(out), start,
-                         gelu, None if addend is None else to_dlpack(addend))
+    _native.linear_float(
+        to_dlpack(x),
+        to_dlpack(w),
+        None if bias is None else to_dlpack(bias),
+        to_dlpack(out),
+        start,
+        gelu,
+        None if addend is None else to_dlpack(addend),
+    )
 
 
 def multiply_int8(packed: "PackedActivations", w: Tensor, scales: Tensor, out: Tensor, start: int = -1) -> None:
@@ -148,8 +179,9 @@ def window_scores_mix(query: Tensor, buffer: Tensor, valid: int, scale: float, o
     _native.window_mix(to_dlpack(query), to_dlpack(buffer), valid, scale, to_dlpack(out))
 
 
-def slot_scores(query: Tensor, memory: Tensor, read_ema: Tensor, scale: float, load_penalty: float,
-                out: Tensor) -> None:
+def slot_scores(
+    query: Tensor, memory: Tensor, read_ema: Tensor, scale: float, load_penalty: float, out: Tensor
+) -> None:
     """out [B, H, J] = scale * query [B, H, d] . memory [B, J, d] - load_penalty * read_ema [B, J].
 
     Equal slots get equal bits.
@@ -183,25 +215,65 @@ def slot_norms(memory: Tensor, out: Tensor) -> None:
     _native.slot_norms(to_dlpack(memory), to_dlpack(out))
 
 
-def novelty_write(candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Tensor, write_ema: Tensor,
-                  last_write: Tensor, t: int, vector: Tensor, gate: Tensor, novelty: Tensor, branch: Tensor,
-                  indices: Tensor, *, clip_max: float, theta: float, beta: float, decay: float, ema_decay: float,
-                  stale_weight: float, underuse_weight: float) -> None:
+def novelty_write(
+    candidate: Tensor,
+    memory: Tensor,
+    norms: Tensor,
+    read_ema: Tensor,
+    write_ema: Tensor,
+    last_write: Tensor,
+    t: int,
+    vector: Tensor,
+    gate: Tensor,
+    novelty: Tensor,
+    branch: Tensor,
+    indices: Tensor,
+    *,
+    clip_max: float,
+    theta: float,
+    beta: float,
+    decay: float,
+    ema_decay: float,
+    stale_weight: float,
+    underuse_weight: float,
+) -> None:
     """THL's novelty-gated write of candidate [B, d] into memory [B, J, d] at step t.
 
     Updated in place: memory, norms, write_ema, last_write (int64) [B, J]. Results: vector [B, d] (the clipped
     candidate), gate, novelty [B], branch int64 [B] (0 familiar, 1 least useful, 2 empty slots), indices int64 [B, W].
     """
     _native.novelty_write(
-        to_dlpack(candidate), to_dlpack(memory), to_dlpack(norms), to_dlpack(read_ema), to_dlpack(write_ema),
-        to_dlpack(last_write), t, to_dlpack(vector), to_dlpack(gate), to_dlpack(novelty), to_dlpack(branch),
-        to_dlpack(indices), clip_max, theta, beta, decay, ema_decay, stale_weight, underuse_weight)
+        to_dlpack(candidate),
+        to_dlpack(memory),
+        to_dlpack(norms),
+        to_dlpack(read_ema),
+        to_dlpack(write_ema),
+        to_dlpack(last_write),
+        t,
+        to_dlpack(vector),
+        to_dlpack(gate),
+        to_dlpack(novelty),
+        to_dlpack(branch),
+        to_dlpack(indices),
+        clip_max,
+        theta,
+        beta,
+        decay,
+        ema_decay,
+        stale_weight,
+        underuse_weight,
+    )
 
 
 def rms_norm(x: Tensor, addend: Tensor | None, weight: Tensor | None, eps: float, out: Tensor) -> None:
     """out = s / sqrt(mean(s²) + eps) * weight [d] for s = x [.., d] plus, where there is one, addend [.., d]."""
-    _native.rms_norm(to_dlpack(x), None if addend is None else to_dlpack(addend),
-                     None if weight is None else to_dlpack(weight), eps, to_dlpack(out))
+    _native.rms_norm(
+        to_dlpack(x),
+        None if addend is None else to_dlpack(addend),
+        None if weight is None else to_dlpack(weight),
+        eps,
+        to_dlpack(out),
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
@@ -233,8 +305,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: 
     Query head h uses key head h·A_k // A. blocked: uint8 [B, A, T, S], not 0 where a key must not be seen; a row that
     sees none is NaN. Leading dimensions of the inputs may repeat (stride 0), and none is copied.
     """
-    _native.attention(to_dlpack(query), to_dlpack(key), to_dlpack(value), scale,
-                      None if blocked is None else to_dlpack(blocked), to_dlpack(out))
+    _native.attention(
+        to_dlpack(query),
+        to_dlpack(key),
+        to_dlpack(value),
+        scale,
+        None if blocked is None else to_dlpack(blocked),
+        to_dlpack(out),
+    )
 
 
 def rotary_attention(joined: Tensor, heads: int, cos: Tensor, sin: Tensor, scale: float, out: Tensor) -> None:
@@ -245,11 +323,13 @@ def rotary_attention(joined: Tensor, heads: int, cos: Tensor, sin: Tensor, scale
     _native.rotary_attention(to_dlpack(joined), heads, to_dlpack(cos), to_dlpack(sin), scale, to_dlpack(out))
 
 
-def add_layer_norm(x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor, eps: float, total: Tensor,
-                   out: Tensor) -> None:
+def add_layer_norm(
+    x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor, eps: float, total: Tensor, out: Tensor
+) -> None:
     """total = x + addend, and out its `layer_norm`; all [.., d]."""
-    _native.add_layer_norm(to_dlpack(x), to_dlpack(addend), to_dlpack(weight), to_dlpack(bias), eps, to_dlpack(total),
-                           to_dlpack(out))
+    _native.add_layer_norm(
+        to_dlpack(x), to_dlpack(addend), to_dlpack(weight), to_dlpack(bias), eps, to_dlpack(total), to_dlpack(out)
+    )
 
 
 def add_blend(x: Tensor, fast: Tensor, slow: Tensor, gate: Tensor, out: Tensor) -> None:
@@ -277,10 +357,24 @@ def keep(kept: "KeptMatrix", rows: int, start: int, w: Tensor, scales: Tensor | 
     _native.keep(kept, rows, start, to_dlpack(w), None if scales is None else to_dlpack(scales))
 
 
-def integrate(x: Tensor, context: Tensor, first: "KeptMatrix", first_bias: Tensor, second: "KeptMatrix",
-              second_bias: Tensor, mu: Tensor, group: int, steps: int, first_check: int, threshold: float | None,
-              together: bool, values: Tensor, iterations: Tensor, norm: tuple[Tensor, Tensor] | None = None,
-              eps: float = 0.0) -> int:
+def integrate(
+    x: Tensor,
+    context: Tensor,
+    first: "KeptMatrix",
+    first_bias: Tensor,
+    second: "KeptMatrix",
+    second_bias: Tensor,
+    mu: Tensor,
+    group: int,
+    steps: int,
+    first_check: int,
+    threshold: float | None,
+    together: bool,
+    values: Tensor,
+    iterations: Tensor,
+    norm: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> int:
     """INL's integrator from x [.., D], N rows, at rest; returns the number of steps made.
 
     norm: weight and bias [D] of a `layer_norm` of x before.
@@ -290,7 +384,22 @@ def integrate(x: Tensor, context: Tensor, first: "KeptMatrix", first_bias: Tenso
     from step `first_check` on, counted from 0.
     """
     weight, bias = (None, None) if norm is None else (to_dlpack(norm[0]), to_dlpack(norm[1]))
-    return _native.integrate(to_dlpack(x), weight, bias, eps, to_dlpack(context), first, to_dlpack(first_bias), second,
-                             to_dlpack(second_bias), to_dlpack(mu), group, steps, first_check,
-                             -1.0 if threshold is None else threshold, together, to_dlpack(values),
-                             to_dlpack(iterations))
+    return _native.integrate(
+        to_dlpack(x),
+        weight,
+        bias,
+        eps,
+        to_dlpack(context),
+        first,
+        to_dlpack(first_bias),
+        second,
+        to_dlpack(second_bias),
+        to_dlpack(mu),
+        group,
+        steps,
+        first_check,
+        -1.0 if threshold is None else threshold,
+        together,
+        to_dlpack(values),
+        to_dlpack(iterations),
+    )

@@ -1,6 +1,5 @@
 """The native backend: compiled C++ on CPU tensors. What it does not have itself is the reference's."""
 
-
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -32,15 +31,24 @@ class NativeOps(ReferenceOps):
         self._packings: list[Any] = []  # of `Product`: none that is in use
         self._controller = native.KeptMatrix(False), native.KeptMatrix(True)
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0,
-                      dequantized: int = 0) -> int:
+    def scratch_bytes(
+        self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0, dequantized: int = 0
+    ) -> int:
         # Kernels read the stored weights. Copies of two matrices used again, and one of them on the way there as
         # floats; as int8 these take a quarter. Scores stay in the caches. Packed activations take four bytes each, and
         # what fills their rows up.
         return 4 * reused_elements * 3 // 2 + 5 * inputs + dequantized
 
-    def linear(self, x: Tensor, matrix: Matrix | Adapted, bias: Tensor | None = None, *,
-               norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        matrix: Matrix | Adapted,
+        bias: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, Tensor] | None = None,
+        gelu: bool = False,
+        addend: Tensor | None = None,
+    ) -> Tensor:
         if isinstance(matrix, Adapted):
             return self.linear_adapted(x, matrix, bias, norm, gelu, addend)
         return Product(self._packings, x, norm=norm).with_each((matrix,), bias, gelu, addend)[0]
@@ -50,8 +58,9 @@ class NativeOps(ReferenceOps):
             return super().linears(x, matrices)
         return Product(self._packings, x).with_each(matrices)
 
-    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix,
-                      blend: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+    def swiglu_linear(
+        self, gate: Tensor, up: Tensor, matrix: Matrix, blend: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
         out = Product(self._packings, gate, up=up).with_each((matrix,))[0]
         return out if blend is None else self.add_blend(blend[0], blend[1], out, blend[2])
 
@@ -141,8 +150,9 @@ class NativeOps(ReferenceOps):
         Product(self._packings, x).multiply(factors, up.base)
         return out.mul_(factors.add_(self.low_rank(x, up).mul_(alive)))
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
-                  blocked: Tensor | None = None) -> Tensor:
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: Tensor | None = None
+    ) -> Tensor:
         batch, heads, rows, width = query.shape
         # Positions before heads: what follows joins the heads of a position, which then are in one row already.
         out = torch.empty(batch, rows, heads, width).transpose(1, 2)
@@ -169,23 +179,69 @@ class NativeOps(ReferenceOps):
         native.erase_then_add(memory, erase, add, shared_memory.NORM_EPS, out)
         return out
 
-    def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
-                  second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
-                  together: bool = False, trajectory: bool = False, group: int = 1,
-                  norm: tuple[Tensor, Tensor] | None = None) -> integrator.Integration:
+    def integrate(
+        self,
+        x: Tensor,
+        context: Tensor,
+        first: Matrix,
+        first_bias: Tensor,
+        second: Matrix,
+        second_bias: Tensor,
+        mu: Tensor,
+        *,
+        steps: int,
+        threshold: float | None = None,
+        together: bool = False,
+        trajectory: bool = False,
+        group: int = 1,
+        norm: tuple[Tensor, Tensor] | None = None,
+    ) -> integrator.Integration:
         if trajectory:
-            return super().integrate(x, context, first, first_bias, second, second_bias, mu, steps=steps,
-                                     threshold=threshold, together=together, trajectory=True, group=group, norm=norm)
+            return super().integrate(
+                x,
+                context,
+                first,
+                first_bias,
+                second,
+                second_bias,
+                mu,
+                steps=steps,
+                threshold=threshold,
+                together=together,
+                trajectory=True,
+                group=group,
+                norm=norm,
+            )
         rows, width = x.shape
         values, iterations = torch.empty(rows, 2 * width), torch.empty(rows, dtype=torch.int64)
         for kept, matrix in zip(self._controller, (first, second), strict=True):
             for part in matrix.parts():
                 by_row = part.scales is not None and part.scales.dim() == 1
-                native.keep(kept, matrix.shape[0], part.start, part.data if by_row else as_float32(part),
-                            part.scales if by_row else None)
-        made = native.integrate(x, context, self._controller[0], first_bias, self._controller[1], second_bias, mu,
-                                group, steps, integrator.FIRST_CHECK, threshold, together, values, iterations, norm,
-                                LAYER_NORM_EPS)
+                native.keep(
+                    kept,
+                    matrix.shape[0],
+                    part.start,
+                    part.data if by_row else as_float32(part),
+                    part.scales if by_row else None,
+                )
+        made = native.integrate(
+            x,
+            context,
+            self._controller[0],
+            first_bias,
+            self._controller[1],
+            second_bias,
+            mu,
+            group,
+            steps,
+            integrator.FIRST_CHECK,
+            threshold,
+            together,
+            values,
+            iterations,
+            norm,
+            LAYER_NORM_EPS,
+        )
         return integrator.Integration(values[:, :width], values[:, width:], iterations, made)
 
     def gru_reset(self, reset: Tensor, state: Tensor) -> Tensor:
@@ -202,8 +258,7 @@ class NativeOps(ReferenceOps):
         native.window_scores_mix(query, buffer, valid, scale, out)
         return out
 
-    def slot_scores(self, query: Tensor, memory: Tensor, read_ema: Tensor, scale: float,
-                    load_penalty: float) -> Tensor:
+    def slot_scores(self, query: Tensor, memory: Tensor, read_ema: Tensor, scale: float, load_penalty: float) -> Tensor:
         out = torch.empty(*query.shape[:2], memory.shape[1])
         native.slot_scores(query, memory, read_ema, scale, load_penalty, out)
         return out
@@ -224,19 +279,32 @@ class NativeOps(ReferenceOps):
         native.slot_norms(memory, out)
         return out
 
-    def read_metadata(self, alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, t: int,
-                      decay: float) -> tuple[Tensor, Tensor]:
+    def read_metadata(
+        self, alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, t: int, decay: float
+    ) -> tuple[Tensor, Tensor]:
         native.read_metadata(alpha, indices, read_ema, last_read, decay, t)
         return read_ema, last_read
 
-    def novelty_write(self, candidate: Tensor, memory: Tensor, norms: Tensor, read_ema: Tensor, write_ema: Tensor,
-                      last_write: Tensor, t: int, *, slots: int, **rule: float) -> slot_memory.Write:
+    def novelty_write(
+        self,
+        candidate: Tensor,
+        memory: Tensor,
+        norms: Tensor,
+        read_ema: Tensor,
+        write_ema: Tensor,
+        last_write: Tensor,
+        t: int,
+        *,
+        slots: int,
+        **rule: float,
+    ) -> slot_memory.Write:
         batch = candidate.shape[0]
         vector, gate, novelty = torch.empty_like(candidate), torch.empty(batch), torch.empty(batch)
         branch = torch.empty(batch, dtype=torch.int64)
         indices = torch.empty(batch, slots, dtype=torch.int64)
-        native.novelty_write(candidate, memory, norms, read_ema, write_ema, last_write, t, vector, gate, novelty,
-                             branch, indices, **rule)
+        native.novelty_write(
+            candidate, memory, norms, read_ema, write_ema, last_write, t, vector, gate, novelty, branch, indices, **rule
+        )
         return slot_memory.Write(memory, norms, write_ema, last_write, vector, gate, novelty, branch, indices)
 
 

@@ -17,8 +17,9 @@ class Product:
     int8 rows share one packing of the activations, all others one tensor of floats; either is made when asked for.
     """
 
-    def __init__(self, packings: list[Any], x: Tensor, *, norm: tuple[Tensor, Tensor] | None = None,
-                 up: Tensor | None = None) -> None:
+    def __init__(
+        self, packings: list[Any], x: Tensor, *, norm: tuple[Tensor, Tensor] | None = None, up: Tensor | None = None
+    ) -> None:
         """norm: weight and bias of a layer normalisation of x; up: x is the gate of a `swiglu` with it.
 
         packings: memory to use again, which the packing returns to when the product is done.
@@ -28,8 +29,9 @@ class Product:
         self._packed: Any = None
         self._floats: Tensor | None = None
 
-    def with_each(self, matrices: Sequence[Matrix], bias: Tensor | None = None, gelu: bool = False,
-                  addend: Tensor | None = None) -> list[Tensor]:
+    def with_each(
+        self, matrices: Sequence[Matrix], bias: Tensor | None = None, gelu: bool = False, addend: Tensor | None = None
+    ) -> list[Tensor]:
         """[..., R] of every matrix [R, C]."""
         outs = []
         for matrix in matrices:
@@ -40,8 +42,15 @@ class Product:
         self.done()
         return outs
 
-    def into(self, out: Tensor, part: Part, start: int, bias: Tensor | None = None, gelu: bool = False,
-             addend: Tensor | None = None) -> None:
+    def into(
+        self,
+        out: Tensor,
+        part: Part,
+        start: int,
+        bias: Tensor | None = None,
+        gelu: bool = False,
+        addend: Tensor | None = None,
+    ) -> None:
         """Columns from `start` on of out."""
         if part.scales is not None:
             native.linear_int8(self._as_packed(), part.data, part.scales, bias, out, start, gelu, addend)

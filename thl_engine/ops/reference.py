@@ -10,17 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thl_engine.kernels import (
-    altup,
-    geglu,
-    gelu,
-    integrator,
-    norm,
-    residual,
-    rotary,
-    shared_memory,
-    swiglu,
-)
+from thl_engine.kernels import altup, geglu, gelu, integrator, norm, residual, rotary, shared_memory, swiglu
 from thl_engine.kernels import attention as attention_kernels
 from thl_engine.kernels import linear as linear_kernels
 from thl_engine.kernels.int8 import dequantize
@@ -70,8 +60,9 @@ class ReferenceOps(StateOps, Compositions):
         """Kinds of device that these ops compute on."""
         return ("cpu", "cuda")
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0,
-                      dequantized: int = 0) -> int:
+    def scratch_bytes(
+        self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0, dequantized: int = 0
+    ) -> int:
         """Memory that ops need beside their operands, for pages of up to `page_elements` weights.
 
         reused_elements: weights that one op reads again after their parts have been let go (`integrate`).
@@ -89,8 +80,16 @@ class ReferenceOps(StateOps, Compositions):
         """Rows of a table: int64 [B] -> float32 [B, C]."""
         return table.rows(ids)
 
-    def linear(self, x: Tensor, matrix: Matrix | Adapted, bias: Tensor | None = None, *,
-               norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        matrix: Matrix | Adapted,
+        bias: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, Tensor] | None = None,
+        gelu: bool = False,
+        addend: Tensor | None = None,
+    ) -> Tensor:
         """x [..., C] -> [..., R], with what commonly stands around a product.
 
         norm: weight and bias of a `layer_norm` of x before; gelu: `gelu` after; addend [..., R]: added at the end. Of
@@ -107,12 +106,21 @@ class ReferenceOps(StateOps, Compositions):
 
     def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         """The product alone, which training varies."""
-        out = [linear_kernels.linear(x, as_float32(part), None if bias is None else bias[part.start : part.stop])
-               for part in matrix.parts()]
+        out = [
+            linear_kernels.linear(x, as_float32(part), None if bias is None else bias[part.start : part.stop])
+            for part in matrix.parts()
+        ]
         return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
 
-    def linear_adapted(self, x: Tensor, matrix: Adapted, bias: Tensor | None, norm: tuple[Tensor, Tensor] | None,
-                       gelu: bool, addend: Tensor | None) -> Tensor:
+    def linear_adapted(
+        self,
+        x: Tensor,
+        matrix: Adapted,
+        bias: Tensor | None,
+        norm: tuple[Tensor, Tensor] | None,
+        gelu: bool,
+        addend: Tensor | None,
+    ) -> Tensor:
         """`linear` of an adapted matrix; an adapter whose `up` is zero leaves the base's values as they are."""
         if norm is not None:
             x = self.layer_norm(x, *norm)
@@ -125,8 +133,9 @@ class ReferenceOps(StateOps, Compositions):
         """`linear` of the same activations with several matrices."""
         return [self.linear(x, matrix) for matrix in matrices]
 
-    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix,
-                      blend: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+    def swiglu_linear(
+        self, gate: Tensor, up: Tensor, matrix: Matrix, blend: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
         """`linear` of silu(gate) * up, both [..., C]: [..., R]. blend: x, fast and gate of an `add_blend` with it."""
         out = self.linear(swiglu.swiglu(gate, up), matrix)
         return out if blend is None else self.add_blend(blend[0], blend[1], out, blend[2])
@@ -165,18 +174,43 @@ class ReferenceOps(StateOps, Compositions):
         """`geglu` of gate [..., R] and of x [..., C] through up [R, C]."""
         return self.geglu(gate, self.linear(x, up), quantile)
 
-    def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
-                  second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
-                  together: bool = False, trajectory: bool = False, group: int = 1,
-                  norm: tuple[Tensor, Tensor] | None = None) -> integrator.Integration:
+    def integrate(
+        self,
+        x: Tensor,
+        context: Tensor,
+        first: Matrix,
+        first_bias: Tensor,
+        second: Matrix,
+        second_bias: Tensor,
+        mu: Tensor,
+        *,
+        steps: int,
+        threshold: float | None = None,
+        together: bool = False,
+        trajectory: bool = False,
+        group: int = 1,
+        norm: tuple[Tensor, Tensor] | None = None,
+    ) -> integrator.Integration:
         """INL's integrator with the controller's two matrices, each read once whatever the number of steps.
 
         norm: weight and bias of a `layer_norm` of x before.
         """
         if norm is not None:
             x = self.layer_norm(x, *norm)
-        return integrator.integrate(x, context, _whole(first), first_bias, _whole(second), second_bias, mu, steps=steps,
-                                    threshold=threshold, together=together, trajectory=trajectory, group=group)
+        return integrator.integrate(
+            x,
+            context,
+            _whole(first),
+            first_bias,
+            _whole(second),
+            second_bias,
+            mu,
+            steps=steps,
+            threshold=threshold,
+            together=together,
+            trajectory=trajectory,
+            group=group,
+        )
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Over the last axis, biased variance."""
@@ -193,7 +227,9 @@ def as_float32(part: Part) -> Tensor:
 
 def _whole(matrix: Matrix) -> Tensor:
     """float32 [R, C] in memory of its own, for an op that uses a matrix again after its parts have been let go."""
-    parts = [as_float32(part).clone() if part.data.dtype == torch.float32 else as_float32(part) for part in matrix.parts()]
+    parts = [
+        as_float32(part).clone() if part.data.dtype == torch.float32 else as_float32(part) for part in matrix.parts()
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -31,8 +31,16 @@ class StateOps:
         """`layer_norm` of features [B, C_i] that lie in several places, side by side."""
         return self.layer_norm(torch.cat(places, dim=-1), weight, bias)
 
-    def gru_cell(self, update: tuple[Matrix, Tensor], reset: tuple[Matrix, Tensor], candidate: tuple[Matrix, Tensor],
-                 state: Tensor, below: Tensor, context: Tensor, addend: Tensor | None = None) -> Tensor:
+    def gru_cell(
+        self,
+        update: tuple[Matrix, Tensor],
+        reset: tuple[Matrix, Tensor],
+        candidate: tuple[Matrix, Tensor],
+        state: Tensor,
+        below: Tensor,
+        context: Tensor,
+        addend: Tensor | None = None,
+    ) -> Tensor:
         """The next state [B, d] of a GRU that sees state, below and context + addend; its weights with their biases."""
         if addend is not None:
             context = context + addend
@@ -41,16 +49,28 @@ class StateOps:
         inputs = torch.cat([self.gru_reset(r, state), below, context], dim=-1)
         return self.gru_update(z, self.linear(inputs, *candidate), state)
 
-    def window_read(self, query: Tensor, buffer: Tensor, valid: int | Tensor, entry: Tensor,
-                    scale: float) -> tuple[Tensor, Tensor]:
+    def window_read(
+        self, query: Tensor, buffer: Tensor, valid: int | Tensor, entry: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """`window_mix` of the first `valid` entries, at most all, and the buffer after `window_append` of a new one."""
         valid = min(valid, buffer.shape[1])
         mixed = self.window_mix(query, buffer, valid, scale)
         return mixed, self.window_append(buffer, valid, entry)[0]
 
-    def slot_read(self, query: Tensor, memory: Tensor, read_ema: Tensor, last_read: Tensor, t: int | Tensor, *, k: int,
-                  capacity: int | None, scale: float, load_penalty: float,
-                  decay: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def slot_read(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        read_ema: Tensor,
+        last_read: Tensor,
+        t: int | Tensor,
+        *,
+        k: int,
+        capacity: int | None,
+        scale: float,
+        load_penalty: float,
+        decay: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """A sparse read of the slots: (mixed [B, H, d], alpha, indices [B, H, k], read_ema, last_read [B, J])."""
         alpha, indices = self.slot_topk(self.slot_scores(query, memory, read_ema, scale, load_penalty), k, capacity)
         mixed = self.slot_mix(alpha, indices, memory)

@@ -30,8 +30,16 @@ class RingAttention(CachedAttention):
             return super().positions
         return torch.arange(self._rows, device=self._device) + self._at
 
-    def append(self, layer: int, key: Tensor, value: Tensor, *, key_norm: Norm | None = None,
-               value_eps: float | None = None, tables: Tables | None = None) -> None:
+    def append(
+        self,
+        layer: int,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_norm: Norm | None = None,
+        value_eps: float | None = None,
+        tables: Tables | None = None,
+    ) -> None:
         held = self._cache.layers[layer]
         kept, room = held.kept(self._past), held.capacity
         if kept + self._rows <= room:
@@ -42,27 +50,71 @@ class RingAttention(CachedAttention):
         for first in range(0, self._rows, room - kept):
             some = slice(first, min(first + room - kept, self._rows))
             past = self._past + first
-            self._store(held, past, key[:, some], value[:, some], key_norm, value_eps,
-                        None if tables is None else tuple(table[some] for table in tables))
+            self._store(
+                held,
+                past,
+                key[:, some],
+                value[:, some],
+                key_norm,
+                value_eps,
+                None if tables is None else tuple(table[some] for table in tables),
+            )
             seen.append(held.read(past, self._past + some.stop))
         keys, values = (torch.cat(rows, dim=2) for rows in zip(*seen, strict=True))
         self._seen[layer] = keys, values
 
-    def __call__(self, layer: int, query: Tensor, scale: float, *, norm: Norm | None = None,
-                 tables: Tables | None = None, blocked: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        scale: float,
+        *,
+        norm: Norm | None = None,
+        tables: Tables | None = None,
+        blocked: Tensor | None = None,
+    ) -> Tensor:
         held, rows = self._cache.layers[layer], query.shape[1]
-        query, shared = query.transpose(1, 2), {"window": held.window, "causal": blocked is None, "query_norm": norm,
-                                                "query_tables": tables}
+        query, shared = (
+            query.transpose(1, 2),
+            {"window": held.window, "causal": blocked is None, "query_norm": norm, "query_tables": tables},
+        )
         if layer in self._seen:
             mixed = attention(query, *self._seen[layer], scale, blocked, **shared)
         else:
             at = self._at + (self._rows - rows) if rows < self._rows else self._at
-            mixed = attention(query, held.keys.data, held.values.data, scale, blocked, key_scales=held.keys.scales,
-                              value_scales=held.values.scales, past=at,
-                              at_most=bucket(self._past + self._rows), **shared)
+            mixed = attention(
+                query,
+                held.keys.data,
+                held.values.data,
+                scale,
+                blocked,
+                key_scales=held.keys.scales,
+                value_scales=held.values.scales,
+                past=at,
+                at_most=bucket(self._past + self._rows),
+                **shared,
+            )
         return mixed.transpose(1, 2).flatten(2)
 
-    def _store(self, held: Any, past: int | Tensor, key: Tensor, value: Tensor, key_norm: Norm | None,
-               value_eps: float | None, tables: Tables | None) -> None:
-        append(key, value, held.keys.data, held.values.data, held.keys.scales, held.values.scales, past,
-               key_norm=key_norm, value_eps=value_eps, tables=tables)
+    def _store(
+        self,
+        held: Any,
+        past: int | Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_norm: Norm | None,
+        value_eps: float | None,
+        tables: Tables | None,
+    ) -> None:
+        append(
+            key,
+            value,
+            held.keys.data,
+            held.values.data,
+            held.keys.scales,
+            held.values.scales,
+            past,
+            key_norm=key_norm,
+            value_eps=value_eps,
+            tables=tables,
+        )

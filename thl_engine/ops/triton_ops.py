@@ -44,8 +44,9 @@ class TritonOps(TritonState, TritonProducts):
     def devices() -> tuple[str, ...]:
         return ("cuda", "cpu") if INTERPRETED.value else ("cuda",)
 
-    def scratch_bytes(self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0,
-                      dequantized: int = 0) -> int:
+    def scratch_bytes(
+        self, page_elements: int, reused_elements: int = 0, scores: int = 0, inputs: int = 0, dequantized: int = 0
+    ) -> int:
         # Partial sums of attention's pieces: at most (d + 2) floats for each PIECE keys of one row in a chunk of 64.
         return 4 * reused_elements + scores // 4
 
@@ -78,22 +79,58 @@ class TritonOps(TritonState, TritonProducts):
         mixed = attention.attention(query, key, value, scale, query_tables=(cos, sin), key_tables=(cos, sin))
         return mixed.transpose(1, 2).flatten(2)
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float,
-                  blocked: Tensor | None = None) -> Tensor:
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: Tensor | None = None
+    ) -> Tensor:
         if query.shape[-1] > attention.WIDEST:
             return super().attention(query, key, value, scale, blocked)
         return attention.attention(query, key, value, scale, blocked)
 
-    def integrate(self, x: Tensor, context: Tensor, first: Matrix, first_bias: Tensor, second: Matrix,
-                  second_bias: Tensor, mu: Tensor, *, steps: int, threshold: float | None = None,
-                  together: bool = False, trajectory: bool = False, group: int = 1,
-                  norm: tuple[Tensor, Tensor] | None = None) -> integrator.Integration:
+    def integrate(
+        self,
+        x: Tensor,
+        context: Tensor,
+        first: Matrix,
+        first_bias: Tensor,
+        second: Matrix,
+        second_bias: Tensor,
+        mu: Tensor,
+        *,
+        steps: int,
+        threshold: float | None = None,
+        together: bool = False,
+        trajectory: bool = False,
+        group: int = 1,
+        norm: tuple[Tensor, Tensor] | None = None,
+    ) -> integrator.Integration:
         if trajectory or first.shape[0] > integrator_kernel.WIDEST:
-            return super().integrate(x, context, first, first_bias, second, second_bias, mu, steps=steps,
-                                     threshold=threshold, together=together, trajectory=trajectory, group=group,
-                                     norm=norm)
+            return super().integrate(
+                x,
+                context,
+                first,
+                first_bias,
+                second,
+                second_bias,
+                mu,
+                steps=steps,
+                threshold=threshold,
+                together=together,
+                trajectory=trajectory,
+                group=group,
+                norm=norm,
+            )
         if norm is not None:
             x = self.layer_norm(x, *norm)
         mu = integrator.spread(mu, group, x.shape[-1])
-        return integrator_kernel.integrate(x, context, self.whole(x, first), first_bias, self.whole(x, second),
-                                           second_bias, mu, steps=steps, threshold=threshold, together=together)
+        return integrator_kernel.integrate(
+            x,
+            context,
+            self.whole(x, first),
+            first_bias,
+            self.whole(x, second),
+            second_bias,
+            mu,
+            steps=steps,
+            threshold=threshold,
+            together=together,
+        )

@@ -41,8 +41,16 @@ class TritonProducts(ReferenceOps):
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return norm.layer_norm(x, weight, bias, LAYER_NORM_EPS)
 
-    def linear(self, x: Tensor, matrix: Matrix | Adapted, bias: Tensor | None = None, *,
-               norm: tuple[Tensor, Tensor] | None = None, gelu: bool = False, addend: Tensor | None = None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        matrix: Matrix | Adapted,
+        bias: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, Tensor] | None = None,
+        gelu: bool = False,
+        addend: Tensor | None = None,
+    ) -> Tensor:
         if norm is not None:
             x = self.layer_norm(x, *norm)
         if isinstance(matrix, Adapted):
@@ -52,9 +60,20 @@ class TritonProducts(ReferenceOps):
     def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         return self._product(x, matrix, bias)
 
-    def _product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None, *, up: Tensor | None = None,
-                 low_rank: LowRank | None = None, gelu: bool = False, fast: Tensor | None = None,
-                 blend: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def _product(
+        self,
+        x: Tensor,
+        matrix: Matrix,
+        bias: Tensor | None = None,
+        *,
+        up: Tensor | None = None,
+        low_rank: LowRank | None = None,
+        gelu: bool = False,
+        fast: Tensor | None = None,
+        blend: Tensor | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """`linear` of the kernels with all parts of a matrix; out [n, R]: where to write, for all rows of x."""
         flat, up = _flat(x), _flat(up)
         fast, residual = _flat(fast), _flat(residual)
@@ -70,14 +89,32 @@ class TritonProducts(ReferenceOps):
                 cuda.gemv_int8(flat, part.data, part.scales, into, shape, bias=added, residual=behind, group=part.group)
                 return
             lift = None if low_rank is None else low_rank._replace(lift=low_rank.lift[rows])
-            linear.linear(flat, weights(part), added, up=up, low_rank=lift, gelu=gelu, fast=_of(fast, rows),
-                          blend=_of(blend, rows), residual=behind, out=into, rounded=self.rounded)
+            linear.linear(
+                flat,
+                weights(part),
+                added,
+                up=up,
+                low_rank=lift,
+                gelu=gelu,
+                fast=_of(fast, rows),
+                blend=_of(blend, rows),
+                residual=behind,
+                out=into,
+                rounded=self.rounded,
+            )
 
         self.each_part(matrix, use)
         return made.view(*x.shape[:-1], -1)
 
-    def linear_adapted(self, x: Tensor, matrix: Adapted, bias: Tensor | None, norm: tuple[Tensor, Tensor] | None,
-                       gelu: bool, addend: Tensor | None) -> Tensor:
+    def linear_adapted(
+        self,
+        x: Tensor,
+        matrix: Adapted,
+        bias: Tensor | None,
+        norm: tuple[Tensor, Tensor] | None,
+        gelu: bool,
+        addend: Tensor | None,
+    ) -> Tensor:
         if norm is not None:
             x = self.layer_norm(x, *norm)
         low_rank = self._at_hand(x, matrix)
@@ -94,15 +131,21 @@ class TritonProducts(ReferenceOps):
     def _at_hand(self, x: Tensor, matrix: Adapted) -> LowRank | None:
         """What the adapter adds to a product with x, if it is in memory and small enough to go with the base's."""
         lift = matrix.up.resident()
-        if (lift is None or len(lift) > 1 or lift[0].scales is not None or matrix.down.resident() is None
-                or matrix.down.shape[0] > linear.WIDEST_RANK):
+        if (
+            lift is None
+            or len(lift) > 1
+            or lift[0].scales is not None
+            or matrix.down.resident() is None
+            or matrix.down.shape[0] > linear.WIDEST_RANK
+        ):
             return None
         low = self._product(x, matrix.down)
         self.each_part(matrix.up, lambda part: None)  # a use like any other, for whoever counts
         return LowRank(low.view(-1, low.shape[-1]), lift[0].data, matrix.scale)
 
-    def swiglu_linear(self, gate: Tensor, up: Tensor, matrix: Matrix,
-                      blend: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+    def swiglu_linear(
+        self, gate: Tensor, up: Tensor, matrix: Matrix, blend: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
         if gate[..., 0].numel() <= linear.FEW_ROWS and matrix.shape[0] > FEW_PROGRAMS:
             gate, up = elementwise.swiglu(gate, up), None
         if blend is None:
@@ -118,8 +161,9 @@ class TritonProducts(ReferenceOps):
         out = x.new_empty(flat.shape[0], gate.shape[0])
 
         def use(part: Part) -> None:
-            linear.gated_linear(flat, weights(part), weights(pairs[part.start]), "gelu_tanh",
-                                out[:, part.start : part.stop])
+            linear.gated_linear(
+                flat, weights(part), weights(pairs[part.start]), "gelu_tanh", out[:, part.start : part.stop]
+            )
 
         self.each_part(gate, use)
         self.each_part(up, lambda part: None)
@@ -128,14 +172,20 @@ class TritonProducts(ReferenceOps):
     def geglu(self, gate: Tensor, up: Tensor, quantile: float | None = None) -> Tensor:
         return elementwise.geglu(gate, up) if quantile is None else sparse.geglu(gate, up, quantile)
 
-    def geglu_sparse(self, gate: Tensor, x: Tensor, up: Matrix | Adapted, down: Matrix | Adapted,
-                     quantile: float) -> Tensor:
+    def geglu_sparse(
+        self, gate: Tensor, x: Tensor, up: Matrix | Adapted, down: Matrix | Adapted, quantile: float
+    ) -> Tensor:
         """What the gate lets through is found once, on the device, and serves both matrices."""
         flat, share = _flat(x), NormalDist().cdf(-quantile)
         base, low_rank = (up.base, self._at_hand(x, up)) if isinstance(up, Adapted) else (up, None)
         down_base = down.base if isinstance(down, Adapted) else down
-        if (flat.shape[0] > linear.FEW_ROWS or share > self.sparse_share or not down_base.transposed
-                or base is not up and low_rank is None):
+        if (
+            flat.shape[0] > linear.FEW_ROWS
+            or share > self.sparse_share
+            or not down_base.transposed
+            or base is not up
+            and low_rank is None
+        ):
             return super().geglu_sparse(gate, x, up, down, quantile)
         inner, alive = sparse.survivors(_flat(gate), quantile)
 
@@ -147,8 +197,12 @@ class TritonProducts(ReferenceOps):
         # Several rows have survivors of their own: read by those of all, a row's sums would depend on its neighbours.
         read = alive if flat.shape[0] == 1 else None
         out = x.new_empty(flat.shape[0], 1, down_base.shape[1])
-        self.each_part(down_base, lambda part: linear_transposed(
-            inner[:, None], weights(part), 1, down_base.shape[0], part.start, out, part.start > 0, read))
+        self.each_part(
+            down_base,
+            lambda part: linear_transposed(
+                inner[:, None], weights(part), 1, down_base.shape[0], part.start, out, part.start > 0, read
+            ),
+        )
         made = out[:, 0]
         if down is not down_base:
             low = self._product(inner, down.down).mul_(down.scale)
@@ -157,8 +211,12 @@ class TritonProducts(ReferenceOps):
 
     def linear_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         out = x.new_empty(x.shape[0], matrix.shape[0])
-        self.each_part(matrix, lambda part: linear.linear_heads(x, weights(part), matrix.shape[0], part.start,
-                                                                out=out[:, part.start : part.stop]))
+        self.each_part(
+            matrix,
+            lambda part: linear.linear_heads(
+                x, weights(part), matrix.shape[0], part.start, out=out[:, part.start : part.stop]
+            ),
+        )
         return out
 
     def linear_transposed(self, x: Tensor, matrix: Matrix) -> Tensor:
@@ -167,8 +225,12 @@ class TritonProducts(ReferenceOps):
     def linear_transposed_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         batch, heads, _ = x.shape
         out = x.new_empty(batch, heads, matrix.shape[1])
-        self.each_part(matrix, lambda part: linear_transposed(x, weights(part), heads, matrix.shape[0], part.start,
-                                                              out, accumulate=part.start > 0))
+        self.each_part(
+            matrix,
+            lambda part: linear_transposed(
+                x, weights(part), heads, matrix.shape[0], part.start, out, accumulate=part.start > 0
+            ),
+        )
         return out
 
     def whole(self, x: Tensor, matrix: Matrix) -> Weights:
@@ -187,7 +249,9 @@ class TritonProducts(ReferenceOps):
 
         def use(part: Part) -> None:
             rows = slice(part.start, part.stop)
-            data[rows].copy_(part.data if part.scales is None or by_row else dequantize(part.data, part.scales, part.group))
+            data[rows].copy_(
+                part.data if part.scales is None or by_row else dequantize(part.data, part.scales, part.group)
+            )
             if scales is not None:
                 scales[rows].copy_(part.scales)
 

@@ -34,8 +34,16 @@ class TritonState(ReferenceOps):
             return super().layer_norm_joined(places, weight, bias)
         return tier_cell.joined_layer_norm(places, weight, bias, LAYER_NORM_EPS)
 
-    def gru_cell(self, update: tuple[Matrix, Tensor], reset: tuple[Matrix, Tensor], candidate: tuple[Matrix, Tensor],
-                 state: Tensor, below: Tensor, context: Tensor, addend: Tensor | None = None) -> Tensor:
+    def gru_cell(
+        self,
+        update: tuple[Matrix, Tensor],
+        reset: tuple[Matrix, Tensor],
+        candidate: tuple[Matrix, Tensor],
+        state: Tensor,
+        below: Tensor,
+        context: Tensor,
+        addend: Tensor | None = None,
+    ) -> Tensor:
         if len(state) > FEW_ROWS:
             return super().gru_cell(update, reset, candidate, state, below, context, addend)
         z, kept = (torch.empty(state.shape, device=state.device) for _ in range(2))
@@ -44,12 +52,27 @@ class TritonState(ReferenceOps):
         self._joined((kept, below, context), *candidate, state, addend, gate="candidate", update=z, state=state)
         return state
 
-    def _joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None, out: Tensor,
-                addend: Tensor | None = None, gate: str | None = None, **gated: Tensor) -> None:
+    def _joined(
+        self,
+        places: Sequence[Tensor],
+        matrix: Matrix,
+        bias: Tensor | None,
+        out: Tensor,
+        addend: Tensor | None = None,
+        gate: str | None = None,
+        **gated: Tensor,
+    ) -> None:
         def use(part: Part) -> None:
             rows = slice(part.start, part.stop)
             weights = Weights(part.data, part.scales, part.group)
-            tier_cell.joined_linear(places, weights, None if bias is None else bias[rows], out[:, rows], addend=addend,
-                                    gate=gate, **{name: x[:, rows] for name, x in gated.items()})
+            tier_cell.joined_linear(
+                places,
+                weights,
+                None if bias is None else bias[rows],
+                out[:, rows],
+                addend=addend,
+                gate=gate,
+                **{name: x[:, rows] for name, x in gated.items()},
+            )
 
         self.each_part(matrix, use)

@@ -60,12 +60,16 @@ def _dequantized(part: Part | None, ids: Tensor, columns: int) -> Tensor | None:
 
 def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Norms, biases and scales as float32 in memory of their own, each checked against its checksum."""
-    return {name: store.read(name).to(device=device, dtype=torch.float32, copy=True)
-            for name, tensor in store.tensors.items() if tensor.kind == "vector"}
+    return {
+        name: store.read(name).to(device=device, dtype=torch.float32, copy=True)
+        for name, tensor in store.tensors.items()
+        if tensor.kind == "vector"
+    }
 
 
-def paged_weights(store: Store, pager: Pager,
-                  vectors: Mapping[str, Tensor]) -> dict[str, Tensor | PagedMatrix | PagedTable]:
+def paged_weights(
+    store: Store, pager: Pager, vectors: Mapping[str, Tensor]
+) -> dict[str, Tensor | PagedMatrix | PagedTable]:
     """Every tensor that takes part in the model, under its published name."""
     weights: dict[str, Tensor | PagedMatrix | PagedTable] = {}
     for name, tensor in store.tensors.items():

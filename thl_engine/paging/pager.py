@@ -46,9 +46,19 @@ class Pager:
     that stay in the host's memory once they were read. direct_storage: as in `open_transfer`, for the others.
     """
 
-    def __init__(self, store: Store, reader: Reader, scales: Mapping[str, Tensor], pinned: Iterable[int], slots: int,
-                 slot_bytes: int, horizon: int, device: torch.device | str = "cpu", kept: Iterable[int] = (),
-                 direct_storage: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        reader: Reader,
+        scales: Mapping[str, Tensor],
+        pinned: Iterable[int],
+        slots: int,
+        slot_bytes: int,
+        horizon: int,
+        device: torch.device | str = "cpu",
+        kept: Iterable[int] = (),
+        direct_storage: bool = False,
+    ) -> None:
         self._store, self._reader, self._scales = store, reader, scales
         places, size = {}, 0
         for index in pinned:
@@ -131,8 +141,9 @@ class Pager:
         """All rows of a matrix as one part without memory, on the device "meta"."""
         tensor = self._store.tensors[name]
         scales = None if tensor.scales is None else self._scales[tensor.scales].to("meta")
-        return Part(0, tensor.shape[0], torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), scales,
-                    tensor.group)
+        return Part(
+            0, tensor.shape[0], torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), scales, tensor.group
+        )
 
     def count_uses(self, count: int) -> None:
         """Notes uses of pinned pages that were made without asking for them."""
@@ -185,8 +196,16 @@ class Pager:
             return pinned.data[row - page.start : row - page.start + 1]
         if tensor.kind == "table":
             return self._read_page(page).data[row - page.start : row - page.start + 1].clone()
-        return self._read_page(replace(page, start=row, stop=row + 1, nbytes=tensor.row_bytes, crc=None,
-                                       offset=page.offset + (row - page.start) * tensor.row_bytes)).data
+        return self._read_page(
+            replace(
+                page,
+                start=row,
+                stop=row + 1,
+                nbytes=tensor.row_bytes,
+                crc=None,
+                offset=page.offset + (row - page.start) * tensor.row_bytes,
+            )
+        ).data
 
     def _read_page(self, page: Page) -> Part:
         """A few rows read at once into memory of their own."""
@@ -194,9 +213,11 @@ class Pager:
         if page.crc is not None and page.index not in self._checked:
             found = crc32c(raw.numpy())
             if found != page.crc:
-                raise CheckpointError(f"{self._store.files[page.file]}: {label(page)}: checksum mismatch at offset "
-                                      f"{page.offset}: expected {page.crc:08x}, found {found:08x}; the file is "
-                                      "damaged, copy or quantise it again")
+                raise CheckpointError(
+                    f"{self._store.files[page.file]}: {label(page)}: checksum mismatch at offset "
+                    f"{page.offset}: expected {page.crc:08x}, found {found:08x}; the file is "
+                    "damaged, copy or quantise it again"
+                )
             self._checked.add(page.index)
         self.traffic.bytes_gathered += extent(page)[1]
         return self._shaped(page, raw)
@@ -210,8 +231,9 @@ class Pager:
         page = self._store.pages[index]
         crc = None if index in self._checked else page.crc
         self._checked.add(index)
-        self._transfer.start(Request(page.file, page.offset, page.nbytes, crc, label(page), self._homes.get(index)),
-                             place)
+        self._transfer.start(
+            Request(page.file, page.offset, page.nbytes, crc, label(page), self._homes.get(index)), place
+        )
 
     def _finish(self, place: int) -> None:
         try:

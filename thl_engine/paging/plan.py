@@ -43,12 +43,21 @@ NOMINAL_CUDA = Bandwidths(disk=1.5e9, memory=250e9, link=12e9)  # of a small car
 class PageSchedule:
     """A model's walk in pages: which pages each step reads, which the logits read, and endless futures of both."""
 
-    def __init__(self, store: Store, walk: Walk, head: tuple[str, ...],
-                 products: Mapping[str, float] | None = None, touched: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        walk: Walk,
+        head: tuple[str, ...],
+        products: Mapping[str, float] | None = None,
+        touched: Mapping[str, float] | None = None,
+    ) -> None:
         """products: how many products a reading of a matrix serves, where it is not one. touched: the share of a matrix
         that they need, where it is not all."""
-        self._pages = {name: tuple(page.index for page in tensor.pages) for name, tensor in store.tensors.items()
-                       if tensor.kind == "matrix"}
+        self._pages = {
+            name: tuple(page.index for page in tensor.pages)
+            for name, tensor in store.tensors.items()
+            if tensor.kind == "matrix"
+        }
         self.may_stop = walk.may_stop
         self._walk = walk
         self.head = self._in_pages(head)
@@ -155,8 +164,15 @@ class Plan:
     @property
     def peak_memory_bytes(self) -> int:
         """All that the engine keeps in memory."""
-        return (self.fixed_bytes + self.state_bytes + self.workspace_bytes + self.reserve_bytes + self.pinned_bytes
-                + self.table_bytes + self.slots * self.slot_bytes)
+        return (
+            self.fixed_bytes
+            + self.state_bytes
+            + self.workspace_bytes
+            + self.reserve_bytes
+            + self.pinned_bytes
+            + self.table_bytes
+            + self.slots * self.slot_bytes
+        )
 
     @property
     def limited_by(self) -> str:
@@ -168,8 +184,9 @@ class Plan:
             return "link" if link is not None and link < self.bandwidths.disk else "disk"
         return "link" if self.kept_bytes == self.streamed_bytes else "disk"
 
-    def at(self, bandwidths: Bandwidths, store: Store, schedule: PageSchedule,
-           state_traffic: int | None = None) -> "Plan":
+    def at(
+        self, bandwidths: Bandwidths, store: Store, schedule: PageSchedule, state_traffic: int | None = None
+    ) -> "Plan":
         """The same division with its times predicted from other bandwidths, and another use of the state."""
         traffic = self.state_traffic if state_traffic is None else state_traffic
         return _predict(replace(self, bandwidths=bandwidths, state_traffic=traffic), store, schedule)
@@ -182,19 +199,32 @@ class Plan:
     def to_dict(self) -> dict:
         """Plain values for JSON."""
         return {
-            "batch_size": self.batch_size, "memory_budget": self.budget, "least_budget": self.least_budget,
-            "peak_memory_bytes": self.peak_memory_bytes, "fixed_bytes": self.fixed_bytes,
-            "state_bytes": self.state_bytes, "state_bytes_per_step": self.state_traffic,
-            "workspace_bytes": self.workspace_bytes, "reserve_bytes": self.reserve_bytes,
-            "pinned_pages": len(self.pinned), "pinned_bytes": self.pinned_bytes,
-            "resident_tables": list(self.resident_tables), "table_bytes": self.table_bytes,
-            "ring_slots": self.slots, "ring_bytes": self.slots * self.slot_bytes,
-            "streamed_pages": self.streamed_pages, "streamed_bytes": self.streamed_bytes,
+            "batch_size": self.batch_size,
+            "memory_budget": self.budget,
+            "least_budget": self.least_budget,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "fixed_bytes": self.fixed_bytes,
+            "state_bytes": self.state_bytes,
+            "state_bytes_per_step": self.state_traffic,
+            "workspace_bytes": self.workspace_bytes,
+            "reserve_bytes": self.reserve_bytes,
+            "pinned_pages": len(self.pinned),
+            "pinned_bytes": self.pinned_bytes,
+            "resident_tables": list(self.resident_tables),
+            "table_bytes": self.table_bytes,
+            "ring_slots": self.slots,
+            "ring_bytes": self.slots * self.slot_bytes,
+            "streamed_pages": self.streamed_pages,
+            "streamed_bytes": self.streamed_bytes,
             "host_memory_bytes": self.kept_bytes,
-            "bytes_per_token": self.bytes_per_token, "bytes_streamed_per_token": self.bytes_streamed_per_token,
-            "seconds_per_token": self.seconds_per_token, "stall_seconds_per_token": self.stall_per_token,
-            "tokens_per_second": self.tokens_per_second, "limited_by": self.limited_by,
-            "disk_bandwidth": self.bandwidths.disk, "memory_bandwidth": self.bandwidths.memory,
+            "bytes_per_token": self.bytes_per_token,
+            "bytes_streamed_per_token": self.bytes_streamed_per_token,
+            "seconds_per_token": self.seconds_per_token,
+            "stall_seconds_per_token": self.stall_per_token,
+            "tokens_per_second": self.tokens_per_second,
+            "limited_by": self.limited_by,
+            "disk_bandwidth": self.bandwidths.disk,
+            "memory_bandwidth": self.bandwidths.memory,
             "link_bandwidth": self.bandwidths.link,
         }
 
@@ -215,8 +245,11 @@ class Plan:
             ("  ring", ring),
             ("  state", size(self.state_bytes) + (f" of {self.batch_size} sequences" if self.batch_size > 1 else "")),
             ("  norms, scales, workspace", size(self.fixed_bytes + self.workspace_bytes)),
-            *([("  for torch's allocator", f"{size(self.reserve_bytes)}, which it rounds up by and leaves in pieces")]
-              if self.reserve_bytes else []),
+            *(
+                [("  for torch's allocator", f"{size(self.reserve_bytes)}, which it rounds up by and leaves in pieces")]
+                if self.reserve_bytes
+                else []
+            ),
             ("streamed pages", f"{size(self.streamed_bytes)} in {self.streamed_pages} pages"),
             *([] if link is None else [("  kept in host memory", size(self.kept_bytes))]),
             ("bytes per token", size(self.bytes_per_token)),
@@ -224,17 +257,30 @@ class Plan:
             ("disk, memory bandwidth", f"{self.bandwidths.disk / 1e9:.2f}, {self.bandwidths.memory / 1e9:.2f} GB/s"),
             *([] if link is None else [("link to the device", f"{link / 1e9:.2f} GB/s")]),
             ("predicted tokens/s", f"{self.tokens_per_second:.2f}"),
-            ("limited by", f"{self.limited_by} ({100 * self.stall_per_token / self.seconds_per_token:.0f} % of the "
-                           "time waiting for pages)"),
+            (
+                "limited by",
+                f"{self.limited_by} ({100 * self.stall_per_token / self.seconds_per_token:.0f} % of the "
+                "time waiting for pages)",
+            ),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, stream: bool, state_bytes: int,
-              workspace_bytes: int, reserve_bytes: int = 0, batch_size: int = 1, state_traffic: int | None = None,
-              host_room: int = 0,
-              nominal: Bandwidths = NOMINAL) -> Plan:
+def make_plan(
+    store: Store,
+    schedule: PageSchedule,
+    *,
+    budget: int | None,
+    stream: bool,
+    state_bytes: int,
+    workspace_bytes: int,
+    reserve_bytes: int = 0,
+    batch_size: int = 1,
+    state_traffic: int | None = None,
+    host_room: int = 0,
+    nominal: Bandwidths = NOMINAL,
+) -> Plan:
     """Divides `budget` bytes among pinned pages, tables and the ring.
 
     Without a budget everything is resident, or, when `stream` asks for paging, nothing but the least ring is.
@@ -245,8 +291,11 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
     """
     pages = {index: extent(store.pages[index])[1] for index in schedule.uses()}
     slot_bytes = max(pages.values())
-    tables = {name: sum(extent(page)[1] for page in tensor.pages)
-              for name, tensor in store.tensors.items() if tensor.kind == "table"}
+    tables = {
+        name: sum(extent(page)[1] for page in tensor.pages)
+        for name, tensor in store.tensors.items()
+        if tensor.kind == "table"
+    }
     fixed = store.vector_bytes + sum(max(extent(page)[1] for page in store.tensors[name].pages) for name in tables)
     base = fixed + state_bytes + workspace_bytes + reserve_bytes
     everything = base + sum(pages.values()) + sum(tables.values())
@@ -257,8 +306,10 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
         what = "needs at least" if stream else "is not enough to keep everything resident, which needs"
         hint = "" if stream else f"; streaming runs from {size(least)} ({least} bytes) on: stream=True or 'auto'"
         amount = least if stream else everything
-        raise BudgetError(f"memory budget {size(budget)} ({budget} bytes): this {store.model_type} model {what} "
-                          f"{size(amount)} ({amount} bytes){hint}")
+        raise BudgetError(
+            f"memory budget {size(budget)} ({budget} bytes): this {store.model_type} model {what} "
+            f"{size(amount)} ({amount} bytes){hint}"
+        )
 
     def divide(slots: int, limit: int | None) -> Plan:
         room = None if limit is None else limit - base - slots * slot_bytes
@@ -269,15 +320,35 @@ def make_plan(store: Store, schedule: PageSchedule, *, budget: int | None, strea
             resident = ()  # a table's rows cost a few KiB a token: any page is worth more
         streamed = {page: count for page, count in schedule.uses().items() if page not in pinned}
         kept = pins(streamed, {page: pages[page] for page in streamed}, host_room)
-        return _predict(Plan(
-            batch_size=batch_size, budget=budget, fixed_bytes=fixed, state_bytes=state_bytes,
-            state_traffic=4 * state_bytes if state_traffic is None else state_traffic, workspace_bytes=workspace_bytes,
-            reserve_bytes=reserve_bytes, pinned=pinned, pinned_bytes=pinned_bytes, resident_tables=resident,
-            table_bytes=sum(tables.values()) if resident else 0, slots=slots, slot_bytes=slot_bytes,
-            streamed_pages=len(pages) - len(pinned), streamed_bytes=sum(pages.values()) - pinned_bytes,
-            kept=kept, kept_bytes=sum(pages[page] for page in kept),
-            bytes_per_token=0.0, bytes_streamed_per_token=0.0, seconds_per_token=1.0, stall_per_token=0.0,
-            bandwidths=nominal, least_budget=least), store, schedule)
+        return _predict(
+            Plan(
+                batch_size=batch_size,
+                budget=budget,
+                fixed_bytes=fixed,
+                state_bytes=state_bytes,
+                state_traffic=4 * state_bytes if state_traffic is None else state_traffic,
+                workspace_bytes=workspace_bytes,
+                reserve_bytes=reserve_bytes,
+                pinned=pinned,
+                pinned_bytes=pinned_bytes,
+                resident_tables=resident,
+                table_bytes=sum(tables.values()) if resident else 0,
+                slots=slots,
+                slot_bytes=slot_bytes,
+                streamed_pages=len(pages) - len(pinned),
+                streamed_bytes=sum(pages.values()) - pinned_bytes,
+                kept=kept,
+                kept_bytes=sum(pages[page] for page in kept),
+                bytes_per_token=0.0,
+                bytes_streamed_per_token=0.0,
+                seconds_per_token=1.0,
+                stall_per_token=0.0,
+                bandwidths=nominal,
+                least_budget=least,
+            ),
+            store,
+            schedule,
+        )
 
     if not stream or (budget is not None and budget >= base + sum(pages.values())):
         plan = divide(0, budget)
@@ -347,14 +418,18 @@ def _predict(plan: Plan, store: Store, schedule: PageSchedule) -> Plan:
                 if page is not None:
                     ring.release(page)
                     clock.fetch(ring, pages)
-    return replace(plan, bytes_per_token=(clock.read - started.read) / stretch,
-                   bytes_streamed_per_token=(clock.streamed - started.streamed) / stretch,
-                   seconds_per_token=(clock.now - started.now) / stretch,
-                   stall_per_token=(clock.stalled - started.stalled) / stretch)
+    return replace(
+        plan,
+        bytes_per_token=(clock.read - started.read) / stretch,
+        bytes_streamed_per_token=(clock.streamed - started.streamed) / stretch,
+        seconds_per_token=(clock.now - started.now) / stretch,
+        stall_per_token=(clock.stalled - started.stalled) / stretch,
+    )
 
 
-def _runs(step: tuple[int, ...], pinned: frozenset[int], store: Store,
-          schedule: PageSchedule) -> list[tuple[float, float, int | None]]:
+def _runs(
+    step: tuple[int, ...], pinned: frozenset[int], store: Store, schedule: PageSchedule
+) -> list[tuple[float, float, int | None]]:
     """A step as (bytes touched, bytes multiplied, page) per streamed page; neighbouring pinned pages are taken
     together, with page None."""
     out: list[tuple[float, float, int | None]] = []

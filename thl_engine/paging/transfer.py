@@ -85,8 +85,9 @@ class HostTransfer:
         self._tickets: dict[int, int] = {}
 
     def start(self, request: Request, place: int) -> None:
-        self._tickets[place] = self._reader.submit(request.file, request.offset, request.nbytes, self._arena, place,
-                                                   crc=request.crc, label=request.label)
+        self._tickets[place] = self._reader.submit(
+            request.file, request.offset, request.nbytes, self._arena, place, crc=request.crc, label=request.label
+        )
 
     def finish(self, place: int) -> None:
         self._reader.wait(self._tickets.pop(place))
@@ -103,8 +104,15 @@ def keeps_pages(device: torch.device) -> bool:
     return device.type == "cuda" and _native is not None and cuda.available()
 
 
-def open_transfer(reader: Reader, places: Sequence[int], nbytes: int, slot_bytes: int, device: torch.device,
-                  direct_storage: bool = False, kept_bytes: int = 0) -> Transfer:
+def open_transfer(
+    reader: Reader,
+    places: Sequence[int],
+    nbytes: int,
+    slot_bytes: int,
+    device: torch.device,
+    direct_storage: bool = False,
+    kept_bytes: int = 0,
+) -> Transfer:
     """The best transfer to a device that this installation has; where there is a choice the log names it.
 
     places: offsets of all places in the memory of `nbytes`. slot_bytes: the longest page, alignment included.
@@ -116,8 +124,9 @@ def open_transfer(reader: Reader, places: Sequence[int], nbytes: int, slot_bytes
     missing = cuda.reason() if reader.native is not None else "the C++ extension is not built"
     if missing is None:
         _log.info("pages reach %s through the native copy engine", device)
-        return NativeTransfer(reader, places, nbytes, slot_bytes, device, direct_storage=direct_storage,
-                              kept_bytes=kept_bytes)
+        return NativeTransfer(
+            reader, places, nbytes, slot_bytes, device, direct_storage=direct_storage, kept_bytes=kept_bytes
+        )
     _log.warning("pages reach %s through torch, slower than through the native copy engine: %s", device, missing)
     return TorchTransfer(reader, nbytes, slot_bytes, device)
 
@@ -128,9 +137,19 @@ class NativeTransfer:
     copies, compute: what copies, and the handle of the stream that computes; CUDA's unless given.
     """
 
-    def __init__(self, reader: Reader, places: Sequence[int], nbytes: int, slot_bytes: int, device: torch.device,
-                 copies: "_native.CopyDevice | None" = None, compute: Callable[[], int] | None = None,
-                 direct_storage: bool = False, cufile: str = CUFILE, kept_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        places: Sequence[int],
+        nbytes: int,
+        slot_bytes: int,
+        device: torch.device,
+        copies: "_native.CopyDevice | None" = None,
+        compute: Callable[[], int] | None = None,
+        direct_storage: bool = False,
+        cufile: str = CUFILE,
+        kept_bytes: int = 0,
+    ) -> None:
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._compute = compute or (lambda: torch.cuda.current_stream(device).cuda_stream)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -139,8 +158,9 @@ class NativeTransfer:
             self._engine = self._with_direct_storage(make, cufile, reader, kept_bytes) if direct_storage else None
             self._engine = self._engine or _native.CopyEngine(*make, kept_bytes=kept_bytes)
 
-    def _with_direct_storage(self, make: list[Any], cufile: str, reader: Reader,
-                             kept_bytes: int) -> "_native.CopyEngine | None":
+    def _with_direct_storage(
+        self, make: list[Any], cufile: str, reader: Reader, kept_bytes: int
+    ) -> "_native.CopyEngine | None":
         try:
             engine = _native.CopyEngine(*make, cufile, list(reader.paths), kept_bytes)
         except OSError as error:
@@ -159,8 +179,15 @@ class NativeTransfer:
         return self._engine.bytes_direct
 
     def start(self, request: Request, place: int) -> None:
-        self._engine.start(request.file, request.offset, request.nbytes, request.crc, request.label, place,
-                           -1 if request.home is None else request.home)
+        self._engine.start(
+            request.file,
+            request.offset,
+            request.nbytes,
+            request.crc,
+            request.label,
+            place,
+            -1 if request.home is None else request.home,
+        )
 
     def finish(self, place: int) -> None:
         self._engine.finish(place, self._compute())
@@ -176,8 +203,9 @@ class TorchTransfer:
     """Disk to a page-locked staging ring to the device. Copies run on a stream of their own; the host never waits for
     the device, nor the device for the host, except through events."""
 
-    def __init__(self, reader: Reader, nbytes: int, slot_bytes: int, device: torch.device,
-                 streams: "CudaStreams | None" = None) -> None:
+    def __init__(
+        self, reader: Reader, nbytes: int, slot_bytes: int, device: torch.device, streams: "CudaStreams | None" = None
+    ) -> None:
         self.bytes_copied = 0
         self._reader = reader
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -194,8 +222,10 @@ class TorchTransfer:
 
     def start(self, request: Request, place: int) -> None:
         if request.offset % ALIGNMENT + request.nbytes > self._slot_bytes:
-            raise ValueError(f"{request.label}: {request.nbytes} bytes at offset {request.offset} do not fit a staging "
-                             f"slot of {self._slot_bytes}")
+            raise ValueError(
+                f"{request.label}: {request.nbytes} bytes at offset {request.offset} do not fit a staging "
+                f"slot of {self._slot_bytes}"
+            )
         self._copied.pop(place, None)
         self._waiting.append((request, place))
         self._advance()
@@ -223,8 +253,11 @@ class TorchTransfer:
             self._reader.wait(ticket)
             head = request.offset % ALIGNMENT
             begin = slot * self._slot_bytes + head
-            copied = self._streams.copy(self.memory[place + head : place + head + request.nbytes],
-                                        self._host[begin : begin + request.nbytes], self._used.pop(place, None))
+            copied = self._streams.copy(
+                self.memory[place + head : place + head + request.nbytes],
+                self._host[begin : begin + request.nbytes],
+                self._used.pop(place, None),
+            )
             self.bytes_copied += request.nbytes
             self._copied[place] = copied
             self._free.append((slot, copied))
@@ -233,8 +266,15 @@ class TorchTransfer:
             slot, copied = self._free.popleft()
             self._streams.wait_on_host(copied)  # the oldest copy out of a slot; long done unless the link is the limit
             request, place = self._waiting.popleft()
-            ticket = self._reader.submit(request.file, request.offset, request.nbytes, self._staging,
-                                         slot * self._slot_bytes, crc=request.crc, label=request.label)
+            ticket = self._reader.submit(
+                request.file,
+                request.offset,
+                request.nbytes,
+                self._staging,
+                slot * self._slot_bytes,
+                crc=request.crc,
+                label=request.label,
+            )
             self._reading.append((ticket, slot, request, place))
 
 
@@ -251,9 +291,11 @@ class CudaStreams:
         try:
             torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
         except RuntimeError as error:
-            raise DeviceError(f"{error}; copies to the device go through {memory.nbytes} bytes of page-locked host "
-                              "memory: raise the limit on it (ulimit -l unlimited; containers: --ulimit memlock=-1) or "
-                              "leave more memory free") from None
+            raise DeviceError(
+                f"{error}; copies to the device go through {memory.nbytes} bytes of page-locked host "
+                "memory: raise the limit on it (ulimit -l unlimited; containers: --ulimit memlock=-1) or "
+                "leave more memory free"
+            ) from None
 
     def unlock(self, memory: Tensor) -> None:
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())))

@@ -104,11 +104,24 @@ def largest_matrix(store: Store) -> StoredTensor:
     return max((t for t in store.tensors.values() if t.kind == "matrix"), key=lambda t: t.nbytes)
 
 
-def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: int = 0, device: str = "auto",
-              backend: str = "auto", stream: bool | str = "auto", memory_budget: str | int | None = None,
-              threads: int | None = None, batch_size: int = 1, context: int | None = None, kv_cache: str = "float32",
-              sliding_window: int | None = None, host_memory: str | int | None = None,
-              options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def benchmark(
+    path: str | Path,
+    *,
+    tokens: int = 256,
+    warmup: int = 16,
+    seed: int = 0,
+    device: str = "auto",
+    backend: str = "auto",
+    stream: bool | str = "auto",
+    memory_budget: str | int | None = None,
+    threads: int | None = None,
+    batch_size: int = 1,
+    context: int | None = None,
+    kv_cache: str = "float32",
+    sliding_window: int | None = None,
+    host_memory: str | int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Decodes random tokens one at a time and compares with what the memory gives and the plan predicted.
 
     With a batch_size each step takes a token of each sequence, and tokens per second are those of all of them.
@@ -123,13 +136,22 @@ def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: in
     store = open_store(path)
     chosen, ops = choose_device(device), load_ops(backend, choose_device(device).type)
     cache = state_options(store.model_type, context, kv_cache, sliding_window)
-    schedule, plan = divide_memory(store, ops, chosen, stream, memory_budget, batch_size=batch_size,
-                                   host_memory=host_memory, **cache)
+    schedule, plan = divide_memory(
+        store, ops, chosen, stream, memory_budget, batch_size=batch_size, host_memory=host_memory, **cache
+    )
     rates, rows = _Rates(), rows_of_products(store, batch_size)
     rates.measure(store, ops, chosen, plan.streamed_pages > 0, rows)
     reset_peak()
-    with Engine(store, device=str(chosen), backend=backend, stream=stream, memory_budget=memory_budget,
-                batch_size=batch_size, host_memory=host_memory, **cache) as engine:
+    with Engine(
+        store,
+        device=str(chosen),
+        backend=backend,
+        stream=stream,
+        memory_budget=memory_budget,
+        batch_size=batch_size,
+        host_memory=host_memory,
+        **cache,
+    ) as engine:
         plan = engine.plan()
         found = _decode(engine, tokens, warmup, seed, batch_size, options or {})
         found["peak_rss_bytes"] = peak_bytes()
@@ -144,22 +166,40 @@ def benchmark(path: str | Path, *, tokens: int = 256, warmup: int = 16, seed: in
     traffic = state_traffic(store, batch_size, cache, warmup + tokens // 2)
     plan = plan.at(bandwidths, store, schedule, traffic)
     steps = range(warmup, warmup + tokens)
-    read = sum(store.pages[page].nbytes * schedule.touched(page)
-               for t in steps for page in (*schedule.step(t), *schedule.head)) / tokens
+    read = (
+        sum(
+            store.pages[page].nbytes * schedule.touched(page)
+            for t in steps
+            for page in (*schedule.step(t), *schedule.head)
+        )
+        / tokens
+    )
     measured = statistics.median(rates.reading)
     achieved = read * found["tokens_per_second"] / batch_size
     return {
-        **found, "bytes_per_token": read, "achieved_bandwidth": achieved, "measured_bandwidth": measured,
-        "bandwidth_ratio": achieved / measured, "predicted_tokens_per_second": plan.tokens_per_second,
+        **found,
+        "bytes_per_token": read,
+        "achieved_bandwidth": achieved,
+        "measured_bandwidth": measured,
+        "bandwidth_ratio": achieved / measured,
+        "predicted_tokens_per_second": plan.tokens_per_second,
         "prediction_ratio": found["tokens_per_second"] / plan.tokens_per_second,
-        "product_bandwidth": bandwidths.memory, "disk_bandwidth": bandwidths.disk if plan.streamed_pages else None,
-        "link_bandwidth": bandwidths.link, "planned_peak_bytes": plan.peak_memory_bytes,
-        "peak_device_bytes": stats["peak_device_bytes"], "device_bytes_besides": stats["device_bytes_besides"],
-        "budget_enforced": stats["budget_enforced"], "memory_budget": plan.budget,
-        "pinned_bytes": plan.pinned_bytes, "ring_slots": plan.slots, "backend": ops.name,
-        "isa": native.isa() if ops.name == "native" else None, "device": str(chosen),
+        "product_bandwidth": bandwidths.memory,
+        "disk_bandwidth": bandwidths.disk if plan.streamed_pages else None,
+        "link_bandwidth": bandwidths.link,
+        "planned_peak_bytes": plan.peak_memory_bytes,
+        "peak_device_bytes": stats["peak_device_bytes"],
+        "device_bytes_besides": stats["device_bytes_besides"],
+        "budget_enforced": stats["budget_enforced"],
+        "memory_budget": plan.budget,
+        "pinned_bytes": plan.pinned_bytes,
+        "ring_slots": plan.slots,
+        "backend": ops.name,
+        "isa": native.isa() if ops.name == "native" else None,
+        "device": str(chosen),
         "threads": native.threads() if ops.name == "native" else torch.get_num_threads(),
-        "model_type": store.model_type, "path": str(path),
+        "model_type": store.model_type,
+        "path": str(path),
     }
 
 
@@ -183,8 +223,9 @@ class _Rates:
         self.disk.append(disk_bandwidth(store) if streams else NOMINAL.disk)
 
 
-def _decode(engine: Engine, tokens: int, warmup: int, seed: int, batch_size: int,
-            options: Mapping[str, Any]) -> dict[str, Any]:
+def _decode(
+    engine: Engine, tokens: int, warmup: int, seed: int, batch_size: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(engine.config.vocab_size, (warmup + tokens, batch_size), generator=generator)
     state, latencies, resident = engine.new_state(batch_size, **options), [], 0
@@ -199,9 +240,13 @@ def _decode(engine: Engine, tokens: int, warmup: int, seed: int, batch_size: int
     total = sum(latencies)
     ordered, quarter = sorted(latencies), -(-tokens // 4)
     return {
-        "tokens": tokens, "warmup": warmup, "batch_size": batch_size, "seconds": total,
+        "tokens": tokens,
+        "warmup": warmup,
+        "batch_size": batch_size,
+        "seconds": total,
         "tokens_per_second": batch_size * tokens / total,
-        "latency_median": statistics.median(ordered), "latency_p95": ordered[int(0.95 * (tokens - 1))],
+        "latency_median": statistics.median(ordered),
+        "latency_p95": ordered[int(0.95 * (tokens - 1))],
         # Equal, if speed does not depend on the length of the context.
         "latency_first_quarter": statistics.median(latencies[:quarter]),
         "latency_last_quarter": statistics.median(latencies[-quarter:]),
@@ -209,7 +254,8 @@ def _decode(engine: Engine, tokens: int, warmup: int, seed: int, batch_size: int
         "stall_share": (after["stall_seconds"] - before["stall_seconds"]) / total,
         "page_hits": after["page_hits"] - before["page_hits"],
         "page_misses": after["page_misses"] - before["page_misses"],
-        "rss_quarter_bytes": resident, "rss_end_bytes": resident_bytes(),
+        "rss_quarter_bytes": resident,
+        "rss_end_bytes": resident_bytes(),
     }
 
 

@@ -23,15 +23,17 @@ class CharTokenizer(Tokenizer):
     unk_id:  stands for characters without an id and decodes to U+FFFD; None makes them a TokenizerError.
     """
 
-    def __init__(self, ids: dict[str, int], special: dict[str, int], unk_id: int | None, eos_id: int | None,
-                 id_limit: int):
+    def __init__(
+        self, ids: dict[str, int], special: dict[str, int], unk_id: int | None, eos_id: int | None, id_limit: int
+    ):
         self.vocab_size = 1 + max([*ids.values(), *special.values()])
         self.id_limit = id_limit
         self.eos_id = eos_id
         self.unk_id = unk_id
         self._ids = ids
-        self._bytes_of = table_bytes({token: char.encode() for char, token in ids.items()},
-                                      frozenset(special.values()) - {unk_id})
+        self._bytes_of = table_bytes(
+            {token: char.encode() for char, token in ids.items()}, frozenset(special.values()) - {unk_id}
+        )
 
     def encode(self, text: str) -> list[int]:
         ids = self._ids
@@ -95,8 +97,10 @@ def _entries(data: Any) -> tuple[dict[str, int], dict[str, Any]]:
             data = data[key]
     unknown = sorted(set(extra) - set(_ROLE_KEYS) - _OTHER_KEYS)
     if unknown:
-        raise TokenizerError(f"unknown field {unknown[0]!r} beside the character vocabulary; known are "
-                             + ", ".join([*_ROLES, *sorted(_OTHER_KEYS)]))
+        raise TokenizerError(
+            f"unknown field {unknown[0]!r} beside the character vocabulary; known are "
+            + ", ".join([*_ROLES, *sorted(_OTHER_KEYS)])
+        )
     if extra.get("level", "char") != "char":
         raise TokenizerError(f"level is {extra['level']!r}; expected 'char', a character vocabulary")
     if isinstance(data, list) and all(isinstance(char, str) for char in data):
@@ -107,8 +111,10 @@ def _entries(data: Any) -> tuple[dict[str, int], dict[str, Any]]:
     elif isinstance(data, dict):
         entries = {char: _checked_id(char, token) for char, token in data.items()}
     else:
-        raise TokenizerError("neither a Hugging Face tokenizer.json nor a character vocabulary (a map from "
-                             "character to id, or a list of characters)")
+        raise TokenizerError(
+            "neither a Hugging Face tokenizer.json nor a character vocabulary (a map from "
+            "character to id, or a list of characters)"
+        )
     if not entries:
         raise TokenizerError("the character vocabulary is empty")
     owner: dict[int, str] = {}

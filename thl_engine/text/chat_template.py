@@ -82,8 +82,11 @@ def end_ids(files: Mapping[str, str], ids: Mapping[str, int]) -> list[int]:
 
 def _tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Fields such as bos_token: the token itself, or an object that describes it."""
-    values = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()
-              if key.endswith("_token")}
+    values = {
+        key: value.get("content") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key.endswith("_token")
+    }
     return {key: value for key, value in values.items() if isinstance(value, str)}
 
 

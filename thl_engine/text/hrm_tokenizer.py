@@ -102,10 +102,14 @@ def check_fits(vocabulary: Vocabulary, vocab_size: int, checkpoint: str) -> None
         return
     reason = f"{vocabulary.where}: the vocabulary has {vocabulary.size} ids, the model in {checkpoint} {vocab_size}"
     if vocabulary.size > vocab_size:
-        raise TokenizerError(f"{reason}: it belongs to a later or another training run; use the {CONTINUAL_FILE} saved "
-                             f"with this checkpoint, or grow the model to {vocabulary.size} and train it on")
-    raise TokenizerError(f"{reason}: ids {vocabulary.size} to {vocab_size - 1} have no text, so it belongs to an "
-                         f"earlier or another training run; use the {CONTINUAL_FILE} saved with this checkpoint")
+        raise TokenizerError(
+            f"{reason}: it belongs to a later or another training run; use the {CONTINUAL_FILE} saved "
+            f"with this checkpoint, or grow the model to {vocabulary.size} and train it on"
+        )
+    raise TokenizerError(
+        f"{reason}: ids {vocabulary.size} to {vocab_size - 1} have no text, so it belongs to an "
+        f"earlier or another training run; use the {CONTINUAL_FILE} saved with this checkpoint"
+    )
 
 
 def find_vocabulary(vocab_size: int, folder: Path, checkpoint: str, loaded: Any = None) -> Vocabulary | None:
@@ -129,12 +133,16 @@ def find_vocabulary(vocab_size: int, folder: Path, checkpoint: str, loaded: Any 
     if len({_meaning(vocabulary) for vocabulary in fitting}) == 1:
         return fitting[0]
     if fitting:
-        raise TokenizerError(f"{checkpoint}: {len(fitting)} different vocabularies of {vocab_size} ids in {folder}: "
-                             f"{_listed(fitting)}; rename the one saved with this checkpoint to {CONTINUAL_FILE}")
+        raise TokenizerError(
+            f"{checkpoint}: {len(fitting)} different vocabularies of {vocab_size} ids in {folder}: "
+            f"{_listed(fitting)}; rename the one saved with this checkpoint to {CONTINUAL_FILE}"
+        )
     if len(found) == 1:
         check_fits(found[0], vocab_size, checkpoint)
-    raise TokenizerError(f"{checkpoint}: needs a vocabulary of {vocab_size} ids, found {_listed(found)}; put the "
-                         f"{CONTINUAL_FILE} saved with this checkpoint there")
+    raise TokenizerError(
+        f"{checkpoint}: needs a vocabulary of {vocab_size} ids, found {_listed(found)}; put the "
+        f"{CONTINUAL_FILE} saved with this checkpoint there"
+    )
 
 
 def _vocabulary(text: str, where: str) -> Vocabulary:
@@ -142,8 +150,10 @@ def _vocabulary(text: str, where: str) -> Vocabulary:
     stated = json.loads(text)
     stated = stated.get("vocab_size") if isinstance(stated, dict) and "vocab" in stated else None
     if stated is not None and stated != size:
-        raise TokenizerError(f"{where}: states vocab_size {shown(stated)}, but its ids end at {size - 1}; the file is "
-                             "damaged or was edited")
+        raise TokenizerError(
+            f"{where}: states vocab_size {shown(stated)}, but its ids end at {size - 1}; the file is "
+            "damaged or was edited"
+        )
     return Vocabulary(text, size, where)
 
 

@@ -82,8 +82,9 @@ class Sampler:
             else:
                 generator.manual_seed((sampling.seed + row) % (1 << 63))
 
-    def sample(self, logits: torch.Tensor, history: Sequence = (),
-               choose: Choose | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(
+        self, logits: torch.Tensor, history: Sequence = (), choose: Choose | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One token for each row.
 
         logits:  [V] or [B, V], any float dtype and device; not changed.
@@ -105,17 +106,27 @@ class Sampler:
         if len(histories) != len(rows):
             raise EngineError(f"{len(histories)} histories for {len(rows)} rows of logits; give one for each")
         if choose is not None:
-            ids, logprobs = zip(*(self._choose_there(choose, row, seen, generator) for row, seen, generator
-                                  in zip(rows, histories, self._generators, strict=True)), strict=True)
+            ids, logprobs = zip(
+                *(
+                    self._choose_there(choose, row, seen, generator)
+                    for row, seen, generator in zip(rows, histories, self._generators, strict=True)
+                ),
+                strict=True,
+            )
             return torch.tensor(ids).reshape(logits.shape[:-1]), torch.tensor(logprobs).reshape(logits.shape[:-1])
         _check_finite(rows)
-        ids = torch.tensor([self._choose(row, seen, generator) for row, seen, generator
-                            in zip(rows, histories, self._generators, strict=True)])
+        ids = torch.tensor(
+            [
+                self._choose(row, seen, generator)
+                for row, seen, generator in zip(rows, histories, self._generators, strict=True)
+            ]
+        )
         logprobs = rows.gather(1, ids[:, None])[:, 0] - torch.logsumexp(rows, dim=1)
         return ids.reshape(logits.shape[:-1]), logprobs.reshape(logits.shape[:-1])
 
-    def _choose_there(self, choose: Choose, row: torch.Tensor, history: Sequence[int],
-                      generator: torch.Generator) -> tuple[int, float]:
+    def _choose_there(
+        self, choose: Choose, row: torch.Tensor, history: Sequence[int], generator: torch.Generator
+    ) -> tuple[int, float]:
         s = self.sampling
         penalised = self._penalised(row, history)
         uniform = 0.0 if s.temperature == 0 else _draw(generator)
@@ -130,7 +141,7 @@ class Sampler:
         s = self.sampling
         if s.repetition_penalty == 1.0 or not s.repetition_window or not len(history):
             return row
-        return _penalise(row, history[-s.repetition_window:], s.repetition_penalty)
+        return _penalise(row, history[-s.repetition_window :], s.repetition_penalty)
 
     def _choose(self, row: torch.Tensor, history: Sequence[int], generator: torch.Generator) -> int:
         s = self.sampling
@@ -244,10 +255,16 @@ class StopStrings:
             _, start, self.matched = min(found)
             self._held = ""
             return text[:start], True
-        keep = next((n for n in range(min(len(text), self._longest - 1), 0, -1)
-                     if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
-        self._held = text[len(text) - keep:]
-        return text[:len(text) - keep], False
+        keep = next(
+            (
+                n
+                for n in range(min(len(text), self._longest - 1), 0, -1)
+                if any(stop.startswith(text[-n:]) for stop in self._stops)
+            ),
+            0,
+        )
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
 
     @property
     def holding(self) -> bool:

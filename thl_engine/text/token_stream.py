@@ -47,8 +47,10 @@ class Tokenizer(ABC):
 
         TokenizerError where the checkpoint has no chat template, or its template refuses the messages.
         """
-        raise TokenizerError("the checkpoint has no chat template; put its chat_template.jinja or "
-                             "tokenizer_config.json beside it, or give the prompt as text")
+        raise TokenizerError(
+            "the checkpoint has no chat template; put its chat_template.jinja or "
+            "tokenizer_config.json beside it, or give the prompt as text"
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. Special tokens are left out; bytes that are no UTF-8 become U+FFFD."""
@@ -144,5 +146,7 @@ def utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise TokenizerError(f"position {error.start} of the text holds U+{code:04X}, half of a surrogate "
-                             "pair; the text must be valid UTF-8") from None
+        raise TokenizerError(
+            f"position {error.start} of the text holds U+{code:04X}, half of a surrogate "
+            "pair; the text must be valid UTF-8"
+        ) from None

@@ -59,14 +59,16 @@ class HFTokenizer(Tokenizer):
     library replaces the whole run, here the valid characters around it are kept, since they are out already.
     """
 
-    def __init__(self, text: str, id_limit: int, eos_id: int | None = None,
-                 companions: Mapping[str, str] | None = None):
+    def __init__(
+        self, text: str, id_limit: int, eos_id: int | None = None, companions: Mapping[str, str] | None = None
+    ):
         """companions: texts of files beside it, by name, as `chat_template.COMPANIONS` lists them."""
         try:
             import tokenizers
         except ImportError:
             raise TokenizerError(
-                "reading a tokenizer.json needs the package `tokenizers`: pip install tokenizers") from None
+                "reading a tokenizer.json needs the package `tokenizers`: pip install tokenizers"
+            ) from None
         with _library_errors("not a tokenizer.json that `tokenizers` reads"):
             inner = tokenizers.Tokenizer.from_str(text)
         inner.no_truncation()
@@ -74,8 +76,7 @@ class HFTokenizer(Tokenizer):
         self._inner = inner
         self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
         self.id_limit = id_limit
-        special = {added.content: token for token, added in inner.get_added_tokens_decoder().items()
-                   if added.special}
+        special = {added.content: token for token, added in inner.get_added_tokens_decoder().items() if added.special}
         named = next((special[name] for name in _HF_END if name in special), None)
         ends = end_ids(companions or {}, inner.get_vocab(with_added_tokens=True))
         self._end_ids = frozenset(ends)
@@ -196,13 +197,13 @@ class _WindowStream:
         unsettled = text.endswith(REPLACEMENT) or not text.startswith(self._shown)
         if unsettled and len(self._new) < self.LONGEST:
             return ""
-        piece = text[len(self._shown):]
+        piece = text[len(self._shown) :]
         self._before, self._new = self._new, []
         self._shown = self._tokenizer.decode(self._before)
         return piece
 
     def flush(self) -> str:
-        return self._tokenizer.decode(self._before + self._new)[len(self._shown):]
+        return self._tokenizer.decode(self._before + self._new)[len(self._shown) :]
 
 
 # The printable characters that byte-level vocabularies write for the 256 bytes: printable Latin-1 stands for
@@ -211,8 +212,7 @@ _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PLAIN]
 _BYTE_LEVEL = {chr(byte): byte for byte in _PLAIN} | {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 _BYTE_FALLBACK = re.compile("<0x[0-9A-Fa-f]{2}>")
-_STEP_LETTERS = {"ByteLevel": "L", "Replace": "R", "Metaspace": "M", "ByteFallback": "B", "Fuse": "F",
-                 "Strip": "S"}
+_STEP_LETTERS = {"ByteLevel": "L", "Replace": "R", "Metaspace": "M", "ByteFallback": "B", "Fuse": "F", "Strip": "S"}
 
 # Names under which tokenizer.json files keep the token that ends a text, likeliest first.
 _HF_END = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "[EOS]")

@@ -41,18 +41,23 @@ def train_bpe(text: str, vocab_size: int) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < BYTES:
-        raise ConfigError(f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {BYTES}; "
-                          "--tokenizer-type char takes the characters of the text")
+        raise ConfigError(
+            f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {BYTES}; "
+            "--tokenizer-type char takes the characters of the text"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator([text], trainer)
     found = tokenizer.get_vocab_size()
     if found != vocab_size:
-        raise ConfigError(f"the text yields a vocabulary of {found} entries only, not {vocab_size}; "
-                          f"set vocab_size to {found} or less, or use more text")
+        raise ConfigError(
+            f"the text yields a vocabulary of {found} entries only, not {vocab_size}; "
+            f"set vocab_size to {found} or less, or use more text"
+        )
     return tokenizer.to_str()
 
 
@@ -84,9 +89,11 @@ class Lanes:
     def __post_init__(self) -> None:
         needed = self.batch_size * self.chunk
         if len(self.tokens) < needed:
-            raise ConfigError(f"the text is too short: it has {len(self.tokens)} training tokens and "
-                              f"{self.batch_size} sequences of {self.chunk} need {needed}; use more text, or "
-                              f"a smaller batch or chunk")
+            raise ConfigError(
+                f"the text is too short: it has {len(self.tokens)} training tokens and "
+                f"{self.batch_size} sequences of {self.chunk} need {needed}; use more text, or "
+                f"a smaller batch or chunk"
+            )
 
     @property
     def chunks_per_pass(self) -> int:

@@ -52,8 +52,9 @@ class Carry:
         return {"high": self.high, "low": self.low}
 
 
-def deep_supervision(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, labels: Tensor,
-                     cycles: str | Sequence[int] = hrm.NORMAL) -> Supervised:
+def deep_supervision(
+    config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, labels: Tensor, cycles: str | Sequence[int] = hrm.NORMAL
+) -> Supervised:
     """Stablemax cross-entropy and halting targets after every one of `halt_max_steps` segments.
 
     tokens and labels int64 [B, T]; a label of -100 has no loss but counts in the mean, and its row is never right.
@@ -68,8 +69,9 @@ def deep_supervision(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, 
         correct = (scores.detach().argmax(dim=-1) == labels).all(dim=1)
         halt_target, proceed_target = _targets(halt, proceed, correct, s == config.halt_max_steps - 1)
         lm_loss = stablemax_cross_entropy(scores, labels, IGNORED).mean()
-        halting = (functional.binary_cross_entropy_with_logits(halt, halt_target)
-                   + functional.binary_cross_entropy_with_logits(proceed, proceed_target))
+        halting = functional.binary_cross_entropy_with_logits(
+            halt, halt_target
+        ) + functional.binary_cross_entropy_with_logits(proceed, proceed_target)
         segments.append(SegmentLoss(lm_loss + Q_SHARE * halting, lm_loss, halt, proceed, correct))
     return Supervised(torch.stack([part.loss for part in segments]).mean(), tuple(segments), scores)
 
@@ -85,8 +87,15 @@ def _targets(halt: Tensor, proceed: Tensor, correct: Tensor, last: bool) -> tupl
     return correct.float(), torch.where(correct, halt, torch.sigmoid(proceed)).detach()
 
 
-def simple_loss(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, targets: Tensor,
-                carry: Carry | None = None, cycles: str | Sequence[int] = hrm.NORMAL) -> tuple[Tensor, Carry]:
+def simple_loss(
+    config: HRMConfig,
+    weights: Any,
+    ops: Any,
+    tokens: Tensor,
+    targets: Tensor,
+    carry: Carry | None = None,
+    cycles: str | Sequence[int] = hrm.NORMAL,
+) -> tuple[Tensor, Carry]:
     """Cross-entropy after a single segment, over positions whose target is not 0: float32 (), and the next carry.
 
     tokens and targets int64 [B, T]. `carry` holds the states that the batch before ended with; None starts afresh.

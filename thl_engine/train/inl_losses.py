@@ -58,8 +58,16 @@ class IntegratorLoss:
             return self.lambda_mean_init * (1.0 - done * (1.0 - self.annealing_factor))
         return self.lambda_mean_init * self.annealing_factor**done
 
-    def __call__(self, predictions: Tensor, targets: Tensor, x: Tensor, v: Tensor, epoch: int,
-                 exploration: bool = False, learned_mu: Tensor | None = None) -> Losses:
+    def __call__(
+        self,
+        predictions: Tensor,
+        targets: Tensor,
+        x: Tensor,
+        v: Tensor,
+        epoch: int,
+        exploration: bool = False,
+        learned_mu: Tensor | None = None,
+    ) -> Losses:
         """The loss at an epoch, counted from 0.
 
         predictions [N, V] and int64 targets [N] ("ce"), or two tensors alike ("mse"); trajectories x, v [M, T + 1, D].
@@ -94,7 +102,8 @@ def convergence_metrics(x: Tensor, target: Tensor | float, epsilon: float) -> di
     within = ((x[:, 1:] - target).abs() <= epsilon).all(dim=-1)
     first = torch.where(within.any(dim=1), within.int().argmax(dim=1) + 1, steps)
     return {
-        "final_rmse": float((final - target).square().mean().sqrt()), "final_mean": float(final.mean()),
+        "final_rmse": float((final - target).square().mean().sqrt()),
+        "final_mean": float(final.mean()),
         "final_std": float(final.std()),
         "fraction_converged": float(((final - target).abs() <= epsilon).float().mean()),
         "time_to_converge": float(first.float().mean()),

@@ -46,8 +46,9 @@ def train(options: TrainOptions) -> Evaluation:
 def _train(run: Run) -> Evaluation:
     options = run.options
     if run.step >= options.steps:
-        raise ConfigError(f"the run in {options.out} has made {run.step} updates already; ask for more than "
-                          f"{options.steps}")
+        raise ConfigError(
+            f"the run in {options.out} has made {run.step} updates already; ask for more than {options.steps}"
+        )
     progress = Progress(run)
     while run.step < options.steps:
         progress.update(run.update())
@@ -57,8 +58,7 @@ def _train(run: Run) -> Evaluation:
             better = run.best is None or found.bits_per_character < run.best.bits_per_character
             if better:
                 run.best = found
-                checkpoint.export(options.out, run.model.config.to_dict(), run.model.state_dict(),
-                                  run.tokenizer_text)
+                checkpoint.export(options.out, run.model.config.to_dict(), run.model.state_dict(), run.tokenizer_text)
             progress.evaluated(found, better, sample(run.model, run.tokenizer, options.sample_tokens))
         if last or run.step % options.save_every == 0:
             run.save()
@@ -84,22 +84,39 @@ def prepare(options: TrainOptions) -> Run:
     config = parse_config(given, options.model_type, str(options.config))
     objective = kind(config, options.chunk)
     tokenizer = load_tokenizer(tokenizer_text, config.vocab_size, where)
-    lanes = data.Lanes(data.encode(tokenizer, training), options.batch_size, options.chunk, options.carry,
-                       options.seed)
+    lanes = data.Lanes(data.encode(tokenizer, training), options.batch_size, options.chunk, options.carry, options.seed)
     held_out_tokens = data.encode(tokenizer, held_out)
     if len(held_out_tokens) < 2:
-        raise ConfigError(f"the text {options.data} is too short: its held-out part has only "
-                          f"{len(held_out_tokens)} tokens")
+        raise ConfigError(
+            f"the text {options.data} is too short: its held-out part has only {len(held_out_tokens)} tokens"
+        )
     model = TrainableModel(config, options.seed, options.dropout, options.weight_dropout, options.precision)
     matrices, others = model.decayed()
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}],
-                                  lr=options.learning_rate, betas=BETAS, weight_decay=options.weight_decay,
-                                  fused=True)
-    origin = {"config": config.to_dict(), "objective": kind.name,
-              "text": f"CRC-32 {zlib.crc32(text.encode()):08x}",
-              **{name: getattr(options, name) for name in SAME_WHEN_RESUMED}}
-    run = Run(options, model, objective, optimizer, lanes, held_out_tokens, len(held_out_tokens) / len(held_out),
-              tokenizer, tokenizer_text, origin)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+        lr=options.learning_rate,
+        betas=BETAS,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+    origin = {
+        "config": config.to_dict(),
+        "objective": kind.name,
+        "text": f"CRC-32 {zlib.crc32(text.encode()):08x}",
+        **{name: getattr(options, name) for name in SAME_WHEN_RESUMED},
+    }
+    run = Run(
+        options,
+        model,
+        objective,
+        optimizer,
+        lanes,
+        held_out_tokens,
+        len(held_out_tokens) / len(held_out),
+        tokenizer,
+        tokenizer_text,
+        origin,
+    )
     if options.resume:
         try:
             run.restore(tensors, record)
@@ -111,8 +128,13 @@ def prepare(options: TrainOptions) -> Run:
 
 
 @torch.no_grad()
-def evaluate(model: TrainableModel, tokens: Tensor, tokens_per_character: float, lanes: int = 1,
-             objective: Objective | None = None) -> Evaluation:
+def evaluate(
+    model: TrainableModel,
+    tokens: Tensor,
+    tokens_per_character: float,
+    lanes: int = 1,
+    objective: Objective | None = None,
+) -> Evaluation:
     """Loss of a text without noise and dropout, as the objective measures it; None for the model's usual one.
 
     tokens: int64 [n], at least 2. With several lanes the text is cut into as many parts, read side by side,
@@ -141,8 +163,9 @@ def sample(model: TrainableModel, tokenizer: Tokenizer, length: int, prompt: str
     return tokenizer.decode(written)
 
 
-def _tokenizer_text(options: TrainOptions, kind: type[Objective], given: dict[str, Any], training: str,
-                    record: dict[str, Any]) -> tuple[str, str]:
+def _tokenizer_text(
+    options: TrainOptions, kind: type[Objective], given: dict[str, Any], training: str, record: dict[str, Any]
+) -> tuple[str, str]:
     """The tokenizer's JSON and where it came from: the run to be resumed, a file, or the training text."""
     if record:
         return record["tokenizer"], f"{options.out / RESUME_FILE}"
@@ -160,8 +183,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         given = json.loads(path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; give a JSON file") \
-            from None
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; give a JSON file") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(given, dict):

@@ -82,8 +82,9 @@ class TrainableModel(nn.Module):
     precision: of training; "bfloat16" computes the products with matrices in it, the rest in float32.
     """
 
-    def __init__(self, config: Any, seed: int = 0, dropout: float = 0.0, weight_dropout: float = 0.0,
-                 precision: str = "float32") -> None:
+    def __init__(
+        self, config: Any, seed: int = 0, dropout: float = 0.0, weight_dropout: float = 0.0, precision: str = "float32"
+    ) -> None:
         super().__init__()
         self.config = config
         self.arch = architecture(config.model_type)
@@ -141,8 +142,9 @@ class TrainableModel(nn.Module):
 
     def weights(self) -> dict[str, Any]:
         """The parameters as models take them; while training, anew with each call, with a share of the weights zero."""
-        return trainable(self.blocks, dict(self._dropped() if self.training and self.weight_dropout
-                                           else self.named_parameters()))
+        return trainable(
+            self.blocks, dict(self._dropped() if self.training and self.weight_dropout else self.named_parameters())
+        )
 
     def _dropped(self) -> Iterator[tuple[str, Tensor]]:
         named = dict(self.named_parameters())

@@ -50,8 +50,9 @@ class Objective(ABC):
         return None
 
     @abstractmethod
-    def loss(self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any,
-             epoch: int) -> tuple[Tensor, Any]:
+    def loss(
+        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
+    ) -> tuple[Tensor, Any]:
         """Loss () of int64 inputs and the tokens that follow them, both [B, T], and what the next update carries over.
 
         epoch: passes over the text before this one.
@@ -73,8 +74,9 @@ class NextToken(Objective):
     def restore(self, model: TrainableModel, fields: Mapping[str, Tensor]) -> Any:
         return model.state_from_dict(fields)
 
-    def loss(self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any,
-             epoch: int) -> tuple[Tensor, Any]:
+    def loss(
+        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
+    ) -> tuple[Tensor, Any]:
         logits, state = model(inputs, carried)
         return chunk_loss(logits, targets), state.detach()
 
@@ -101,22 +103,36 @@ class Equilibrium(Objective):
         super().__init__(config, chunk)
         self.schedule = cycle_schedule("balanced")
 
-    def loss(self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any,
-             epoch: int) -> tuple[Tensor, Any]:
+    def loss(
+        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
+    ) -> tuple[Tensor, Any]:
         seen: dict[str, Tensor] = {}
-        logits, _ = inl.forward(model.config, model.weights(), model.ops, inputs, model.init_state(len(inputs)),
-                                seen.__setitem__, training=True)
+        logits, _ = inl.forward(
+            model.config,
+            model.weights(),
+            model.ops,
+            inputs,
+            model.init_state(len(inputs)),
+            seen.__setitem__,
+            training=True,
+        )
         name, phase = self.schedule.phase(epoch)
         exploration = name == "exploration"
         weight = "exploration_lambda_mean" if exploration else "lambda_mean_init"
         last = f"layer{model.config.num_layers - 1}."
         losses = replace(IntegratorLoss(), **{weight: phase.lambda_mean})(
-            logits.flatten(0, 1), targets.flatten(), seen[f"{last}x_trajectory"], seen[f"{last}v_trajectory"], epoch,
-            exploration)
+            logits.flatten(0, 1),
+            targets.flatten(),
+            seen[f"{last}x_trajectory"],
+            seen[f"{last}v_trajectory"],
+            epoch,
+            exploration,
+        )
         return losses.total, None
 
     def measure(self, model: TrainableModel, tokens: Tensor, lanes: int) -> float:
         """In windows of a chunk, each token stopping by itself, as text is written."""
+
         def nats(inputs: Tensor, targets: Tensor) -> Tensor:
             weights = model.weights()
             hidden, _ = inl.advance(model.config, weights, model.ops, inputs, model.init_state(len(inputs)))
@@ -144,8 +160,9 @@ class SimpleSegment(Objective):
     def restore(self, model: TrainableModel, fields: Mapping[str, Tensor]) -> Any:
         return Carry(**fields) if fields else None
 
-    def loss(self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any,
-             epoch: int) -> tuple[Tensor, Any]:
+    def loss(
+        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
+    ) -> tuple[Tensor, Any]:
         return simple_loss(model.config, model.weights(), model.ops, inputs, targets, carried)
 
     def measure(self, model: TrainableModel, tokens: Tensor, lanes: int) -> float:
@@ -169,8 +186,9 @@ class DeepSupervision(SimpleSegment):
 
     name = "deep"
 
-    def loss(self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any,
-             epoch: int) -> tuple[Tensor, Any]:
+    def loss(
+        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
+    ) -> tuple[Tensor, Any]:
         return deep_supervision(model.config, model.weights(), model.ops, inputs, targets).loss, None
 
 
@@ -182,11 +200,14 @@ class Answers(Objective):
     def __init__(self, config: Any, chunk: int) -> None:
         super().__init__(config, chunk)
         if chunk < config.max_answer_len:
-            raise ConfigError(f"chunk is {chunk}; it must be at least max_answer_len ({config.max_answer_len}), the "
-                              "tokens of an answer")
+            raise ConfigError(
+                f"chunk is {chunk}; it must be at least max_answer_len ({config.max_answer_len}), the "
+                "tokens of an answer"
+            )
 
-    def loss(self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any,
-             epoch: int) -> tuple[Tensor, Any]:
+    def loss(
+        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
+    ) -> tuple[Tensor, Any]:
         given = inputs.shape[1] - model.config.max_answer_len + 1
         return chunk_loss(self.logits(model, inputs[:, :given]), targets[:, given - 1 :]), None
 
@@ -214,15 +235,19 @@ class Reconstruction(Answers):
 
     name = "reconstruction"
 
-    def loss(self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any,
-             epoch: int) -> tuple[Tensor, Any]:
+    def loss(
+        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
+    ) -> tuple[Tensor, Any]:
         return chunk_loss(self.logits(model, inputs, reconstruction=True), inputs), None
 
 
 # By model_type; the first is the usual one.
 OBJECTIVES: dict[str, tuple[type[Objective], ...]] = {
-    "thl": (NextToken,), "inl": (Equilibrium,), "hrm": (SimpleSegment, DeepSupervision),
-    "him": (Answers, Reconstruction)}
+    "thl": (NextToken,),
+    "inl": (Equilibrium,),
+    "hrm": (SimpleSegment, DeepSupervision),
+    "him": (Answers, Reconstruction),
+}
 
 
 def objective_of(model_type: str, name: str | None = None) -> type[Objective]:
@@ -232,8 +257,9 @@ def objective_of(model_type: str, name: str | None = None) -> type[Objective]:
         raise ConfigError(f"model_type {model_type!r} cannot be trained; these can: {', '.join(OBJECTIVES)}")
     found = next((one for one in known if name in (None, one.name)), None)
     if found is None:
-        raise ConfigError(f"objective is {name!r}; a model of type {model_type} has "
-                          + " and ".join(one.name for one in known))
+        raise ConfigError(
+            f"objective is {name!r}; a model of type {model_type} has " + " and ".join(one.name for one in known)
+        )
     return found
 
 

@@ -20,8 +20,10 @@ class Progress:
         self.total, self.weight = 0.0, 0.0  # of the smoothed loss
         self.started, self.first, self.shown = time.monotonic(), run.step, 0.0
         parameters = sum(p.numel() for p in run.model.parameters())
-        self._print(f"{parameters:,} parameters, {len(run.lanes.tokens):,} tokens to learn from, "
-                    f"{len(run.held_out):,} held out, {run.step} of {run.options.steps} updates done")
+        self._print(
+            f"{parameters:,} parameters, {len(run.lanes.tokens):,} tokens to learn from, "
+            f"{len(run.held_out):,} held out, {run.step} of {run.options.steps} updates done"
+        )
 
     def update(self, loss: float) -> None:
         """Counts an update; shows the smoothed loss, the speed and the time left."""
@@ -34,14 +36,19 @@ class Progress:
         seconds = (now - self.started) / (step - self.first)
         speed = options.batch_size * options.chunk / seconds
         left = int(seconds * (options.steps - step))
-        self._print(f"update {step}/{options.steps}  loss {self.total / self.weight:.3f}  "
-                    f"rate {rate(options, step - 1):.1e}  {speed:,.0f} tokens/s  "
-                    f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", stays=not self.live)
+        self._print(
+            f"update {step}/{options.steps}  loss {self.total / self.weight:.3f}  "
+            f"rate {rate(options, step - 1):.1e}  {speed:,.0f} tokens/s  "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+            stays=not self.live,
+        )
 
     def evaluated(self, found: Evaluation, kept: bool, text: str) -> None:
         """Shows an evaluation and a sample of text."""
-        self._print(f"update {self.run.step}: held-out perplexity {found.perplexity:.2f}, "
-                    f"{found.bits_per_character:.4f} bits per character{', the best so far' if kept else ''}")
+        self._print(
+            f"update {self.run.step}: held-out perplexity {found.perplexity:.2f}, "
+            f"{found.bits_per_character:.4f} bits per character{', the best so far' if kept else ''}"
+        )
         if text:
             self._print("    | " + text.replace("\n", "\n    | "))
 

@@ -57,12 +57,15 @@ class Run:
             group["lr"] = rate(options, self.step)
         model.train()
         with model.casting():
-            loss, state = self.objective.loss(model, inputs, targets, self.state,
-                                              self.step // self.lanes.chunks_per_pass)
+            loss, state = self.objective.loss(
+                model, inputs, targets, self.state, self.step // self.lanes.chunks_per_pass
+            )
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise EngineError(f"the loss is {value} at update {self.step + 1}; resume with a learning rate "
-                              f"below {options.learning_rate:g}")
+            raise EngineError(
+                f"the loss is {value} at update {self.step + 1}; resume with a learning rate "
+                f"below {options.learning_rate:g}"
+            )
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
@@ -88,8 +91,10 @@ class Run:
         for key, value in self.origin.items():
             was = record["origin"].get(key)
             if was != value:
-                raise ConfigError(f"cannot resume {self.options.out}: {key} was {was} and is now {value}; "
-                                  f"give the same as before, or start a new run in another folder")
+                raise ConfigError(
+                    f"cannot resume {self.options.out}: {key} was {was} and is now {value}; "
+                    f"give the same as before, or start a new run in another folder"
+                )
         fields: dict[str, Tensor] = {}
         named = dict(self.model.named_parameters())
         for key, value in tensors.items():
