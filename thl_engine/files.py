@@ -79,3 +79,9 @@ def replacing(path: Path, nbytes: int) -> Iterator[int]:
             os.close(folder)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot write: {error.strerror}; {needs}") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a small file that is complete or, on any failure, as it was. Raises CheckpointError."""
+    with replacing(path, len(content)) as descriptor, open(descriptor, "wb", closefd=False) as file:
+        file.write(content)

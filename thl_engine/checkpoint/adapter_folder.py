@@ -8,18 +8,19 @@ hrm.safetensors              the recurrent modules
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from thl_engine.checkpoint.index import CheckpointIndex, TensorInfo, config_beside, read_index
 from thl_engine.checkpoint.pack import Progress, Source, write_tensors
-from thl_engine.config import Gemma3nConfig, HRMGemma3nConfig, parse_config
+from thl_engine.config import Config, HRMGemma3nConfig, parse_config
+from thl_engine.config.published import hrm_gemma3n_fields
 from thl_engine.errors import CheckpointError, ConfigError, shown
-from thl_engine.files import parse_json, read_text, replacing
-from thl_engine.models import hrm_gemma3n, low_rank
-from thl_engine.published_config import hrm_gemma3n_fields
+from thl_engine.files import parse_json, read_text, write_file
+from thl_engine.models import architecture
+from thl_engine.models.contract import Adapters
 
+MODEL_TYPE = "hrm_gemma3n"
 FOLDERS = {"L": "l_adapter", "H": "h_adapter"}
 RECURRENT = "hrm.safetensors"
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,6 +42,13 @@ UNSUPPORTED = (
 )
 
 
+def layout() -> Adapters[HRMGemma3nConfig]:
+    """Which tensors are the base's, the adapters' and the model's own."""
+    adapters = architecture(MODEL_TYPE).adapters
+    assert adapters is not None
+    return adapters
+
+
 def is_adapter_folder(path: Path) -> bool:
     """Whether any part of an HRM-Gemma is there. Raises ConfigError for a config.json that cannot be read."""
     if not path.is_dir():
@@ -48,7 +56,7 @@ def is_adapter_folder(path: Path) -> bool:
     if any((path / name).exists() for name in FOLDERS.values()):
         return True
     given = (config_beside(path) if (path / RECURRENT).exists() else None) or ({}, "")  # the file may be any model's
-    return "base_model" in given[0] or given[0].get("model_type") == "hrm_gemma3n"
+    return "base_model" in given[0] or given[0].get("model_type") == MODEL_TYPE
 
 
 def base_of(folder: Path) -> tuple[Path, dict[str, Any], str]:
@@ -69,22 +77,22 @@ def base_of(folder: Path) -> tuple[Path, dict[str, Any], str]:
     return folder / base, given, where
 
 
-def adapted_config(given: Mapping[str, Any], base: Mapping[str, Any], where: str) -> HRMGemma3nConfig:
+def adapted_config(given: Mapping[str, Any], base: Config, where: str) -> HRMGemma3nConfig:
     """The whole configuration of what `given` adds to a base of that configuration.
 
     Raises ConfigError, also where `given` repeats one of the base's fields with another value.
     """
-    if base["model_type"] != "gemma3n":
-        raise ConfigError(f"{where}: the base is a {base['model_type']} model; it must be a gemma3n checkpoint")
+    if base.model_type != layout().base:
+        raise ConfigError(f"{where}: the base is a {base.model_type} model; it must be a {layout().base} checkpoint")
+    values = base.to_dict()
     stated = {"model_type": given["model_type"]} if "model_type" in given else {}
     own = hrm_gemma3n_fields({name: value for name, value in given.items() if name != "model_type"}, where)
-    config = parse_config({**base, "model_type": "hrm_gemma3n", **own, **stated}, "hrm_gemma3n", where)
+    config = parse_config({**values, "model_type": MODEL_TYPE, **own, **stated}, MODEL_TYPE, where)
     whole = config.to_dict()
-    for field in fields(Gemma3nConfig):
-        if whole[field.name] != base[field.name]:
+    for name in values.keys() - {"model_type"}:
+        if whole[name] != values[name]:
             raise ConfigError(
-                f"{where}: {field.name} is {shown(whole[field.name])}, but the base has "
-                f"{shown(base[field.name])}; leave it out"
+                f"{where}: {name} is {shown(whole[name])}, but the base has {shown(values[name])}; leave it out"
             )
     return config
 
@@ -99,7 +107,7 @@ def read_adapters(folder: Path, config: HRMGemma3nConfig) -> CheckpointIndex:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in read_index(file).tensors.items():
-            stored = hrm_gemma3n.stored_name(config, name)
+            stored = architecture(MODEL_TYPE).stored_name(config, name)
             if stored in tensors:
                 raise CheckpointError(f"{file}: tensor {shown(name)} is in {tensors[stored].file} as well")
             if stored is not None:
@@ -110,7 +118,7 @@ def read_adapters(folder: Path, config: HRMGemma3nConfig) -> CheckpointIndex:
 def _check_adapter(file: Path, config: HRMGemma3nConfig, side: str) -> None:
     """Whether PEFT's description of an adapter is of what is computed here; the tensors are checked by themselves."""
     given = parse_json(read_text(file), str(file))
-    rank, alpha = low_rank.rank_and_alpha(config, side)
+    rank, alpha = layout().rank_and_alpha(config, side)
     for name, own, expected in (
         ("peft_type", "", "LORA"),
         ("r", f"{side}_rank", rank),
@@ -128,7 +136,7 @@ def _check_adapter(file: Path, config: HRMGemma3nConfig, side: str) -> None:
 
 def adapter_config(config: HRMGemma3nConfig, side: str, base: str) -> dict[str, Any]:
     """PEFT's description of the adapter "L" or "H" of a base at the path `base`."""
-    rank, alpha = low_rank.rank_and_alpha(config, side)
+    rank, alpha = layout().rank_and_alpha(config, side)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -136,7 +144,7 @@ def adapter_config(config: HRMGemma3nConfig, side: str, base: str) -> dict[str, 
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
-        "target_modules": list(low_rank.TARGETS[side]),
+        "target_modules": list(layout().targets[side]),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -154,11 +162,11 @@ def write_adapters(
 
     base: the path of the base as config.json is to have it. sources: the tensors by the names of the model's blocks.
     """
-    names = {RECURRENT: {block.name: block.name for block in hrm_gemma3n.reasoning_blocks(config)}}
+    names = {RECURRENT: {block.name: block.name for block in layout().own(config)}}
     texts = {}
     for side, name in FOLDERS.items():
         names[f"{name}/{ADAPTER_TENSORS}"] = {
-            low_rank.PEFT_PREFIX + block.name: block.name for block in low_rank.side_blocks(config, side)
+            layout().prefix + block.name: block.name for block in layout().blocks(config, side)
         }
         texts[f"{name}/{ADAPTER_CONFIG}"] = adapter_config(config, side, base)
     own = {"model_type": config.model_type, "base_model": base, "hrm": config.to_dict()["hrm"]}
@@ -172,5 +180,4 @@ def write_adapters(
         write_tensors(folder / file, {name: sources[block] for name, block in tensors.items()}, progress)
     for file, content in texts.items():
         text = json.dumps(content, indent=1).encode() + b"\n"
-        with replacing(folder / file, len(text)) as descriptor, open(descriptor, "wb", closefd=False) as out:
-            out.write(text)
+        write_file(folder / file, text)

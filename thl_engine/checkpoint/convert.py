@@ -17,17 +17,15 @@ from typing import Any
 
 import torch
 
-from thl_engine.checkpoint.adapter_folder import FOLDERS, adapted_config, write_adapters
+from thl_engine.checkpoint.adapter_folder import FOLDERS, adapted_config, layout, write_adapters
 from thl_engine.checkpoint.index import PICKLE_SUFFIXES, config_beside, read_config
 from thl_engine.checkpoint.pack import Progress, Source, write_store
 from thl_engine.checkpoint.spool import tensor_sources
 from thl_engine.checkpoint.store import open_store, tokenizer_files
 from thl_engine.config import named_config, parse_config
 from thl_engine.errors import CheckpointError, ConfigError, shown
-from thl_engine.files import replacing
+from thl_engine.files import write_file
 from thl_engine.models import architecture
-from thl_engine.models.hrm_gemma3n import reasoning_blocks
-from thl_engine.models.low_rank import side_blocks
 from thl_engine.schedule import Block
 from thl_engine.text.chat_template import join_files
 from thl_engine.text.hrm_tokenizer import CONTINUAL_FILE, find_vocabulary
@@ -86,19 +84,17 @@ def convert_checkpoint(
     sources = tensor_sources(_adopted(file, parsed, _state_dict(file, loaded)), str(file))
     files = _tokenizer_files(file, parsed, loaded)
     tokenizer = join_files(files) if files else None
-    config = parsed.to_dict()
     if dst.suffix == ".safetensors":
-        write_store(dst, config, sources, tokenizer=tokenizer, progress=progress)
+        write_store(dst, parsed, sources, tokenizer=tokenizer, progress=progress)
         return
     created = not dst.exists()
     try:
         dst.mkdir(exist_ok=True)
-        write_store(dst / "model.safetensors", config, sources, tokenizer=tokenizer, progress=progress)
-        for name, text in {"config.json": json.dumps(config, indent=1) + "\n", **files}.items():
+        write_store(dst / "model.safetensors", parsed, sources, tokenizer=tokenizer, progress=progress)
+        for name, text in {"config.json": json.dumps(parsed.to_dict(), indent=1) + "\n", **files}.items():
             if (dst / name).exists() and (file.parent / name).exists() and (dst / name).samefile(file.parent / name):
                 continue  # converted in place
-            with replacing(dst / name, len(text)) as descriptor, open(descriptor, "wb", closefd=False) as out:
-                out.write(text.encode())
+            write_file(dst / name, text.encode())
     except BaseException as error:
         if created and dst.is_dir() and not os.listdir(dst):
             dst.rmdir()
@@ -122,7 +118,7 @@ def init_checkpoint(
     """
     parsed = _open_config(config, model_type)
     with _fresh_sources(parsed, architecture(parsed.model_type).blocks(parsed), seed) as sources:
-        write_store(dst, parsed.to_dict(), sources, quantize=quantize, group=group, progress=progress)
+        write_store(dst, parsed, sources, quantize=quantize, group=group, progress=progress)
 
 
 def init_adapters(
@@ -145,7 +141,8 @@ def init_adapters(
         parsed = adapted_config(given, store.config, where)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise CheckpointError(f"{dst}: exists and is not an empty folder; adapters are written to a new one")
-    blocks = [block for side in FOLDERS for block in side_blocks(parsed, side)] + [*reasoning_blocks(parsed)]
+    adapters = layout()
+    blocks = [block for side in FOLDERS for block in adapters.blocks(parsed, side)] + [*adapters.own(parsed)]
     path = str(base) if base.is_absolute() else os.path.relpath(base, dst)
     with _fresh_sources(parsed, blocks, seed) as sources:
         write_adapters(dst, parsed, path, sources, progress)
@@ -300,8 +297,7 @@ def _tokenizer_files(file: Path, config: Any, loaded: object) -> dict[str, str]:
 
 def _adopted(file: Path, config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights as the model defines them, where published checkpoints have them otherwise."""
-    adopt = getattr(architecture(config.model_type), "adopt", None)
-    adopted = tensors if adopt is None else adopt(config, tensors)
+    adopted = architecture(config.model_type).adopt(config, tensors)
     for name in [name for name in tensors if adopted[name] is not tensors[name]][:1]:
         _log.warning("%s: %s was saved in use, of shape %s, and is emptied", file, name, list(tensors[name].shape))
     return adopted

@@ -1,4 +1,4 @@
-"""Growing HRM models: more tokens or more layers, of a state dict or of a checkpoint.
+"""Growing models that say what of them grows: more tokens or more layers, of a state dict or of a checkpoint.
 
 What works on state dicts returns new ones and leaves the given ones as they are; tensors that do not change are
 shared, not copied.
@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +16,14 @@ from torch import Tensor
 from thl_engine.checkpoint.pack import Progress, write_store
 from thl_engine.checkpoint.spool import tensor_sources
 from thl_engine.checkpoint.store import Store, open_store
-from thl_engine.config import HRMConfig, parse_config
+from thl_engine.config import Config
 from thl_engine.errors import CheckpointError, ConfigError, TokenizerError
-from thl_engine.models import hrm
+from thl_engine.models import ARCHITECTURES, architecture
+from thl_engine.models.contract import Growth
 from thl_engine.schedule import Block
 from thl_engine.text.hrm_tokenizer import extended
 
-VOCABULARY_TABLES = ("input_embedding.embedding_weight", "output_head.weight")
+C = TypeVar("C", bound=Config)
 
 
 def grow_checkpoint(
@@ -33,7 +35,7 @@ def grow_checkpoint(
     layers: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> HRMConfig:
+) -> Config:
     """Writes a float checkpoint with more tokens, more layers or both to the file `dst`; returns its configuration.
 
     vocab_size: tokens afterwards. text: in place of it, the vocabulary that goes with the checkpoint is extended by the
@@ -42,10 +44,11 @@ def grow_checkpoint(
     TokenizerError where there is no character vocabulary to extend.
     """
     with open_store(src) as store:
+        growth = growth_of(store.config, f"{store.path}: ")
         tensors = _float_tensors(store)
         if Path(dst).exists() and any(Path(dst).samefile(file) for file in store.files):
             raise CheckpointError(f"{dst}: is the file being read; write to another name")
-        config, tokenizer = parse_config(store.config, store.model_type), store.tokenizer_json
+        config, tokenizer = store.config, store.tokenizer_json
         if text is not None:
             if tokenizer is None:
                 raise TokenizerError(
@@ -57,23 +60,29 @@ def grow_checkpoint(
         if vocab_size is not None:
             config, tensors = expand_vocabulary(config, tensors, vocab_size, seed)
         if layers is not None:
-            _grown(config, L_layers=layers, H_layers=layers)
-            config, tensors = expand_layers(config, tensors, layers - config.L_layers, layers - config.H_layers, seed)
-        write_store(dst, config.to_dict(), tensor_sources(tensors, str(src)), tokenizer=tokenizer, progress=progress)
+            config, tensors = expand_layers(config, tensors, dict.fromkeys(growth.layers, layers), seed)
+        write_store(dst, config, tensor_sources(tensors, str(src)), tokenizer=tokenizer, progress=progress)
     return config
 
 
+def growth_of(config: Config, where: str = "") -> Growth:
+    """What grows of a model. Raises ConfigError where nothing does."""
+    growth = architecture(config.model_type).growth
+    if growth is None:
+        able = ", ".join(name for name, own in ARCHITECTURES.items() if own.growth is not None)
+        raise ConfigError(f"{where}{config.model_type} models do not grow; {able} models do")
+    return growth
+
+
 def _float_tensors(store: Store) -> dict[str, Tensor]:
-    if store.model_type != "hrm":
-        raise ConfigError(f"{store.path}: {store.model_type} models do not grow; hrm models do")
     if any(tensor.scales for tensor in store.tensors.values()):
         raise CheckpointError(f"{store.path}: is stored as int8; grow the checkpoint it was made from")
     return {name: store.read(name) for name in store.tensors}
 
 
 def expand_vocabulary(
-    config: HRMConfig, tensors: Mapping[str, Tensor], vocab_size: int, seed: int = 0
-) -> tuple[HRMConfig, dict[str, Tensor]]:
+    config: C, tensors: Mapping[str, Tensor], vocab_size: int, seed: int = 0
+) -> tuple[C, dict[str, Tensor]]:
     """The model with `vocab_size` tokens, at least as many as it has.
 
     Old rows of both tables are kept bit for bit, and so are the logits of old tokens, all states and every decision to
@@ -84,49 +93,48 @@ def expand_vocabulary(
     _check(tensors, before)
     generator = torch.Generator().manual_seed(seed)
     out = dict(tensors)
-    for name in VOCABULARY_TABLES:
+    for name in growth_of(config).vocabulary:
         old = tensors[name]
-        new = hrm.initial(grown, after[name], slice(config.vocab_size, vocab_size), generator)
+        new = architecture(config.model_type).initial(
+            grown, after[name], slice(config.vocab_size, vocab_size), generator
+        )
         out[name] = torch.cat([old, new.to(old)])
     return grown, out
 
 
 def expand_layers(
-    config: HRMConfig, tensors: Mapping[str, Tensor], more_L: int = 0, more_H: int = 0, seed: int = 0
-) -> tuple[HRMConfig, dict[str, Tensor]]:
-    """The model with that many blocks appended to its modules, initialised as a fresh model's.
+    config: C, tensors: Mapping[str, Tensor], layers: Mapping[str, int], seed: int = 0
+) -> tuple[C, dict[str, Tensor]]:
+    """The model with so many layers, by the configuration's fields that count them; new ones as a fresh model's.
 
     New blocks are no identity: the model's function changes and needs further training. They have the inner width of
     the old ones. (The published helper derives it from a rounded ratio, which gives another width for some sizes.)
     """
-    for name, more in (("more_L", more_L), ("more_H", more_H)):
-        if isinstance(more, bool) or not isinstance(more, int) or more < 0:
-            raise ConfigError(f"{name} is {more!r}; it must be a whole number of layers to add, 0 or more")
-    grown = _grown(config, L_layers=config.L_layers + more_L, H_layers=config.H_layers + more_H)
+    grown = _grown(config, **layers)
     before, after = _shapes(config), _shapes(grown)
     _check(tensors, before)
     generator = torch.Generator().manual_seed(seed)
-    like = tensors[VOCABULARY_TABLES[0]]
+    like = tensors[growth_of(config).vocabulary[0]]
     added = {
-        name: hrm.initial(grown, block, slice(None), generator).to(like)
+        name: architecture(config.model_type).initial(grown, block, slice(None), generator).to(like)
         for name, block in after.items()
         if name not in before
     }
     return grown, {**tensors, **added}
 
 
-def _grown(config: HRMConfig, **sizes: int) -> HRMConfig:
+def _grown(config: C, **sizes: int) -> C:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < getattr(config, name):
             raise ConfigError(
                 f"{name} is {size!r}; a model grows to a whole number of at least the "
                 f"{getattr(config, name)} that it has"
             )
-    return replace(config, **sizes)
+    return replace(config, **sizes)  # type: ignore[type-var]  # every configuration is a dataclass
 
 
-def _shapes(config: HRMConfig) -> dict[str, Block]:
-    return {block.name: block for block in hrm.blocks(config)}
+def _shapes(config: Config) -> dict[str, Block]:
+    return {block.name: block for block in architecture(config.model_type).blocks(config)}
 
 
 def _check(tensors: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> None:

@@ -31,14 +31,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import gcd, prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from thl_engine.checkpoint.checksum import crc32c
 from thl_engine.checkpoint.index import DTYPES
 from thl_engine.checkpoint.quant import GROUP, quantize_rows, scale_shape
-from thl_engine.config import parse_config
+from thl_engine.config import Config
 from thl_engine.errors import CheckpointError, ConfigError, shown
 from thl_engine.files import ALIGNMENT, TEXT_LIMIT, replacing
 from thl_engine.models import architecture
@@ -119,7 +119,7 @@ def page_rows(kind: str, rows: int, row_bytes: int) -> int:
 
 def write_store(
     path: str | os.PathLike,
-    config: Mapping,
+    config: Config,
     sources: Mapping[str, Source],
     *,
     quantize: str = "none",
@@ -129,7 +129,7 @@ def write_store(
 ) -> None:
     """Writes the packed file of a model.
 
-    config has a `model_type`; sources hold every tensor of the model; quantize is "none" (matrices keep their dtype)
+    sources hold every tensor of the model; quantize is "none" (matrices keep their dtype)
     or "int8" with a scale a row, or, with group=128, one for each 128 inputs. Takes memory for two chunks of rows
     and one tensor's scales. On any failure nothing is left at `path` that was not there before.
     """
@@ -247,7 +247,7 @@ class PackPlan:
 
 
 def plan_pack(
-    config: Mapping,
+    config: Config,
     sources: Mapping[str, Source],
     *,
     quantize: str,
@@ -260,24 +260,22 @@ def plan_pack(
         raise ConfigError(f"quantize is {quantize!r}, expected 'none' or 'int8'")
     if group is not None and (group != GROUP or quantize != "int8"):
         raise ConfigError(f"group is {group!r}, expected {GROUP} together with quantize 'int8', or none")
-    parsed = parse_config(config, where=where)
-    blocks = architecture(parsed.model_type).blocks(parsed)
-    sources = without_aliases(parsed, sources)
-    check_tensors(blocks, sources, parsed.model_type, where)
+    blocks = architecture(config.model_type).blocks(config)
+    sources = without_aliases(config, sources)
+    check_tensors(blocks, sources, config.model_type, where)
     blocks = [block for block in blocks if block.name in sources]
-    return _lay_out(blocks, sources, quantize, group, json.dumps(parsed.to_dict()), tokenizer, where)
+    return _lay_out(blocks, sources, quantize, group, json.dumps(config.to_dict()), tokenizer, where)
 
 
-def without_aliases(config: Any, found: Mapping[str, T]) -> dict[str, T]:
+def without_aliases(config: Config, found: Mapping[str, T]) -> dict[str, T]:
     """Tensors by the names of the model's blocks.
 
     Published checkpoints repeat shared ones under further names, and may hold the model as one part among others.
     """
     model = architecture(config.model_type)
-    if hasattr(model, "stored_name"):
-        names = {name: model.stored_name(config, name) for name in found}
-        found = {names[name]: value for name, value in found.items() if names[name] is not None}
-    aliases = getattr(model, "aliases", lambda config: {})(config)
+    stored = {name: model.stored_name(config, name) for name in found}
+    found = {own: found[name] for name, own in stored.items() if own is not None}
+    aliases = model.aliases(config)
     out = {name: value for name, value in found.items() if name not in aliases}
     for alias, name in aliases.items():
         if alias in found:

@@ -15,7 +15,7 @@ import torch
 from thl_engine.checkpoint.index import DTYPE_NAMES
 from thl_engine.checkpoint.pack import Source, plan_pack
 from thl_engine.checkpoint.store import Store, open_store
-from thl_engine.config import parse_config
+from thl_engine.config import Config, parse_config
 from thl_engine.errors import CheckpointError, shown
 from thl_engine.memory import size
 
@@ -40,8 +40,8 @@ def spool_tensors(
     in_memory keeps it in RAM, outside of what the process counts as resident; otherwise it is a temporary
     file on disk.
     """
-    fields = parse_config(config, model_type, "config").to_dict()
-    return _spool(fields, tensor_sources(tensors, "state dict"), quantize, group, in_memory, "state dict")
+    parsed = parse_config(config, model_type, "config")
+    return _spool(parsed, tensor_sources(tensors, "state dict"), quantize, group, in_memory, "state dict")
 
 
 def tensor_sources(tensors: Mapping[str, torch.Tensor], where: str) -> dict[str, Source]:
@@ -64,7 +64,7 @@ def _rows(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 
 def _spool(
-    config: Mapping, sources: Mapping[str, Source], quantize: str, group: int | None, in_memory: bool, where: str
+    config: Config, sources: Mapping[str, Source], quantize: str, group: int | None, in_memory: bool, where: str
 ) -> Store:
     plan = plan_pack(config, sources, quantize=quantize, group=group, tokenizer=None, where=where)
     descriptor = None

@@ -39,11 +39,12 @@ from thl_engine.checkpoint.pack import (
 )
 from thl_engine.checkpoint.page import Page, StoredTensor
 from thl_engine.checkpoint.quant import GROUP, scale_shape
-from thl_engine.config import parse_config
+from thl_engine.config import Config, parse_config
 from thl_engine.errors import CheckpointError, ConfigError, EngineError, shown
 from thl_engine.files import parse_json, read_text
 from thl_engine.kernels.int8 import dequantize
 from thl_engine.models import architecture
+from thl_engine.models.contract import AnyArchitecture
 from thl_engine.schedule import Block
 from thl_engine.text.chat_template import COMPANIONS, join_files
 
@@ -54,7 +55,7 @@ TOKENIZER_FILES = ("tokenizer.json", "continual_tokenizer.json", "vocab.json")
 class Store:
     """An open checkpoint.
 
-    config      fields of the configuration, with model_type
+    config      the configuration, one of `thl_engine.config`
     format      "packed" or "plain"
     tensors     every block of the model and, under `<name>.scale` and as vectors, the scales of int8 ones
     pages       all pages, in the order of their index, which is the order of the files
@@ -63,14 +64,22 @@ class Store:
 
     path: Path
     files: tuple[Path, ...]
-    config: dict
-    model_type: str
+    config: Config
     format: str
     tensors: dict[str, StoredTensor]
     pages: tuple[Page, ...]
     tokenizer_json: str | None
     index: CheckpointIndex = field(repr=False)
     descriptor: int | None = field(default=None, repr=False)  # keeps a file without a name alive
+
+    @property
+    def model_type(self) -> str:
+        return self.config.model_type
+
+    @property
+    def architecture(self) -> AnyArchitecture:
+        """The hooks of the model that the tensors are."""
+        return architecture(self.config.model_type)
 
     @property
     def vector_bytes(self) -> int:
@@ -214,7 +223,7 @@ def _open_plain(path: Path, index: CheckpointIndex) -> Store:
 
 
 def _assemble_plain(
-    path: Path, index: CheckpointIndex, config: object, blocks: tuple[Block, ...], tokenizer: str | None
+    path: Path, index: CheckpointIndex, config: Config, blocks: tuple[Block, ...], tokenizer: str | None
 ) -> Store:
     groups = _check_stored(path, index, blocks, config.model_type, None)
     for block in blocks:
@@ -327,7 +336,7 @@ def _page_table(file: Path, info: TensorInfo, entry: object) -> tuple[int, list[
 def _assemble(
     path: Path,
     index: CheckpointIndex,
-    config: object,
+    config: Config,
     groups: Mapping[str, tuple[str, int | None, bool]],
     pages: Mapping[str, tuple[int, list[int] | None]],
     layout: str,
@@ -350,5 +359,4 @@ def _assemble(
         every += own
         scales = name + SCALE_SUFFIX if info.dtype == "I8" and name + SCALE_SUFFIX in groups else None
         tensors[name] = StoredTensor(name, kind, info.shape, DTYPES[info.dtype], tuple(own), scales, group, transposed)
-    fields, kind = config.to_dict(), config.model_type
-    return Store(path, index.files, fields, kind, layout, tensors, tuple(every), tokenizer, index)
+    return Store(path, index.files, config, layout, tensors, tuple(every), tokenizer, index)

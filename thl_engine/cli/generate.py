@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from thl_engine.cli import interrupt
-from thl_engine.cli.effort import described, effort, mode_options, open_state, traced
-from thl_engine.cli.options import cache_options
+from thl_engine.cli.modes import mode_options
+from thl_engine.cli.options import engine_options
 from thl_engine.cli.progress import progress_bar
 from thl_engine.cli.reports import on_device
 from thl_engine.engine import him_batch, hrm_chat
 from thl_engine.engine.engine import Engine, Piece
 from thl_engine.errors import ConfigError, TokenizerError
 from thl_engine.memory import size
+from thl_engine.models.state import State
 from thl_engine.ops import native
 from thl_engine.text.sampler import Sampling
 
@@ -32,25 +33,15 @@ def run(arguments: Namespace) -> None:
         raise ConfigError(f"--state and --save-state go with one prompt, not with {len(prompts)}")
     if not native.available() and arguments.backend != "reference" and not arguments.device.startswith("cuda"):
         print(f"thl: computing with torch, more slowly: {native.reason()}", file=sys.stderr)
-    with Engine.from_pretrained(
-        arguments.model,
-        device=arguments.device,
-        backend=arguments.backend,
-        quantize=arguments.quantize,
-        stream="auto" if arguments.stream is None else arguments.stream,
-        memory_budget=arguments.memory_budget,
-        threads=arguments.threads,
-        batch_size=len(prompts),
-        host_memory=arguments.host_memory,
-        **cache_options(arguments),
-    ) as engine:
+    options = {**engine_options(arguments), "batch_size": len(prompts)}
+    with Engine.from_pretrained(arguments.model, quantize=arguments.quantize, **options) as engine:
         if arguments.stats:
             print(f"thl: model {engine.model_type}, {_backend(engine)}", file=sys.stderr)
         if arguments.input is not None:
             _answer(engine, arguments)
             return
-        state = open_state(engine, arguments.state, arguments.mode, arguments.max_cycles) if len(prompts) == 1 else None
-        names = traced(engine) if arguments.stats or arguments.json else ()
+        state, effort = _state(engine, arguments) if len(prompts) == 1 else None, engine.architecture.effort
+        names = effort.names(engine.config) if effort and (arguments.stats or arguments.json) else ()
         with engine.trace(*names) if names else nullcontext() as trace:
             pieces, timing = _write(engine, _stream(engine, prompts, state, arguments), prompts, arguments.json)
         unread = timing.pop("unread")
@@ -58,7 +49,8 @@ def run(arguments: Namespace) -> None:
             if unread:
                 engine.step(torch.tensor([pieces[0][-1].id]), state)
             engine.save_state(state, arguments.save_state)
-        stats = {**engine.stats(), **timing, **effort(trace), "isa": _isa(engine), "threads": _threads(engine)}
+        worked = effort.summary(trace.values()) if effort and trace and trace.steps else {}
+        stats = {**engine.stats(), **timing, **worked, "isa": _isa(engine), "threads": _threads(engine)}
         if arguments.json:
             found = [
                 {
@@ -71,7 +63,13 @@ def run(arguments: Namespace) -> None:
             ]
             print(json.dumps(found if len(found) > 1 else found[0], ensure_ascii=False))
         if arguments.stats:
-            print(_table(stats), file=sys.stderr)
+            print(_table(stats, effort.rows(stats) if effort and worked else []), file=sys.stderr)
+
+
+def _state(engine: Engine, arguments: Namespace) -> State:
+    """A new state, or the one in a file, in the mode asked for."""
+    options = mode_options(engine.model_type, arguments.mode, arguments.max_cycles)
+    return engine.load_state(arguments.state, **options) if arguments.state else engine.new_state(**options)
 
 
 def _answer(engine: Engine, arguments: Namespace) -> None:
@@ -83,7 +81,7 @@ def _answer(engine: Engine, arguments: Namespace) -> None:
         )
     print(f"thl: {count} prompts answered in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     if arguments.stats:
-        print(_table(engine.stats()), file=sys.stderr)
+        print(_table(engine.stats(), []), file=sys.stderr)
     print(arguments.output)
 
 
@@ -93,10 +91,12 @@ def _sampling(arguments: Namespace, usual: Sampling) -> Sampling:
     return replace(usual, **{name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None})
 
 
-def _stream(engine: Engine, prompts: list[str], state: Any, arguments: Namespace) -> Iterator[tuple[int, Piece]]:
+def _stream(
+    engine: Engine, prompts: list[str], state: State | None, arguments: Namespace
+) -> Iterator[tuple[int, Piece]]:
     """Pieces of the texts that go on from the prompts, or of answers to them where the model chats."""
     stop = [_argument(text) for text in arguments.stop]
-    published = engine.model_type == "hrm"  # its chat is a way of writing
+    published = engine.architecture.answering == "chat"  # its chat is a way of writing
     if published and arguments.chat is not False:
         if len(prompts) > 1:
             raise ConfigError(
@@ -246,7 +246,8 @@ def _backend(engine: Engine) -> str:
     return f"backend {engine.ops.name}{f' ({isa})' if isa else ''} on {engine.device}, {_threads(engine)} threads"
 
 
-def _table(stats: dict[str, Any]) -> str:
+def _table(stats: dict[str, Any], effort: list[tuple[str, str]]) -> str:
+    """Statistics for people; effort: rows that tell how hard the model worked."""
     uses = stats["page_hits"] + stats["page_misses"]
     budget = "none" if stats["memory_budget"] is None else size(stats["memory_budget"])
     rows = []
@@ -256,10 +257,7 @@ def _table(stats: dict[str, Any]) -> str:
             ("prompt", f"{stats['prompt_tokens']} tokens, {stats['prompt_tokens_per_second']:.1f} tokens/s"),
             ("written", f"{stats['new_tokens']} tokens, {f'{speed:.1f} tokens/s' if speed else 'no step timed'}"),
         ]
-    if "segments_per_token" in stats:
-        rows.append(("thinking", f"{stats['segments_per_token']:.2f} segments a token"))
-    if "iterations_per_layer" in stats:
-        rows.append(("iterations", " ".join(f"{mean:.2f}" for mean in stats["iterations_per_layer"]) + " by layer"))
+    rows += effort
     rows += [
         ("bytes streamed", f"{size(stats['bytes_streamed'])}, and {size(stats['bytes_gathered'])} of table rows"),
         ("waited for pages", f"{stats['stall_seconds']:.2f} s of {stats['seconds']:.2f} s"),
@@ -270,8 +268,6 @@ def _table(stats: dict[str, Any]) -> str:
             f"{size(stats['peak_rss_bytes'])} of the whole process",
         ),
     ]
-    if "cycles_per_token" in stats:
-        rows.insert(2, ("reasoning", described(stats)))
     if stats["sliding_window"]:
         rows.append(
             ("attention", f"sees the last {stats['sliding_window']} tokens; those further back are no longer seen")

@@ -194,9 +194,21 @@ def _cache(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def cache_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the engine is to be told of the KV cache."""
-    return {name: getattr(arguments, name) for name in ("context", "kv_cache", "sliding_window")}
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was said of the engine, by the names of `EngineOptions.of`."""
+    names = (
+        "device",
+        "backend",
+        "stream",
+        "memory_budget",
+        "threads",
+        "batch_size",
+        "context",
+        "kv_cache",
+        "sliding_window",
+        "host_memory",
+    )
+    return {name: value for name, value in vars(arguments).items() if name in names and value is not None}
 
 
 def _quantize(parser: argparse.ArgumentParser) -> None:

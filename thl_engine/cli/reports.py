@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from thl_engine.checkpoint.store import open_store
-from thl_engine.cli.effort import mode_options
-from thl_engine.cli.options import cache_options
+from thl_engine.cli.modes import mode_options
+from thl_engine.cli.options import engine_options
 from thl_engine.cli.progress import progress_bar
-from thl_engine.engine.resources import choose_device, divide_memory, nominal, rows_of_products, state_options
+from thl_engine.engine.options import EngineOptions
+from thl_engine.engine.resources import choose_device, divide_memory, nominal, rows_of_products, walked_schedule
 from thl_engine.memory import size
 from thl_engine.ops.backends import load_ops
 from thl_engine.paging.plan import Bandwidths
@@ -27,15 +28,8 @@ def plan(arguments: Namespace) -> None:
     here = device.type == "cpu" or torch.cuda.is_available()
     with open_store(arguments.path) as store:
         modes = mode_options(store.model_type, arguments.mode)
-        schedule, division = divide_memory(
-            store,
-            ops,
-            device,
-            memory_budget=arguments.memory_budget,
-            batch_size=arguments.batch_size,
-            host_memory=arguments.host_memory,
-            **state_options(store.model_type, **cache_options(arguments)),
-        )
+        options = EngineOptions.of(**engine_options(arguments))
+        schedule, division = divide_memory(store, ops, device, options)
         bandwidths = Bandwidths(
             disk=arguments.disk_bandwidth or measure.disk_bandwidth(store),
             memory=arguments.memory_bandwidth
@@ -50,7 +44,9 @@ def plan(arguments: Namespace) -> None:
             if device.type == "cpu"
             else arguments.link_bandwidth or (link_bandwidth(device) if here else assumed.link),
         )
-        found = division.at(bandwidths, store, measure.schedule_of(store, modes) if modes else schedule)
+        found = division.at(
+            bandwidths, store, walked_schedule(store, ops, arguments.batch_size, modes) if modes else schedule
+        )
     if not here and not (arguments.memory_bandwidth and arguments.link_bandwidth):
         print(
             "thl: there is no CUDA device here: of the bandwidths of its memory and of the link, those not given are "
@@ -87,18 +83,11 @@ def bench(arguments: Namespace) -> None:
         options = mode_options(store.model_type, arguments.mode)
     found = measure.benchmark(
         arguments.path,
+        EngineOptions.of(**engine_options(arguments)),
         tokens=arguments.tokens,
         warmup=arguments.warmup,
         seed=arguments.seed,
-        device=arguments.device,
-        backend=arguments.backend,
-        stream="auto" if arguments.stream is None else arguments.stream,
-        memory_budget=arguments.memory_budget,
-        threads=arguments.threads,
-        batch_size=arguments.batch_size,
-        host_memory=arguments.host_memory,
-        options=options,
-        **cache_options(arguments),
+        state_options=options,
     )
     print(json.dumps(found) if arguments.json else _bench_table(found))
 

@@ -13,31 +13,31 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from thl_engine.checkpoint.spool import spool_store, spool_tensors
 from thl_engine.checkpoint.store import Store, open_store
-from thl_engine.config import parse_config
+from thl_engine.checkpoint.tensors import save_tensors
 from thl_engine.device.device_memory import DeviceMemory
 from thl_engine.engine.generation import Piece, Row, generate
 from thl_engine.engine.graphs import Compute, step_graphs
+from thl_engine.engine.options import EngineOptions, check_count
 from thl_engine.engine.resources import (
     FORWARD_CHUNK,
-    check_batch_size,
     choose_device,
     divide_memory,
     for_graphs,
     needs,
     nominal,
     open_pager,
+    page_schedule,
     set_threads,
-    state_options,
 )
 from thl_engine.engine.trace import Trace
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
 from thl_engine.memory import peak_bytes, size
-from thl_engine.models import architecture
+from thl_engine.models.state import State
 from thl_engine.ops.backends import load_ops
 from thl_engine.paging.paged_weights import load_vectors, paged_weights
 from thl_engine.paging.plan import Bandwidths, PageSchedule, Plan
@@ -70,49 +70,26 @@ def _computing(method: Callable) -> Callable:
 class Engine:
     """Runs one model. It holds no context: all that a sequence needs is in its state."""
 
-    def __init__(
-        self,
-        store: Store,
-        *,
-        device: str = "auto",
-        backend: str = "auto",
-        stream: bool | str = "auto",
-        memory_budget: str | int | None = None,
-        threads: int | None = None,
-        batch_size: int = 1,
-        context: int | None = None,
-        kv_cache: str = "float32",
-        sliding_window: int | None = None,
-        host_memory: str | int | None = None,
-    ) -> None:
-        """Takes over `store`. Options as in `from_pretrained`."""
-        set_threads(threads)
-        self.device = choose_device(device)
-        self.ops = load_ops(backend, self.device.type)
-        self.config = parse_config(store.config, store.model_type)
-        self.tokenizer = (
-            None
-            if store.tokenizer_json is None
-            else load_tokenizer(store.tokenizer_json, self.config.vocab_size, str(store.path))
-        )
-        self._model = architecture(store.model_type)
+    def __init__(self, store: Store, options: EngineOptions | None = None) -> None:
+        """Takes over `store`, which is closed with the engine."""
+        options = options or EngineOptions()
+        set_threads(options.threads)
+        self.device = choose_device(options.device)
+        self.ops = load_ops(options.backend, self.device.type)
+        self.config = store.config
+        self.tokenizer: Tokenizer | None = None
+        if store.tokenizer_json is not None:
+            self.tokenizer = load_tokenizer(store.tokenizer_json, self.config.vocab_size, str(store.path))
+        self.architecture = store.architecture
         self._store = store
-        self._options = state_options(store.model_type, context, kv_cache, sliding_window)
-        schedule, self._plan = divide_memory(
-            store,
-            self.ops,
-            self.device,
-            stream,
-            memory_budget,
-            batch_size=batch_size,
-            host_memory=host_memory,
-            **self._options,
-        )
+        self._options = options.for_states(self.architecture)
+        schedule, self._plan = divide_memory(store, self.ops, self.device, options)
         self._schedules: dict[tuple, PageSchedule] = {(): schedule}  # by the options that a state was made with
         self._streams = self._plan.streamed_pages > 0
 
         self._bandwidths = replace(nominal(self.device), link=link_bandwidth(self.device))
-        memory = DeviceMemory(self.device, self._plan.budget, for_graphs(self.ops, self.config, batch_size))
+        graphs_bytes = for_graphs(self.ops, self.config, options.batch_size)
+        memory = DeviceMemory(self.device, self._plan.budget, graphs_bytes)
         with memory.computing():
             vectors = load_vectors(store, self.device)
             self._pager = open_pager(store, self._plan, vectors, self.device)
@@ -120,7 +97,7 @@ class Engine:
         if not self._streams and self._plan.resident_tables:
             self.close()  # all is in memory: nothing needs the file any more
         self._graphs = step_graphs(
-            self._model,
+            self.architecture,
             self.ops,
             self.device,
             self._pager.count_uses,
@@ -133,58 +110,22 @@ class Engine:
         self._memory = memory  # last: what lies in it goes first when the engine does
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike,
-        *,
-        device: str = "auto",
-        backend: str = "auto",
-        quantize: str = "auto",
-        stream: bool | str = "auto",
-        memory_budget: str | int | None = None,
-        threads: int | None = None,
-        batch_size: int = 1,
-        context: int | None = None,
-        kv_cache: str = "float32",
-        sliding_window: int | None = None,
-        host_memory: str | int | None = None,
-    ) -> "Engine":
+    def from_pretrained(cls, path: str | os.PathLike, *, quantize: str = "auto", **options: Any) -> "Engine":
         """Opens a checkpoint: a .safetensors file, or a folder with config.json and *.safetensors.
 
-        device: "auto", "cpu", "cuda", "cuda:N". backend: "auto", "reference" (torch), "native" (C++)
-            or "triton" (CUDA).
-        quantize: "auto" as stored, "int8", or "none" for float weights. stream: True pages weights by schedule, False
-        keeps all resident, "auto" streams if they do not fit. memory_budget: "4GiB", bytes or None; bounds what the
-        engine keeps in memory, a state of `batch_size` sequences included. host_memory: with a CUDA device, how much of
-        what is streamed to it stays page-locked in the host's memory; None for half of what is free, 0 for none.
-
-        Of models with a KV cache, context: positions that a sequence may grow to, None for the most the model has.
-        kv_cache: "float32" or "int8", with a scale for each row. sliding_window: positions that attention sees; that
-        changes the model's results, since tokens further back are no longer seen.
-
-        Raises EngineError with one line that says what to mend.
+        quantize: "auto" as stored, "int8", or "none" for float weights. options: those of `EngineOptions`: device,
+        backend, stream, memory_budget ("4GiB" or bytes), threads, batch_size, context, kv_cache, sliding_window,
+        host_memory. Raises EngineError with one line that says what to mend.
         """
+        chosen = EngineOptions.of(**options)
+        _check_quantize(quantize)
         store = open_store(path)
         quantized = any(tensor.scales for tensor in store.tensors.values())
-        if quantize not in ("auto", "int8", "none"):
-            raise ConfigError(f"quantize is {quantize!r}; it must be 'auto', 'int8' or 'none'")
         if quantize == "none" and quantized:
             raise ConfigError(f"{store.path}: is stored as int8; float weights need the checkpoint it was made from")
         if quantize == "int8" and not quantized:
-            store = spool_store(store, "int8", in_memory=stream is not True and memory_budget is None)
-        return cls(
-            store,
-            device=device,
-            backend=backend,
-            stream=stream,
-            memory_budget=memory_budget,
-            threads=threads,
-            batch_size=batch_size,
-            context=context,
-            kv_cache=kv_cache,
-            sliding_window=sliding_window,
-            host_memory=host_memory,
-        )
+            store = spool_store(store, "int8", in_memory=_spools_in_memory(chosen))
+        return cls(store, chosen)
 
     @classmethod
     def from_state_dict(
@@ -193,44 +134,17 @@ class Engine:
         config: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         *,
-        device: str = "auto",
-        backend: str = "auto",
         quantize: str = "auto",
-        stream: bool | str = "auto",
-        memory_budget: str | int | None = None,
-        threads: int | None = None,
-        batch_size: int = 1,
-        context: int | None = None,
-        kv_cache: str = "float32",
-        sliding_window: int | None = None,
-        host_memory: str | int | None = None,
+        **options: Any,
     ) -> "Engine":
         """An engine over tensors in memory, by their published names; options as in `from_pretrained`.
 
         The tensors are copied, to a temporary file where they are to be streamed.
         """
-        if quantize not in ("auto", "int8", "none"):
-            raise ConfigError(f"quantize is {quantize!r}; it must be 'auto', 'int8' or 'none'")
-        store = spool_tensors(
-            model_type,
-            config,
-            tensors,
-            "int8" if quantize == "int8" else "none",
-            in_memory=stream is not True and memory_budget is None,
-        )
-        return cls(
-            store,
-            device=device,
-            backend=backend,
-            stream=stream,
-            memory_budget=memory_budget,
-            threads=threads,
-            batch_size=batch_size,
-            context=context,
-            kv_cache=kv_cache,
-            sliding_window=sliding_window,
-            host_memory=host_memory,
-        )
+        chosen = EngineOptions.of(**options)
+        _check_quantize(quantize)
+        kind = "int8" if quantize == "int8" else "none"
+        return cls(spool_tensors(model_type, config, tensors, kind, in_memory=_spools_in_memory(chosen)), chosen)
 
     @property
     def model_type(self) -> str:
@@ -238,21 +152,22 @@ class Engine:
         return self._store.model_type
 
     @_computing
-    def new_state(self, batch_size: int = 1, **options: Any) -> Any:
+    def new_state(self, batch_size: int = 1, **options: Any) -> State:
         """The empty state of `batch_size` sequences, with the options that the model has (HRM: `cycles`).
 
         Raises BudgetError if the memory budget has no room for it at its full context.
         """
-        check_batch_size(batch_size)
+        check_count("batch_size", batch_size)
+        self._refuse_unknown("new_state", "option", options, self.architecture.state_options)
         self._check_budget(batch_size)
-        try:
-            return self._model.init_state(
-                self.config, batch_size, self.device, self._weights, **{**self._options, **options}
-            )
-        except TypeError:
-            if not options:
-                raise
-            raise ConfigError(f"new_state: {self.model_type} models have no option {', '.join(options)}") from None
+        return self.architecture.init_state(
+            self.config, batch_size, self.device, self._weights, **{**self._options, **options}
+        )
+
+    def _refuse_unknown(self, method: str, what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ConfigError(f"{method}: {self.model_type} models have no {what} {', '.join(unknown)}")
 
     def _check_budget(self, batch_size: int) -> None:
         plan = self._plan
@@ -268,7 +183,7 @@ class Engine:
             )
 
     @_computing
-    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Feeds one token to each sequence of the batch.
 
         tokens: int64 [B] or [B, 1]. Returns the next token's logits, float32 [B, vocab_size], and the given state,
@@ -286,7 +201,7 @@ class Engine:
         return logits, state
 
     @_computing
-    def prefill(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def prefill(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Feeds int64 [B, T] and returns the logits after the last token only, float32 [B, vocab_size]."""
         started = time.perf_counter()
         tokens = self._check_tokens(tokens, 2, state.batch_size)
@@ -299,7 +214,7 @@ class Engine:
         return logits, state
 
     @_computing
-    def forward(self, tokens: Tensor, state: Any = None, **inputs: Any) -> tuple[Tensor, Any]:
+    def forward(self, tokens: Tensor, state: State | None = None, **inputs: Any) -> tuple[Tensor, State]:
         """A whole sequence: int64 [B, T] -> logits float32 [B, T, vocab_size] after every token, and the state.
 
         `state` defaults to a fresh one. Further inputs by model, INL: attention_mask; HRM: cycles; HIM: mask and
@@ -310,34 +225,27 @@ class Engine:
             state = self.new_state(
                 tokens.shape[0] if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[0] else 1
             )
-        whole = hasattr(self._model, "forward")  # such a model knows which batches its state takes
+        whole = self.architecture.forward is not None  # such a model knows which batches its state takes
+        self._refuse_unknown("forward", "input", inputs, self.architecture.forward_inputs)
         tokens = self._check_tokens(tokens, 2, None if whole else state.batch_size)
         self._check_room(state, tokens.shape[1])
-        if whole:
-            logits = self._forward_whole(tokens, state, inputs)
-        elif inputs:
-            raise ConfigError(f"forward: {self.model_type} models have no input {', '.join(inputs)}")
-        else:
-            logits = self._forward_chained(tokens, state)
+        logits = self._forward_whole(tokens, state, inputs) if whole else self._forward_chained(tokens, state)
         self._count(tokens.numel(), started)
         return logits, state
 
-    def _forward_whole(self, tokens: Tensor, state: Any, inputs: dict[str, Any]) -> Tensor:
-        inputs = {**getattr(state, "options", {}), **inputs}
-        try:
-            walk = self._model.forward_walk(self.config, tuple(tokens.shape), **inputs)
-        except TypeError:
-            raise ConfigError(f"forward: {self.model_type} models have no input {', '.join(inputs)}") from None
+    def _forward_whole(self, tokens: Tensor, state: State, inputs: dict[str, Any]) -> Tensor:
+        inputs, model = {**state.options, **inputs}, self.architecture
+        walk = model.forward_walk(self.config, tuple(tokens.shape), **inputs)
         names = walk.reads(0)
         self._pager.begin(None, lambda: self._schedules[()].once(names), walk.may_stop)
-        logits, following = self._model.forward(
+        logits, following = model.forward(
             self.config, self._weights, self.ops, tokens.to(self.device), state, self._recorder(), **inputs
         )
         state.become(following)
         self._pager.end(None)
         return logits
 
-    def _forward_chained(self, tokens: Tensor, state: Any) -> Tensor:
+    def _forward_chained(self, tokens: Tensor, state: State) -> Tensor:
         batch, length = tokens.shape
         out = torch.empty(batch, length, self.config.vocab_size, device=self.device)
         span = max(1, FORWARD_CHUNK // batch)
@@ -348,56 +256,56 @@ class Engine:
             self._end(state)
         return out
 
-    def _run(self, tokens: Tensor, state: Any) -> list[Tensor]:
+    def _run(self, tokens: Tensor, state: State) -> list[Tensor]:
         """Feeds [B, n] in as many passes as the model needs; the hidden states of each. Logits are to follow."""
         self._begin(state, tokens.shape[1])
-        return [self._pass(self._advance, part, state) for part in tokens.split(self._model.chunk(self.config), dim=1)]
+        return [
+            self._pass(self._advance, part, state) for part in tokens.split(self.architecture.chunk(self.config), dim=1)
+        ]
 
-    def _pass(self, compute: Compute, tokens: Tensor, state: Any) -> Tensor:
+    def _pass(self, compute: Compute, tokens: Tensor, state: State) -> Tensor:
         """What `compute` makes of tokens [B, n] that the model takes at once; the state follows."""
-        out = None
-        if self._graphs is not None and self._trace is None and tokens.shape[1] == 1:
-            out = self._graphs.step(self._model.graph_key(self.config, state), tokens, state, compute)
+        out, graph_key = None, self.architecture.graph_key
+        if self._graphs is not None and graph_key is not None and self._trace is None and tokens.shape[1] == 1:
+            out = self._graphs.step(graph_key(self.config, state), tokens, state, compute)
         if out is None:
             out, following = compute(tokens.to(self.device), state)
             state.become(following)  # ops update tensors in place: the caller's object must not lag behind them
         return out
 
-    def _advance(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return self._model.advance(self.config, self._weights, self.ops, tokens, state, self._recorder())
+    def _advance(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.architecture.advance(self.config, self._weights, self.ops, tokens, state, self._recorder())
 
-    def _advance_to_logits(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def _advance_to_logits(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         hidden, following = self._advance(tokens, state)
         return self._logits(hidden[:, -1]), following
 
-    def _begin(self, state: Any, count: int) -> None:
+    def _begin(self, state: State, count: int) -> None:
         """Tells the pager which passes over the weights `count` tokens take."""
-        passes = -(-count // self._model.chunk(self.config))
+        passes = -(-count // self.architecture.chunk(self.config))
         schedule, t = self._schedule(state), self._starts_at(state, count)
         if passes == 1:
             self._pager.begin(self._key(state, t), lambda: schedule.decode(t), schedule.may_stop)
         else:
             self._pager.begin(("prompt", t, passes), lambda: schedule.prompt(t, passes), schedule.may_stop)
 
-    def _end(self, state: Any) -> None:
+    def _end(self, state: State) -> None:
         """Announces the next step."""
         self._pager.end(self._key(state, self._starts_at(state, 1)))
 
-    def _starts_at(self, state: Any, count: int) -> int:
+    def _starts_at(self, state: State, count: int) -> int:
         """Step of the schedule at which the next `count` tokens begin."""
-        starts_at = getattr(self._model, "starts_at", None)
-        return state.timestep if starts_at is None else starts_at(self.config, state, count)
+        return self.architecture.starts_at(self.config, state, count)
 
-    def _schedule(self, state: Any) -> PageSchedule:
-        options = getattr(state, "options", {})
+    def _schedule(self, state: State) -> PageSchedule:
+        options = state.options
         key = tuple(sorted(options.items()))
         if key not in self._schedules:
-            walk = self._model.walk(self.config, **options)
-            self._schedules[key] = PageSchedule(self._store, walk, self._model.head(self.config))
+            self._schedules[key] = page_schedule(self._store, self.ops, state.batch_size, **options)
             self._schedules[key].pin(frozenset(self._plan.pinned))
         return self._schedules[key]
 
-    def _key(self, state: Any, t: int) -> tuple:
+    def _key(self, state: State, t: int) -> tuple:
         schedule = self._schedule(state)
         return "decode", id(schedule), t % schedule.period
 
@@ -408,7 +316,7 @@ class Engine:
         return self._trace.record
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self._model.logits(self.config, self._weights, self.ops, hidden)
+        logits = self.architecture.logits(self.config, self._weights, self.ops, hidden)
         if self._trace is not None:
             self._trace.record("logits", logits)
         return logits
@@ -427,12 +335,11 @@ class Engine:
             )
         return tokens
 
-    def _check_room(self, state: Any, count: int) -> None:
+    def _check_room(self, state: State, count: int) -> None:
         """Refuses more tokens than the state has room for, before anything is computed."""
-        if hasattr(self._model, "check_room"):
-            self._model.check_room(self.config, state, count)
+        self.architecture.check_room(self.config, state, count)
 
-    def _check_prompt(self, state: Any, length: int, count: int) -> None:
+    def _check_prompt(self, state: State, length: int, count: int) -> None:
         """The same for a prompt of `length` tokens and `count` new ones, the last of which is not read."""
         try:
             self._check_room(state, length + max(count - 1, 0))
@@ -454,7 +361,7 @@ class Engine:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
-        state: Any = None,
+        state: State | None = None,
     ) -> Iterator[Piece]:
         """Continues a prompt, token by token. Temperature 0 takes the likeliest token.
 
@@ -491,7 +398,7 @@ class Engine:
             raise ConfigError(f"prompts is {prompts!r}; it must be a list of at least one prompt")
         sampling, options = Sampling(temperature, top_k, top_p, repetition_penalty, seed), dict(state_options or {})
         rows = [self._row(prompt, max_new_tokens, sampling, stop) for prompt in prompts]
-        if getattr(self._model, "ROWS_MEET", False):
+        if self.architecture.rows_meet:
             return (
                 (i, piece)
                 for i, row in enumerate(rows)
@@ -568,34 +475,32 @@ class Engine:
         finally:
             self._trace = None
 
-    def save_state(self, state: Any, path: str | os.PathLike) -> None:
+    def save_state(self, state: State, path: str | os.PathLike) -> None:
         """Writes a context to a safetensors file; `load_state` continues it bit for bit."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(
-                state.to_dict(),
-                temporary,
-                metadata={"thl_engine.state": self.model_type, "thl_engine.config": json.dumps(self.config.to_dict())},
-            )
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise CheckpointError(f"{path}: the state cannot be written: {error}") from None
+        metadata = {"thl_engine.state": self.model_type, "thl_engine.config": json.dumps(self.config.to_dict())}
+        save_tensors(Path(path), state.to_dict(), metadata)
 
-    def load_state(self, path: str | os.PathLike) -> Any:
-        """Reads a context that `save_state` wrote for a model of the same configuration."""
+    def load_state(self, path: str | os.PathLike, **options: Any) -> State:
+        """Reads a context that `save_state` wrote for a model of the same configuration.
+
+        options: those of `new_state` that the context is to go on with, in place of its own (HRM: `cycles`).
+        """
+        if options:
+            self._refuse_unknown("load_state", "option", options, self.architecture.state_options)
         try:
-            return self.state_from_dict(load_file(path))
+            state = self.state_from_dict(load_file(path))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a readable state file: {error}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
+        if options and self.architecture.with_options is not None:
+            state = self.architecture.with_options(self.config, state, **options)
+        return state
 
     @_computing
-    def state_from_dict(self, values: Mapping[str, Tensor]) -> Any:
+    def state_from_dict(self, values: Mapping[str, Tensor]) -> State:
         """The state whose `to_dict` gave `values`, in an engine with the same options of the KV cache."""
-        state = self._model.state_from_dict(self.config, values, self.ops, self.device, **self._options)
+        state = self.architecture.state_from_dict(self.config, values, self.ops, self.device, **self._options)
         self._check_budget(state.batch_size)
         return state
 
@@ -609,3 +514,13 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_quantize(quantize: str) -> None:
+    if quantize not in ("auto", "int8", "none"):
+        raise ConfigError(f"quantize is {quantize!r}; it must be 'auto', 'int8' or 'none'")
+
+
+def _spools_in_memory(options: EngineOptions) -> bool:
+    """Whether a packed copy lies in memory, outside of the budget, rather than in a temporary file."""
+    return options.stream is not True and options.memory_budget is None

@@ -25,6 +25,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from thl_engine.models.contract import AnyArchitecture
+from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Held, Matrix, Part, Table
 
 _log = logging.getLogger("thl_engine")
@@ -329,7 +331,7 @@ class StepGraphs:
             result, following = compute(self._ports.tokens(tokens.shape[0]), state)
         self._ports.result(result)
         try:
-            grow(own, settle(own, list(leaves(following))))
+            grow(own, copy_back(own, list(leaves(following))))
         except RuntimeError as error:
             state.become(following)
             self._give_up(error)
@@ -343,7 +345,7 @@ class StepGraphs:
                 recorder.begin()
                 made, following = compute(fed, state)
                 result = self._ports.result(made).copy_(made)
-                growth = settle(own, list(leaves(following)))
+                growth = copy_back(own, list(leaves(following)))
                 recorder.end()
             return Tape(recorder, result, addresses(own), growth)
         except torch.OutOfMemoryError as error:
@@ -374,10 +376,10 @@ class StepGraphs:
 
 
 def step_graphs(
-    model: Any, ops: Any, device: torch.device, count_uses: Callable[[int], None], **memory: Any
+    model: AnyArchitecture, ops: ReferenceOps, device: torch.device, count_uses: Callable[[int], None], **memory: Any
 ) -> StepGraphs | None:
     """An engine's tapes, None where device, ops or model have no graphs; `memory` as CudaCaptures takes it."""
-    if device.type != "cuda" or not hasattr(ops, "recorder") or not hasattr(model, "graph_key"):
+    if device.type != "cuda" or not ops.capturable or model.graph_key is None:
         return None
     return StepGraphs(ops, CudaCaptures(device, **memory), device, count_uses)
 
@@ -397,7 +399,7 @@ def addresses(own: list[Leaf]) -> list[int]:
     return [value.data_ptr() for _, _, value in own if isinstance(value, Tensor)]
 
 
-def settle(before: list[Leaf], after: list[Leaf]) -> dict[int, int]:
+def copy_back(before: list[Leaf], after: list[Leaf]) -> dict[int, int]:
     """Copies tensors that a step made anew to where the state's own lie; how its numbers grow, by their place.
 
     Raises RuntimeError if the state changes in another way: then a replay would not do what the step does.

@@ -38,7 +38,7 @@ def answer_file(
     form, TokenizerError for a prompt without tokens, CheckpointError where target cannot be written.
     """
     source, target = Path(source), Path(target)
-    if engine.model_type != "him":
+    if engine.architecture.answering != "block":
         raise ConfigError(
             f"{source}: prompts from a file are for models that answer in one pass (him); this is a "
             f"{engine.model_type} model, which takes one prompt"

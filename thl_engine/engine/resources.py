@@ -1,19 +1,19 @@
 """What an engine runs on: device, threads, and the division of its memory."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
-from inspect import signature
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
 from thl_engine.checkpoint.store import Store
-from thl_engine.config import parse_config
 from thl_engine.device.caching_allocator import LARGE_ROUNDING, LARGE_SEGMENT, MIB, SMALL_SEGMENT, reserved
+from thl_engine.engine.options import EngineOptions
 from thl_engine.errors import ConfigError
-from thl_engine.memory import available_memory, parse_bytes
-from thl_engine.models import architecture
+from thl_engine.memory import available_memory
+from thl_engine.models.contract import AnyArchitecture
+from thl_engine.models.state import tensors_of
 from thl_engine.ops import native
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.paging.pager import Pager
@@ -30,26 +30,13 @@ GRAPHS_BYTES, GRAPHS_LOGITS = 32 * MIB, 8
 
 
 def divide_memory(
-    store: Store,
-    ops: ReferenceOps,
-    device: torch.device,
-    stream: bool | str = "auto",
-    memory_budget: str | int | None = None,
-    *,
-    batch_size: int = 1,
-    host_memory: str | int | None = None,
-    **options: Any,
+    store: Store, ops: ReferenceOps, device: torch.device, options: EngineOptions
 ) -> tuple[PageSchedule, Plan]:
-    """What an engine pins and streams for states of `batch_size` with these options; none of the weights is read."""
-    if stream not in (True, False, "auto"):
-        raise ConfigError(f"stream is {stream!r}; it must be True, False or 'auto'")
-    check_batch_size(batch_size)
-    config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
-    products = model.products(config) if hasattr(model, "products") else {}
-    schedule = PageSchedule(store, model.walk(config), model.head(config), products, touched(store, ops, batch_size))
-    limit = None if memory_budget is None else parse_bytes(memory_budget)
-    room = host_room(device, host_memory)
-    needed = needs(store, ops, device, batch_size, options)
+    """What an engine pins and streams for states of the batch size; none of the weights is read."""
+    batch_size, states = options.batch_size, options.for_states(store.architecture)
+    schedule = page_schedule(store, ops, batch_size)
+    room = host_room(device, options.host_memory)
+    needed = needs(store, ops, device, batch_size, states)
 
     def plan(limit: int | None, stream: bool) -> Plan:
         return make_plan(
@@ -61,18 +48,36 @@ def divide_memory(
             state_bytes=needed.state,
             workspace_bytes=needed.workspace,
             reserve_bytes=needed.reserve,
-            state_traffic=state_traffic(store, batch_size, options),
+            state_traffic=state_traffic(store, batch_size, states),
             nominal=nominal(device),
             host_room=room,
         )
 
-    if stream != "auto":
-        return schedule, plan(limit, stream)
-    if limit is None:
-        limit = available_memory(device)
-        whole = plan(None, False)
-        return schedule, whole if whole.peak_memory_bytes <= limit else plan(limit, True)
-    return schedule, plan(limit, True)
+    if options.stream != "auto":
+        return schedule, plan(options.memory_budget, options.stream)
+    if options.memory_budget is not None:
+        return schedule, plan(options.memory_budget, True)
+    limit = available_memory(device)
+    whole = plan(None, False)
+    return schedule, whole if whole.peak_memory_bytes <= limit else plan(limit, True)
+
+
+def walked_schedule(store: Store, ops: ReferenceOps, batch_size: int, state_options: Mapping[str, Any]) -> PageSchedule:
+    """What steps read of states made with these options. Pages are pinned whatever a state's options are."""
+    state = store.architecture.init_state(store.config, batch_size, "meta", **state_options)
+    return page_schedule(store, ops, batch_size, **state.options)
+
+
+def page_schedule(store: Store, ops: ReferenceOps, batch_size: int, **walking: Any) -> PageSchedule:
+    """What steps of a batch read, in pages. walking: options that the walk of a state depends on."""
+    model, config = store.architecture, store.config
+    return PageSchedule(
+        store,
+        model.walk(config, **walking),
+        model.head(config),
+        model.products(config),
+        touched(store, ops, batch_size),
+    )
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Needs:
 
 def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int, options: dict[str, Any]) -> Needs:
     """What a state of `batch_size` sequences takes on a device."""
-    config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
+    config, model = store.config, store.architecture
     state = model.init_state(config, batch_size, "meta", **options)
     matrices = [tensor for tensor in store.tensors.values() if tensor.kind == "matrix"]
     largest = max(page.nbytes // tensor.dtype.itemsize for tensor in matrices for page in tensor.pages)
@@ -99,37 +104,33 @@ def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int
     reserve = 0
     if device.type == "cuda":
         kept = [4 * prod(tensor.shape) for tensor in store.tensors.values() if tensor.kind == "vector"]
-        kept += [tensor.nbytes for tensor in tensors(state)]
+        kept += [tensor.nbytes for tensor in tensors_of(state)]
         reserve = reserved(kept) - sum(kept) + fragments(passing, scratch)
         reserve += LARGE_ROUNDING + for_graphs(ops, config, batch_size)  # of the pager's one block
     return Needs(state.nbytes, passing + scratch, reserve)
 
 
 def workspace(
-    model: Any, config: Any, ops: ReferenceOps, state: Any, page_elements: int, columns: int
+    model: AnyArchitecture, config: Any, ops: ReferenceOps, state: Any, page_elements: int, columns: int
 ) -> tuple[int, int]:
     """Bytes of activations and logits, and of what the ops take beside them.
 
     page_elements: weights of the largest page. columns: of the widest matrix.
     """
-    reused = model.reused(config) if hasattr(model, "reused") else 0
-    rows = max(WORKSPACE_LOGITS * state.batch_size, 0 if hasattr(model, "forward") else FORWARD_CHUNK)
+    rows = max(WORKSPACE_LOGITS * state.batch_size, 0 if model.forward is not None else FORWARD_CHUNK)
     activations, scores = model.workspace(config, state)
-    inputs = (
-        state.batch_size * (model.step_rows(config) if hasattr(model, "step_rows") else model.chunk(config)) * columns
-    )
+    inputs = state.batch_size * (model.pass_rows or model.chunk)(config) * columns
     if not ops.in_place:  # all but a cache is written anew
-        activations += state.nbytes - (state.cache.nbytes if hasattr(state, "cache") else 0)
-    dequantized = state.cache.dequantized_bytes if hasattr(state, "cache") else 0
+        activations += state.nbytes - state.kept_bytes
     return (
         4 * rows * config.vocab_size + activations,
-        ops.scratch_bytes(page_elements, reused, scores, inputs, dequantized),
+        ops.scratch_bytes(page_elements, model.reused(config), scores, inputs, state.dequantized_bytes),
     )
 
 
 def for_graphs(ops: ReferenceOps, config: Any, batch_size: int) -> int:
     """Bytes that are kept for captured steps, where ops are captured."""
-    return GRAPHS_BYTES + 4 * GRAPHS_LOGITS * batch_size * config.vocab_size if hasattr(ops, "recorder") else 0
+    return GRAPHS_BYTES + 4 * GRAPHS_LOGITS * batch_size * config.vocab_size if ops.capturable else 0
 
 
 def fragments(passing: int, scratch: int) -> int:
@@ -140,22 +141,9 @@ def fragments(passing: int, scratch: int) -> int:
     return SMALL_SEGMENT + LARGE_SEGMENT + passing // 2 + scratch
 
 
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors of a state, with those of dataclasses and lists in it."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors(item)
-    elif is_dataclass(value):
-        yield from tensors(list(vars(value).values()))
-
-
-def state_traffic(store: Store, batch_size: int, options: dict[str, Any], position: int | None = None) -> int | None:
-    """Bytes of the state that a token reads or writes, if the model says; at half of its context unless given."""
-    config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
-    if not hasattr(model, "traffic"):
-        return None
+def state_traffic(store: Store, batch_size: int, options: dict[str, Any], position: int | None = None) -> int:
+    """Bytes of the state that a token reads or writes, at half of its context unless given."""
+    model, config = store.architecture, store.config
     return model.traffic(config, model.init_state(config, batch_size, "meta", **options), position)
 
 
@@ -164,45 +152,22 @@ def touched(store: Store, ops: ReferenceOps, batch_size: int) -> dict[str, float
 
     Columns that are not needed can only be left out where the file stores the matrix by columns.
     """
-    config, model = parse_config(store.config, store.model_type), architecture(store.model_type)
-    shares = model.touched(config) if hasattr(model, "touched") else {}
+    model, config = store.architecture, store.config
     by_columns = {block.name for block in model.blocks(config) if block.transposed}
     rows = rows_of_products(store, batch_size)
     return {
         name: 1.0 - (1.0 - share) ** rows
-        for name, share in shares.items()
+        for name, share in model.touched(config).items()
         if share <= ops.sparse_share and (name not in by_columns or store.tensors[name].transposed)
     }
 
 
 def rows_of_products(store: Store, batch_size: int) -> int:
     """Rows of activations that the products of one step have."""
-    model = architecture(store.model_type)
-    rows = model.step_rows(parse_config(store.config, store.model_type)) if hasattr(model, "step_rows") else 1
-    return batch_size * rows
+    return batch_size * store.architecture.step_rows(store.config)
 
 
-def state_options(model_type: str, context: int | None, kv_cache: str, sliding_window: int | None) -> dict[str, Any]:
-    """Options for the model's `init_state`; only what differs from the defaults. Raises ConfigError if it has none."""
-    given = {
-        "context": context,
-        "kv_cache": None if kv_cache == "float32" else kv_cache,
-        "sliding_window": sliding_window,
-    }
-    options = {name: value for name, value in given.items() if value is not None}
-    unknown = options.keys() - signature(architecture(model_type).init_state).parameters.keys()
-    for name in sorted(unknown):
-        raise ConfigError(f"{name} is {options[name]!r}, but {model_type} models have no such option; leave it out")
-    return options
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raises ConfigError for a batch size that is none."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
-
-
-def host_room(device: torch.device, host_memory: str | int | None) -> int:
+def host_room(device: torch.device, host_memory: int | None) -> int:
     """Bytes of host memory that pages streamed to a device may stay in: as given, or a share of what is free now.
 
     None without the copy engine. Raises ConfigError on the CPU, where memory_budget bounds it.
@@ -217,7 +182,7 @@ def host_room(device: torch.device, host_memory: str | int | None) -> int:
         return 0
     if host_memory is None:
         return int(available_memory(torch.device("cpu")) * HOST_SHARE)
-    return 0 if host_memory in (0, "0") else parse_bytes(host_memory)
+    return host_memory
 
 
 def open_pager(store: Store, plan: Plan, vectors: Mapping[str, torch.Tensor], device: torch.device) -> Pager:
@@ -267,8 +232,6 @@ def set_threads(threads: int | None) -> None:
     """Threads of the CPU backends; None leaves them as they are."""
     if threads is None:
         return
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ConfigError(f"threads is {threads!r}; it must be a whole number of at least 1")
     torch.set_num_threads(threads)
     if native.available():
         native.set_threads(threads)

@@ -10,6 +10,14 @@ class Trace:
         self.steps: list[dict[str, Tensor]] = []
         self._names = names
 
+    def values(self) -> dict[str, list[Tensor]]:
+        """What was recorded under each name, in the order of the steps."""
+        out: dict[str, list[Tensor]] = {}
+        for step in self.steps:
+            for name, value in step.items():
+                out.setdefault(name, []).append(value)
+        return out
+
     def record(self, name: str, value: Tensor) -> None:
         """Notes a value of the current step."""
         if self._names is None or name in self._names:

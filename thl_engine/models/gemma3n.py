@@ -6,7 +6,7 @@ features of a per-layer input.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from thl_engine.config import FULL, SLIDING, Gemma3nConfig
-from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.errors import ConfigError
 from thl_engine.kernels.altup import magnitude, scaled_to
 from thl_engine.models import kv_cache as kv_caches
+from thl_engine.models.cached_state import CachedState, restored
+from thl_engine.models.contract import Architecture, Ops, Record, Weights
 from thl_engine.models.kv_cache import KVCache
 from thl_engine.ops.cached_attention import bucket
 from thl_engine.schedule import Block, Walk
-
-Record = Callable[[str, Tensor], None]
 
 CHUNK = 64  # tokens of a prompt that share one pass over the weights
 TIED = "model.embed_tokens.weight"  # also the projection to the vocabulary
@@ -39,33 +39,13 @@ SHARED_AWAY = ("self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.
 
 
 @dataclass
-class State:
+class State(CachedState):
     """Context of a batch of sequences: keys and values of the layers that have their own, in the order of the layers.
 
     layers: the numbers of these layers. context: positions that the sequences may grow to.
     """
 
-    timestep: int
-    context: int
     layers: tuple[int, ...]
-    cache: KVCache
-
-    @property
-    def batch_size(self) -> int:
-        return self.cache.batch_size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the state takes on its device, with a cache that has room for the whole context."""
-        return self.cache.nbytes
-
-    def clone(self) -> "State":
-        """An independent copy: advancing one leaves the other as it is."""
-        return State(self.timestep, self.context, self.layers, self.cache.clone(self.timestep))
-
-    def become(self, other: "State") -> None:
-        """Takes over the other's values without copying them."""
-        vars(self).update(vars(other))
 
     def named(self) -> dict[str, Tensor]:
         """The fields, not copied."""
@@ -73,10 +53,6 @@ class State:
         for i, held in zip(self.layers, self.cache.layers, strict=True):
             out |= {f"layers.{i}.self_attn.{name}": rows for name, rows in held.named(self.timestep).items()}
         return out
-
-    def to_dict(self) -> dict[str, Tensor]:
-        """Copies of the fields on the CPU, enough to restart anywhere."""
-        return {name: value.detach().cpu().clone() for name, value in self.named().items()}
 
 
 def blocks(config: Gemma3nConfig) -> tuple[Block, ...]:
@@ -221,7 +197,7 @@ def init_state(
     config: Gemma3nConfig,
     batch_size: int,
     device: torch.device | str = "cpu",
-    weights: Mapping[str, Any] | None = None,
+    weights: Weights | None = None,
     *,
     context: int | None = None,
     kv_cache: str = "float32",
@@ -243,26 +219,17 @@ def init_state(
     cache = kv_caches.empty(
         [_window(c, i) for i in layers], batch_size, c.num_key_value_heads, c.head_dim, context, device, kv_cache
     )
-    return State(0, context, layers, cache)
+    return State(0, context, cache, layers)
 
 
 def state_from_dict(
-    config: Gemma3nConfig, values: Mapping[str, Tensor], ops: Any, device: torch.device | str = "cpu", **options: Any
+    config: Gemma3nConfig, values: Mapping[str, Tensor], ops: Ops, device: torch.device | str = "cpu", **options: Any
 ) -> State:
     """The state that `State.to_dict` described, with the options of `init_state`, which are those it was made with.
 
     Raises CheckpointError on a missing field, a wrong shape or another kind of cache.
     """
-    first, step = values.get("layers.0.self_attn.keys"), values.get("timestep")
-    batch = first.shape[0] if first is not None and first.dim() == 4 else 1
-    length = int(step) if step is not None and step.numel() == 1 else 0
-    state = init_state(config, max(batch, 1), device, **options)
-    if not 0 <= length <= state.context:
-        raise CheckpointError(f"state: timestep is {length}; it must be from 0 to the context's {state.context}")
-    state.timestep = length
-    state.cache.seek(length)
-    kv_caches.restore(state.named(), values)
-    return state
+    return restored(lambda batch: init_state(config, batch, device, **options), values, "layers.0.self_attn.keys")
 
 
 def check_room(config: Gemma3nConfig, state: State, count: int) -> None:
@@ -278,7 +245,7 @@ def graph_key(config: Gemma3nConfig, state: State) -> int:
 
 
 def advance(
-    config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+    config: Gemma3nConfig, weights: Weights, ops: Ops, tokens: Tensor, state: State, record: Record | None = None
 ) -> tuple[Tensor, State]:
     """Feeds int64 [B, T] to the sequences of the batch.
 
@@ -291,7 +258,7 @@ def advance(
 
 
 def forward(
-    config: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+    config: Gemma3nConfig, weights: Weights, ops: Ops, tokens: Tensor, state: State, record: Record | None = None
 ) -> tuple[Tensor, State]:
     """A whole sequence int64 [B, T] behind what the state holds: logits [B, T, vocab_size] and the next state.
 
@@ -315,14 +282,14 @@ def forward_walk(config: Gemma3nConfig, tokens_shape: tuple[int, int]) -> Walk:
     return Walk(once * -(-tokens_shape[1] // CHUNK))
 
 
-def logits(config: Gemma3nConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
+def logits(config: Gemma3nConfig, weights: Weights, ops: Ops, hidden: Tensor) -> Tensor:
     """Scores of the next token. hidden [N, D] as returned by `advance` -> float32 [N, vocab_size]."""
     scores, cap = ops.linear(hidden, weights[TIED]), config.final_logit_softcapping
     return scores if cap is None else scores.div_(cap).tanh_() * cap
 
 
 def decode(
-    c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None, *, last: bool
+    c: Gemma3nConfig, weights: Weights, ops: Ops, tokens: Tensor, state: State, record: Record | None, *, last: bool
 ) -> tuple[Tensor, State]:
     """Every layer over tokens [B, T]: features before the final norm [B, T, D], and the next state.
 
@@ -344,13 +311,13 @@ def decode(
         if record is not None:
             record(f"layer{i}.altup_state", streams)
     x = collapse(c, weights, ops, streams[:, :, -1:].contiguous() if last else streams)
-    return x, State(state.timestep + tokens.shape[1], state.context, state.layers, state.cache)
+    return x, State(state.timestep + tokens.shape[1], state.context, state.cache, state.layers)
 
 
 class Attention:
     """What the layers of one pass over T positions share: rotary tables, and the cache that they attend to."""
 
-    def __init__(self, c: Gemma3nConfig, ops: Any, state: State, rows: int, device: torch.device) -> None:
+    def __init__(self, c: Gemma3nConfig, ops: Ops, state: State, rows: int, device: torch.device) -> None:
         self._config, self._layers = c, state.layers
         self._attend = ops.cached_attention(state.cache, state.timestep, rows, device)
         self._positions = self._attend.positions
@@ -362,7 +329,7 @@ class Attention:
         """From here on x is of the last position only, in layers that read what others left."""
         self._positions, self._tables = self._positions[-1:], {}
 
-    def __call__(self, weights: Any, ops: Any, i: int, x: Tensor) -> Tensor:
+    def __call__(self, weights: Weights, ops: Ops, i: int, x: Tensor) -> Tensor:
         """Layer i's attention of x [B, T, D] to what is visible, the output projection included."""
         c, kind, source = self._config, self._config.layer_types[i], self._config.kv_source(i)
         prefix, number = f"model.layers.{i}.self_attn.", self._layers.index(source)
@@ -382,7 +349,7 @@ class Attention:
         return ops.linear(mixed, weights[f"{prefix}o_proj.weight"])
 
 
-def embed(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def embed(c: Gemma3nConfig, weights: Weights, ops: Ops, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Embedded tokens [B, T, D] and what each layer adds of its own, [B, T, L, P], of int64 [B, T]."""
     width, per_layer = c.hidden_size, c.hidden_size_per_layer_input
     x = ops.gather(weights[TIED], tokens.flatten()).unflatten(0, tokens.shape) * sqrt(width)
@@ -395,7 +362,7 @@ def embed(c: Gemma3nConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[Ten
     return x, (projected + table.view_as(projected)) * 2.0**-0.5
 
 
-def expand(c: Gemma3nConfig, weights: Any, ops: Any, x: Tensor) -> Tensor:
+def expand(c: Gemma3nConfig, weights: Weights, ops: Ops, x: Tensor) -> Tensor:
     """The streams [n, B, T, D] that begin with x [B, T, D]: itself, and projections of its magnitude."""
     target = magnitude(x)
     others = [
@@ -405,7 +372,7 @@ def expand(c: Gemma3nConfig, weights: Any, ops: Any, x: Tensor) -> Tensor:
     return torch.stack([x, *others])
 
 
-def collapse(c: Gemma3nConfig, weights: Any, ops: Any, streams: Tensor) -> Tensor:
+def collapse(c: Gemma3nConfig, weights: Weights, ops: Ops, streams: Tensor) -> Tensor:
     """The mean of the streams [n, B, T, D], the others brought back to the first one's magnitude: [B, T, D]."""
     target = magnitude(streams[0])
     others = [
@@ -415,7 +382,7 @@ def collapse(c: Gemma3nConfig, weights: Any, ops: Any, streams: Tensor) -> Tenso
     return torch.stack([streams[0], *others]).mean(dim=0)
 
 
-def normalise(c: Gemma3nConfig, weights: Any, ops: Any, x: Tensor, record: Record | None) -> Tensor:
+def normalise(c: Gemma3nConfig, weights: Weights, ops: Ops, x: Tensor, record: Record | None) -> Tensor:
     """The final norm, of [..., D]."""
     hidden = ops.rms_norm(x, weights["model.norm.weight"], c.rms_norm_eps)
     if record is not None:
@@ -424,7 +391,7 @@ def normalise(c: Gemma3nConfig, weights: Any, ops: Any, x: Tensor, record: Recor
 
 
 def layer(
-    c: Gemma3nConfig, weights: Any, ops: Any, i: int, streams: Tensor, own_input: Tensor, attention: Attention
+    c: Gemma3nConfig, weights: Weights, ops: Ops, i: int, streams: Tensor, own_input: Tensor, attention: Attention
 ) -> Tensor:
     """One decoder layer: streams [n, B, T, D] and its per-layer input [B, T, P] to the next streams."""
     prefix, a = f"model.layers.{i}.", c.altup_active_idx
@@ -479,3 +446,28 @@ def _per_layer(c: Gemma3nConfig) -> int:
 def _window(c: Gemma3nConfig, i: int) -> int | None:
     """Positions that layer i sees, None for all."""
     return c.sliding_window if c.layer_types[i] == SLIDING else None
+
+
+ARCHITECTURE: Architecture[Gemma3nConfig, State] = Architecture(
+    model_type="gemma3n",
+    blocks=blocks,
+    initial=initial,
+    aliases=aliases,
+    stored_name=stored_name,
+    walk=walk,
+    head=head,
+    touched=touched,
+    workspace=workspace,
+    traffic=traffic,
+    init_state=init_state,
+    state_from_dict=state_from_dict,
+    state_options=("context", "kv_cache"),
+    check_room=check_room,
+    longest=lambda config: config.max_position_embeddings,
+    chunk=chunk,
+    advance=advance,
+    logits=logits,
+    forward=forward,
+    forward_walk=forward_walk,
+    graph_key=graph_key,
+)

@@ -11,8 +11,8 @@ positions are blocked in attention, but take part in the means that are written 
 a token that finds the answer block empty, encodes the context into P answers; each further token takes the next one.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
 from typing import Any
@@ -23,10 +23,10 @@ from torch import Tensor
 from thl_engine.config import HIM_POSITIONS, HIMConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.sinusoid import sinusoid
-from thl_engine.models.state_fields import check_fields
+from thl_engine.models.contract import Architecture, Ops, Record, Weights
+from thl_engine.models.state import State as BaseState
+from thl_engine.models.state import taken_fields
 from thl_engine.schedule import Block, Walk
-
-Record = Callable[[str, Tensor], None]
 
 REASONING_WIDTH = 64  # features of a reasoning token that are read
 REASONING_EVERY = 3  # blocks between two uses of the reasoning buffer
@@ -34,12 +34,11 @@ READ_RATE = 0.1  # share of what is read, from memory or reasoning buffer, that 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MEMORY = ("read_key", "read_value", "write_key", "write_erase", "write_add")
 REASONING = ("project_to_reasoning", "project_from_reasoning")
-ROWS_MEET = True  # sequences of a batch share the reasoning buffer, so each one's answer depends on the others
 TIED = "embedding.weight"  # also the projection to the vocabulary
 
 
 @dataclass
-class State:
+class State(BaseState):
     """What passes leave behind, and what the token loop needs to serve answers.
 
     memory [1 or B, m, D], reasoning_embeddings [R, D], of all sequences together: the published mutable buffers.
@@ -58,20 +57,6 @@ class State:
     def batch_size(self) -> int:
         return self.context.shape[0]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the state occupies on its device."""
-        return sum(t.numel() * t.element_size() for t in vars(self).values() if isinstance(t, Tensor))
-
-    def clone(self) -> "State":
-        """An independent copy: stepping one leaves the other as it is."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return State(**{name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()})
-
-    def become(self, other: "State") -> None:
-        """Takes over the other's values without copying them."""
-        vars(self).update(vars(other))
-
     def reset_memory(self) -> None:
         """Empties the slot memory, as published: zeros of batch 1. All else stays, the reasoning buffer included."""
         self.memory = torch.zeros_like(self.memory[:1])
@@ -86,10 +71,6 @@ class State:
             "context_valid": torch.tensor(self.context_valid),
             "answer": self.answer,
         }
-
-    def to_dict(self) -> dict[str, Tensor]:
-        """Copies of the fields on the CPU, enough to restart anywhere."""
-        return {name: value.detach().cpu().clone() for name, value in self.named().items()}
 
 
 def blocks(config: HIMConfig) -> tuple[Block, ...]:
@@ -236,7 +217,7 @@ def chunk(config: HIMConfig) -> int:
 
 
 def init_state(
-    config: HIMConfig, batch_size: int, device: torch.device | str = "cpu", weights: Mapping[str, Any] | None = None
+    config: HIMConfig, batch_size: int, device: torch.device | str = "cpu", weights: Weights | None = None
 ) -> State:
     """The state of `batch_size` fresh sequences: memory and reasoning buffer as in the checkpoint, or zeros without."""
     c = config
@@ -261,7 +242,7 @@ def _unserved(c: HIMConfig, batch_size: int, device: torch.device | str) -> dict
 
 
 def state_from_dict(
-    config: HIMConfig, values: Mapping[str, Tensor], ops: Any, device: torch.device | str = "cpu"
+    config: HIMConfig, values: Mapping[str, Tensor], ops: Ops, device: torch.device | str = "cpu"
 ) -> State:
     """The state that `State.to_dict` described; of the published fields alone, one with nothing read yet.
 
@@ -277,11 +258,7 @@ def state_from_dict(
     memory = values.get("memory")
     if memory is not None and memory.dim() == 3 and memory.shape[0] == batch:  # of each row, after the first pass
         expected["memory"] = expected["memory"].expand(batch, -1, -1)
-    check_fields(values, expected)
-    taken = {
-        name: values[name].detach().to(device=device, dtype=like.dtype, copy=True).contiguous()
-        for name, like in expected.items()
-    }
+    taken = taken_fields(values, expected, device)
     timestep, valid = int(taken.pop("timestep")), int(taken.pop("context_valid"))
     if timestep < 0 or not 0 <= valid <= config.max_seq_len:
         raise CheckpointError(
@@ -311,7 +288,7 @@ def starts_at(config: HIMConfig, state: State, count: int) -> int:
 
 
 def advance(
-    config: HIMConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+    config: HIMConfig, weights: Weights, ops: Ops, tokens: Tensor, state: State, record: Record | None = None
 ) -> tuple[Tensor, State]:
     """Adds tokens, int64 [B, n], to the context and serves one answer position: (its features [B, 1, D], state).
 
@@ -337,15 +314,15 @@ def advance(
     )
 
 
-def logits(config: HIMConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
+def logits(config: HIMConfig, weights: Weights, ops: Ops, hidden: Tensor) -> Tensor:
     """Scores of the token at an answer position, or at an input position: [N, D] -> float32 [N, vocab_size]."""
     return ops.linear(hidden, weights[TIED], weights["decoder_projection.bias"])
 
 
 def forward(
     config: HIMConfig,
-    weights: Any,
-    ops: Any,
+    weights: Weights,
+    ops: Ops,
     tokens: Tensor,
     state: State,
     record: Record | None = None,
@@ -407,8 +384,8 @@ def _blocked(mask: Tensor, batch: int, length: int) -> Tensor:
 
 def _encode(
     c: HIMConfig,
-    weights: Any,
-    ops: Any,
+    weights: Weights,
+    ops: Ops,
     tokens: Tensor,
     memory: Tensor,
     reasoning: Tensor,
@@ -437,7 +414,7 @@ def _encode(
     return x, memory, reasoning
 
 
-def _decode(c: HIMConfig, weights: Any, ops: Any, encoded: Tensor, blocked: Tensor | None) -> Tensor:
+def _decode(c: HIMConfig, weights: Weights, ops: Ops, encoded: Tensor, blocked: Tensor | None) -> Tensor:
     """The answer positions' features [B, P, D]: learned queries over the encoded input [B, L, D]."""
     prefix = "decoder_cross_attention."
     queries = weights["decoder_query"].expand(encoded.shape[0], -1, -1)
@@ -446,7 +423,7 @@ def _decode(c: HIMConfig, weights: Any, ops: Any, encoded: Tensor, blocked: Tens
 
 
 def _attend(
-    c: HIMConfig, weights: Any, ops: Any, prefix: str, queries: Tensor, source: Tensor, blocked: Tensor | None
+    c: HIMConfig, weights: Weights, ops: Ops, prefix: str, queries: Tensor, source: Tensor, blocked: Tensor | None
 ) -> Tensor:
     """Attention of queries [B, T, D] over source [B, L, D] in both directions, output projection included."""
 
@@ -459,7 +436,7 @@ def _attend(
     return ops.linear(mixed.transpose(1, 2).flatten(2), weights[f"{prefix}o_proj.weight"])
 
 
-def _two_speeds(weights: Any, ops: Any, prefix: str, x: Tensor, attended: Tensor) -> Tensor:
+def _two_speeds(weights: Weights, ops: Ops, prefix: str, x: Tensor, attended: Tensor) -> Tensor:
     """x + attended, plus the gated blend of the feed-forward (slow) and its own normalised input (fast)."""
     prefix, norm = f"{prefix}multi_speed.", f"{prefix}norm2"
     x, fast = ops.add_layer_norm(x, attended, weights[f"{norm}.weight"], weights[f"{norm}.bias"])
@@ -469,19 +446,19 @@ def _two_speeds(weights: Any, ops: Any, prefix: str, x: Tensor, attended: Tensor
     )
 
 
-def _read_memory(c: HIMConfig, weights: Any, ops: Any, x: Tensor, memory: Tensor) -> Tensor:
+def _read_memory(c: HIMConfig, weights: Weights, ops: Ops, x: Tensor, memory: Tensor) -> Tensor:
     query = ops.linear(x, weights["memory.read_key.weight"])
     content = ops.prefix_read(query, memory, 1.0 / sqrt(c.mem_rank))
     return ops.linear(content, weights["memory.read_value.weight"])
 
 
-def _write_memory(weights: Any, ops: Any, mean: Tensor, memory: Tensor) -> Tensor:
+def _write_memory(weights: Weights, ops: Ops, mean: Tensor, memory: Tensor) -> Tensor:
     inputs = ops.linear(mean, weights["memory.write_key.weight"])
     erase, add = ops.linears(inputs, [weights[f"memory.{name}.weight"] for name in ("write_erase", "write_add")])
     return ops.erase_then_add(memory, erase, add)
 
 
-def _read_reasoning(weights: Any, ops: Any, mean: Tensor, reasoning: Tensor) -> Tensor:
+def _read_reasoning(weights: Weights, ops: Ops, mean: Tensor, reasoning: Tensor) -> Tensor:
     """The same signal [B, 1, D] for all positions of a sequence."""
     query = ops.linear(mean, weights["reasoning_module.project_to_reasoning.weight"])[:, None]
     content = ops.prefix_read(query, reasoning[None], 1.0)
@@ -496,3 +473,29 @@ def _positions(length: int, width: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=4)
 def _table(width: int) -> Tensor:
     return sinusoid(HIM_POSITIONS, width)
+
+
+ARCHITECTURE: Architecture[HIMConfig, State] = Architecture(
+    model_type="him",
+    blocks=blocks,
+    initial=initial,
+    aliases=aliases,
+    adopt=adopt,
+    walk=walk,
+    head=head,
+    starts_at=starts_at,
+    step_rows=step_rows,
+    pass_rows=step_rows,
+    workspace=workspace,
+    init_state=init_state,
+    state_from_dict=state_from_dict,
+    rows_meet=True,  # sequences of a batch share the reasoning buffer, so each one's answer depends on the others
+    longest=lambda config: config.max_seq_len,
+    chunk=chunk,
+    advance=advance,
+    logits=logits,
+    forward=forward,
+    forward_walk=forward_walk,
+    forward_inputs=("mask", "reconstruction"),
+    answering="block",
+)

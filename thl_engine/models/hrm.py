@@ -11,8 +11,8 @@ Attention sees the whole window in both directions, so a new token changes every
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import e, erf, pi, sqrt
 from typing import Any
 
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from thl_engine.config import LARGEST_CYCLES, HRMConfig
 from thl_engine.errors import CheckpointError, ConfigError
-from thl_engine.models.state_fields import check_fields
+from thl_engine.models.contract import Architecture, Effort, Growth, Ops, Record, Weights
+from thl_engine.models.state import State as BaseState
+from thl_engine.models.state import check_fields
 from thl_engine.schedule import Block, Walk
-
-Record = Callable[[str, Tensor], None]
 
 WINDOW = 64  # tokens that a step sees; positions count from the oldest of them
 RMS_EPS = 1e-5
@@ -51,7 +51,7 @@ def parse_cycles(value: str | Sequence[int], presets: Mapping[str, tuple[int, in
 
 
 @dataclass
-class State:
+class State(BaseState):
     """The last tokens of a batch of sequences, all that a step needs of the past.
 
     window: int64 [B, 64], oldest first, `valid` entries in use. cycles: (N, T) of each segment. timestep: tokens read.
@@ -71,20 +71,6 @@ class State:
         """What `walk` needs to know of the state."""
         return {"cycles": self.cycles}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the state occupies on its device."""
-        return self.window.numel() * self.window.element_size()
-
-    def clone(self) -> "State":
-        """An independent copy: stepping one leaves the other as it is."""
-        return State(self.timestep, self.window.clone(), self.valid, self.cycles)
-
-    def become(self, other: "State") -> None:
-        """Takes over the other's values without copying them."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(other, field.name))
-
     def named(self) -> dict[str, Tensor]:
         """The fields as tensors, not copied."""
         return {
@@ -93,10 +79,6 @@ class State:
             "valid": torch.tensor(self.valid),
             "cycles": torch.tensor(self.cycles),
         }
-
-    def to_dict(self) -> dict[str, Tensor]:
-        """Copies of the fields on the CPU, enough to restart anywhere."""
-        return {name: value.detach().cpu().clone() for name, value in self.named().items()}
 
 
 @dataclass(frozen=True)
@@ -218,7 +200,7 @@ def init_state(
     config: HRMConfig,
     batch_size: int,
     device: torch.device | str = "cpu",
-    weights: Mapping[str, Any] | None = None,
+    weights: Weights | None = None,
     *,
     cycles: str | Sequence[int] = NORMAL,
 ) -> State:
@@ -228,7 +210,7 @@ def init_state(
 
 
 def state_from_dict(
-    config: HRMConfig, values: Mapping[str, Tensor], ops: Any = None, device: torch.device | str = "cpu"
+    config: HRMConfig, values: Mapping[str, Tensor], ops: Ops = None, device: torch.device | str = "cpu"
 ) -> State:
     """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong value."""
     window = values.get("window")
@@ -266,7 +248,7 @@ def workspace(config: HRMConfig, state: State) -> tuple[int, int]:
 
 
 def advance(
-    config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+    config: HRMConfig, weights: Weights, ops: Ops, tokens: Tensor, state: State, record: Record | None = None
 ) -> tuple[Tensor, State]:
     """Appends tokens, int64 [B, n], and thinks about the last 64 anew.
 
@@ -278,15 +260,15 @@ def advance(
     return high, following
 
 
-def logits(config: HRMConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
+def logits(config: HRMConfig, weights: Weights, ops: Ops, hidden: Tensor) -> Tensor:
     """Scores of the next token. hidden [N, h] as returned by `advance` -> float32 [N, vocab_size]."""
     return ops.linear(hidden, weights["output_head.weight"])
 
 
 def forward(
     config: HRMConfig,
-    weights: Any,
-    ops: Any,
+    weights: Weights,
+    ops: Ops,
     tokens: Tensor,
     state: State,
     record: Record | None = None,
@@ -315,7 +297,7 @@ def forward(
     return out[-1], _remember(state, seen, new)
 
 
-def begin(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[Inputs, Tensor, Tensor]:
+def begin(config: HRMConfig, weights: Weights, ops: Ops, tokens: Tensor) -> tuple[Inputs, Tensor, Tensor]:
     """The inputs of a run over int64 [B, T], and z_H and z_L [B, T, h] before its first segment."""
     embedded = ops.gather(weights["input_embedding.embedding_weight"], tokens.flatten())
     embedded = embedded.view(*tokens.shape, -1) * sqrt(config.hidden_size)
@@ -327,8 +309,8 @@ def begin(config: HRMConfig, weights: Any, ops: Any, tokens: Tensor) -> tuple[In
 
 def segment(
     config: HRMConfig,
-    weights: Any,
-    ops: Any,
+    weights: Weights,
+    ops: Ops,
     inputs: Inputs,
     high: Tensor,
     low: Tensor,
@@ -351,7 +333,7 @@ def segment(
     return _module(config, weights, ops, "H", high + low, inputs, last), low
 
 
-def q_values(weights: Any, high: Tensor) -> tuple[Tensor, Tensor]:
+def q_values(weights: Weights, high: Tensor) -> tuple[Tensor, Tensor]:
     """How much each row wants to halt and to continue, both [B], from z_H [B, T, h]."""
     both = high.mean(dim=1) @ weights["q_head.weight"].T + weights["q_head.bias"]
     return both[:, 0], both[:, 1]
@@ -370,8 +352,8 @@ def _remember(state: State, seen: Tensor, new: int) -> State:
 
 def _think(
     config: HRMConfig,
-    weights: Any,
-    ops: Any,
+    weights: Weights,
+    ops: Ops,
     tokens: Tensor,
     cycles: tuple[int, int],
     record: Record | None,
@@ -407,7 +389,7 @@ def _think(
 
 
 def _module(
-    c: HRMConfig, weights: Any, ops: Any, module: str, x: Tensor, inputs: Inputs, last: int | None = None
+    c: HRMConfig, weights: Weights, ops: Ops, module: str, x: Tensor, inputs: Inputs, last: int | None = None
 ) -> Tensor:
     """The blocks of module L or H on x [B, T, h]: normalisation comes after each residual sum.
 
@@ -426,15 +408,57 @@ def _module(
     return x
 
 
-def _feed_forward(weights: Any, ops: Any, prefix: str, x: Tensor) -> Tensor:
+def _feed_forward(weights: Weights, ops: Ops, prefix: str, x: Tensor) -> Tensor:
     gate, up = ops.linear(x, weights[f"{prefix}gate_up_proj.weight"]).chunk(2, dim=-1)
     return ops.swiglu_linear(gate, up, weights[f"{prefix}down_proj.weight"])
 
 
 def _attention(
-    c: HRMConfig, weights: Any, ops: Any, prefix: str, x: Tensor, inputs: Inputs, last: int | None
+    c: HRMConfig, weights: Weights, ops: Ops, prefix: str, x: Tensor, inputs: Inputs, last: int | None
 ) -> Tensor:
     """Attention to every position, later ones included, of every position or the `last` ones of x [B, T, h]."""
     joined = ops.linear(x, weights[f"{prefix}qkv_proj.weight"])
     mixed = ops.rotary_attention(joined, c.num_heads, inputs.cos, inputs.sin, 1.0 / sqrt(c.head_dim))
     return ops.linear(mixed if last is None else mixed[:, -last:], weights[f"{prefix}o_proj.weight"])
+
+
+def with_options(config: HRMConfig, state: State, *, cycles: str | Sequence[int]) -> State:
+    """The state, to be read with other cycles. Raises ConfigError."""
+    return replace(state, cycles=parse_cycles(cycles))
+
+
+def effort(values: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+    """Mean segments a token."""
+    return {"segments_per_token": float(torch.cat([v.flatten().double() for v in values["num_segments"]]).mean())}
+
+
+def effort_rows(stats: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The segments, for people."""
+    return [("thinking", f"{stats['segments_per_token']:.2f} segments a token")]
+
+
+ARCHITECTURE: Architecture[HRMConfig, State] = Architecture(
+    model_type="hrm",
+    blocks=blocks,
+    initial=initial,
+    walk=walk,
+    head=head,
+    step_rows=step_rows,
+    pass_rows=step_rows,
+    workspace=workspace,
+    init_state=init_state,
+    state_from_dict=state_from_dict,
+    state_options=("cycles",),
+    with_options=with_options,
+    chunk=chunk,
+    advance=advance,
+    logits=logits,
+    forward=forward,
+    forward_walk=forward_walk,
+    forward_inputs=("cycles",),
+    answering="chat",
+    effort=Effort(lambda config: ("num_segments",), effort, effort_rows),
+    growth=Growth(
+        vocabulary=("input_embedding.embedding_weight", "output_head.weight"), layers=("L_layers", "H_layers")
+    ),
+)

@@ -26,8 +26,8 @@ Every position ends its L updates and its cycles for itself, and none sees anoth
 state that a sequence has, and of a pass over a prompt only the last position is thought about.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -37,20 +37,12 @@ from torch import Tensor
 from thl_engine.config import LARGEST_CYCLES, HRMGemma3nConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.models import gemma3n, hrm, low_rank
+from thl_engine.models.contract import Adapters, Architecture, Effort, Ops, Record, Weights
 from thl_engine.ops.weights import Held
 from thl_engine.schedule import Block, Walk
 
-Record = Callable[[str, Tensor], None]
-
 PRESETS = {"math": (4, 8), "code": (6, 12), "agent": (3, 6)}
 Q_HEAD_BIAS = -5.0  # of a fresh model; equal for both outputs, so that it never halts early
-
-aliases = gemma3n.aliases
-check_room = gemma3n.check_room
-chunk = gemma3n.chunk
-head = gemma3n.head
-logits = gemma3n.logits
-traffic = gemma3n.traffic
 
 
 @dataclass
@@ -63,10 +55,6 @@ class State(gemma3n.State):
     def options(self) -> dict[str, Any]:
         """What `walk` needs to know of the state."""
         return {"cycles": self.cycles}
-
-    def clone(self) -> "State":
-        """An independent copy: advancing one leaves the other as it is."""
-        return _state(super().clone(), self.cycles)
 
     def named(self) -> dict[str, Tensor]:
         """The base's fields and `cycles`, not copied."""
@@ -188,7 +176,7 @@ def init_state(
     config: HRMGemma3nConfig,
     batch_size: int,
     device: torch.device | str = "cpu",
-    weights: Mapping[str, Any] | None = None,
+    weights: Weights | None = None,
     *,
     cycles: str | Sequence[int] | None = None,
     max_cycles: int | None = None,
@@ -204,7 +192,7 @@ def init_state(
 
 
 def state_from_dict(
-    config: HRMGemma3nConfig, values: Mapping[str, Tensor], ops: Any, device: torch.device | str = "cpu", **options: Any
+    config: HRMGemma3nConfig, values: Mapping[str, Tensor], ops: Ops, device: torch.device | str = "cpu", **options: Any
 ) -> State:
     """The state that `State.to_dict` described, with the options of `init_state` that concern its cache.
 
@@ -222,7 +210,7 @@ def state_from_dict(
 
 
 def advance(
-    config: HRMGemma3nConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+    config: HRMGemma3nConfig, weights: Weights, ops: Ops, tokens: Tensor, state: State, record: Record | None = None
 ) -> tuple[Tensor, State]:
     """Feeds int64 [B, T] to the sequences of the batch.
 
@@ -237,11 +225,12 @@ def advance(
 
 def forward(
     config: HRMGemma3nConfig,
-    weights: Any,
-    ops: Any,
+    weights: Weights,
+    ops: Ops,
     tokens: Tensor,
     state: State,
     record: Record | None = None,
+    *,
     cycles: str | Sequence[int] | None = None,
     max_cycles: int | None = None,
 ) -> tuple[Tensor, State]:
@@ -252,30 +241,39 @@ def forward(
     """
     if tokens.shape[0] != state.batch_size:
         raise ConfigError(f"tokens: batch of {tokens.shape[0]}, but the state holds {state.batch_size} sequences")
-    check_room(config, state, tokens.shape[1])
+    gemma3n.check_room(config, state, tokens.shape[1])
     made = parse_cycles(config, state.cycles if cycles is None else cycles, max_cycles)
     adapted, out = low_rank.AdaptedWeights(config, weights), []
     for some in tokens.split(gemma3n.CHUNK, dim=1):
         x, following = gemma3n.decode(config, adapted, ops, some, state, record, last=False)
         state = _state(following, made)
         hidden = think(config, weights, ops, x.flatten(0, 1), made, record)
-        out.append(logits(config, weights, ops, hidden).unflatten(0, some.shape))
+        out.append(gemma3n.logits(config, weights, ops, hidden).unflatten(0, some.shape))
     return torch.cat(out, dim=1), state
 
 
 def forward_walk(
     config: HRMGemma3nConfig,
     tokens_shape: Sequence[int],
+    *,
     cycles: str | Sequence[int] | None = None,
     max_cycles: int | None = None,
 ) -> Walk:
     """Matrices that one `forward` reads, those of the logits included."""
-    once = (*walk(config, parse_cycles(config, cycles, max_cycles)).clocked, *((name, 1) for name in head(config)))
+    once = (
+        *walk(config, parse_cycles(config, cycles, max_cycles)).clocked,
+        *((name, 1) for name in gemma3n.head(config)),
+    )
     return Walk(once * -(-tokens_shape[1] // gemma3n.CHUNK), may_stop=True)
 
 
 def think(
-    config: HRMGemma3nConfig, weights: Any, ops: Any, x: Tensor, cycles: tuple[int, int], record: Record | None = None
+    config: HRMGemma3nConfig,
+    weights: Weights,
+    ops: Ops,
+    x: Tensor,
+    cycles: tuple[int, int],
+    record: Record | None = None,
 ) -> Tensor:
     """Features of P positions that `logits` projects to the vocabulary: x [P, D] -> [P, D].
 
@@ -290,7 +288,7 @@ def think(
 
 
 def reason(
-    config: HRMGemma3nConfig, weights: Any, ops: Any, x: Tensor, cycles: tuple[int, int]
+    config: HRMGemma3nConfig, weights: Weights, ops: Ops, x: Tensor, cycles: tuple[int, int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """z_H [P, d_H] of x [P, D] after the cycles of each position, and what `think` records of them."""
     n, t = cycles
@@ -319,7 +317,7 @@ def reason(
 
 
 def settle(
-    config: HRMGemma3nConfig, weights: Any, ops: Any, low: Tensor, drive: Tensor, steps: int
+    config: HRMGemma3nConfig, weights: Weights, ops: Ops, low: Tensor, drive: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L updates of z_L [P, d_L] until each position has converged, at most `steps` of them.
 
@@ -344,20 +342,20 @@ def settle(
     return low, made, residuals
 
 
-def update_plan(weights: Any, ops: Any, high: Tensor, low: Tensor) -> Tensor:
+def update_plan(weights: Weights, ops: Ops, high: Tensor, low: Tensor) -> Tensor:
     """One H update: z_H [P, d_H] and z_L [P, d_L] to the next z_H."""
     both = torch.cat([high, _linear(weights, ops, "P_LH", low)], dim=-1)
     planned = _linear(weights, ops, "H.planning", ops.gelu(_linear(weights, ops, "H.transform", both)))
     return ops.layer_norm(high + planned, weights["hrm.H.norm.weight"], weights["hrm.H.norm.bias"])
 
 
-def _start(weights: Any, ops: Any, side: str, x: Tensor) -> Tensor:
+def _start(weights: Weights, ops: Ops, side: str, x: Tensor) -> Tensor:
     """The first z_L or z_H of x [P, D]."""
     y = _linear(weights, ops, f"{side}.start", x)
     return ops.gelu(ops.layer_norm(y, weights[f"hrm.{side}.start_norm.weight"], weights[f"hrm.{side}.start_norm.bias"]))
 
 
-def _linear(weights: Any, ops: Any, name: str, x: Tensor) -> Tensor:
+def _linear(weights: Weights, ops: Ops, name: str, x: Tensor) -> Tensor:
     matrix, bias = f"hrm.{name}.weight", f"hrm.{name}.bias"
     return ops.linear(x, weights[matrix], weights[bias] if bias in weights else None)
 
@@ -365,3 +363,65 @@ def _linear(weights: Any, ops: Any, name: str, x: Tensor) -> Tensor:
 def _state(base: gemma3n.State, cycles: tuple[int, int]) -> State:
     fields = {name: value for name, value in vars(base).items() if name != "cycles"}
     return State(**fields, cycles=cycles)
+
+
+def with_options(
+    config: HRMGemma3nConfig, state: State, *, cycles: str | Sequence[int] | None = None, max_cycles: int | None = None
+) -> State:
+    """The state with other cycles, where given; `max_cycles` replaces N. Raises ConfigError."""
+    return replace(state, cycles=parse_cycles(config, state.cycles if cycles is None else cycles, max_cycles))
+
+
+REASONING = ("cycles_used", "L_steps", "L_residual", "q_values")  # of `think`'s records
+
+
+def effort(values: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+    """Means over the positions [P] that were thought about, and their cycles [P, N]."""
+    used, updates, residuals, q_values = (torch.cat([v.double() for v in values[name]]) for name in REASONING)
+    halt, proceed = q_values.flatten(0, 1).nanmean(dim=0).tolist()
+    return {
+        "cycles_per_token": float(used.mean()),
+        "L_steps_per_cycle": float(updates.sum() / used.sum()),
+        "L_residual": float(residuals.nanmean()),
+        "q_halt": halt,
+        "q_continue": proceed,
+    }
+
+
+def effort_rows(stats: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the reasoning took, for people."""
+    took = (
+        f"{stats['cycles_per_token']:.2f} cycles a token, {stats['L_steps_per_cycle']:.2f} L updates each, after which "
+        f"the last changed z_L by {stats['L_residual']:.3g}; q halt {stats['q_halt']:.3g}, continue "
+        f"{stats['q_continue']:.3g}"
+    )
+    return [("reasoning", took)]
+
+
+ARCHITECTURE: Architecture[HRMGemma3nConfig, State] = replace(
+    gemma3n.ARCHITECTURE,
+    model_type="hrm_gemma3n",
+    blocks=blocks,
+    initial=initial,
+    stored_name=stored_name,
+    walk=walk,
+    workspace=workspace,
+    init_state=init_state,
+    state_from_dict=state_from_dict,
+    state_options=("cycles", "max_cycles", "context", "kv_cache"),
+    with_options=with_options,
+    advance=advance,
+    forward=forward,
+    forward_walk=forward_walk,
+    forward_inputs=("cycles", "max_cycles"),
+    graph_key=None,  # the host decides when a position has thought enough
+    effort=Effort(lambda config: REASONING, effort, effort_rows),
+    adapters=Adapters(
+        base="gemma3n",
+        prefix=low_rank.PEFT_PREFIX,
+        targets=low_rank.TARGETS,
+        rank_and_alpha=low_rank.rank_and_alpha,
+        blocks=low_rank.side_blocks,
+        own=reasoning_blocks,
+    ),
+)

@@ -13,7 +13,7 @@ cases, whose threshold is 0.75; on a trained model 2e-5 with the default of 0.00
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,60 +21,30 @@ import torch
 from torch import Tensor
 
 from thl_engine.config import INLConfig
-from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.errors import ConfigError
 from thl_engine.kernels.attention import causal
 from thl_engine.kernels.integrator import spread
 from thl_engine.kernels.sinusoid import sinusoid
 from thl_engine.models import kv_cache as kv_caches
+from thl_engine.models.cached_state import CachedState, restored
+from thl_engine.models.contract import Architecture, Effort, Ops, Record, Weights
 from thl_engine.models.inl_modules import CONTROLLER, SharedController
-from thl_engine.models.kv_cache import KVCache
 from thl_engine.ops.cached_attention import CachedAttention, bucket
 from thl_engine.schedule import Block, Walk
 
-Record = Callable[[str, Tensor], None]
 CHUNK = 64  # tokens of a prompt that share one pass over the weights
 
 
 @dataclass
-class State:
+class State(CachedState):
     """Context of a batch of sequences: their cache, and the counters that a checkpoint carries on.
 
     context: positions that the sequences may grow to. avg_iterations float32, num_forwards int64 [layers]: running mean
     of the integrator's steps, and passes counted in it; without entries where the model does not stop early.
     """
 
-    timestep: int
-    context: int
-    cache: KVCache
     avg_iterations: Tensor
     num_forwards: Tensor
-
-    @property
-    def batch_size(self) -> int:
-        return self.cache.batch_size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the state takes on its device, with a cache that has room for the whole context."""
-        return self.cache.nbytes + 4 * self.avg_iterations.numel() + 8 * self.num_forwards.numel()
-
-    def clone(self) -> "State":
-        """An independent copy: advancing one leaves the other as it is."""
-        return State(
-            self.timestep,
-            self.context,
-            self.cache.clone(self.timestep),
-            self.avg_iterations.clone(),
-            self.num_forwards.clone(),
-        )
-
-    def become(self, other: "State") -> None:
-        """Takes over the other's values without copying them."""
-        vars(self).update(vars(other))
-
-    def detach(self) -> "State":
-        """The same state: `forward` in training neither reads nor writes it."""
-        return self
 
     def named(self) -> dict[str, Tensor]:
         """The fields, not copied; the counters under their published names."""
@@ -85,10 +55,6 @@ class State:
                 out[f"layers.{i}.inl.avg_iterations"] = self.avg_iterations[i]
                 out[f"layers.{i}.inl.num_forwards"] = self.num_forwards[i]
         return out
-
-    def to_dict(self) -> dict[str, Tensor]:
-        """Copies of the fields on the CPU, enough to restart anywhere."""
-        return {name: value.detach().cpu().clone() for name, value in self.named().items()}
 
 
 def blocks(config: INLConfig) -> tuple[Block, ...]:
@@ -230,7 +196,7 @@ def init_state(
     config: INLConfig,
     batch_size: int,
     device: torch.device | str = "cpu",
-    weights: Mapping[str, Any] | None = None,
+    weights: Weights | None = None,
     *,
     context: int | None = None,
     kv_cache: str = "float32",
@@ -263,25 +229,13 @@ def init_state(
 
 
 def state_from_dict(
-    config: INLConfig, values: Mapping[str, Tensor], ops: Any, device: torch.device | str = "cpu", **options: Any
+    config: INLConfig, values: Mapping[str, Tensor], ops: Ops, device: torch.device | str = "cpu", **options: Any
 ) -> State:
     """The state that `State.to_dict` described, with the options of `init_state`, which are those it was made with.
 
     Raises CheckpointError on a missing field, a wrong shape or another kind of cache.
     """
-    first, step = values.get("layers.0.attention.keys"), values.get("timestep")
-    batch = first.shape[0] if first is not None and first.dim() == 4 else 1
-    length = int(step) if step is not None and step.numel() == 1 else 0
-    state = init_state(config, max(batch, 1), device, **options)
-    if not 0 <= length <= state.context:
-        raise CheckpointError(
-            f"state: {length} positions, but the context ends at {state.context}; the model's "
-            f"max_seq_len is {config.max_seq_len}"
-        )
-    state.timestep = length
-    state.cache.seek(length)
-    kv_caches.restore(state.named(), values)
-    return state
+    return restored(lambda batch: init_state(config, batch, device, **options), values, "layers.0.attention.keys")
 
 
 def check_room(config: INLConfig, state: State, count: int) -> None:
@@ -295,7 +249,7 @@ def graph_key(config: INLConfig, state: State) -> int:
 
 
 def advance(
-    config: INLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+    config: INLConfig, weights: Weights, ops: Ops, tokens: Tensor, state: State, record: Record | None = None
 ) -> tuple[Tensor, State]:
     """Feeds int64 [B, n] to the sequences of the batch; each token stops its integrators by itself.
 
@@ -308,8 +262,8 @@ def advance(
 
 def forward(
     config: INLConfig,
-    weights: Any,
-    ops: Any,
+    weights: Weights,
+    ops: Ops,
     tokens: Tensor,
     state: State,
     record: Record | None = None,
@@ -349,15 +303,15 @@ def forward_walk(config: INLConfig, tokens_shape: tuple[int, ...], **inputs: Any
     return Walk((*walk(config).clocked, *((name, 1) for name in head(config))))
 
 
-def logits(config: INLConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
+def logits(config: INLConfig, weights: Weights, ops: Ops, hidden: Tensor) -> Tensor:
     """Scores of the next token. hidden [N, D] as returned by `advance` -> float32 [N, vocab_size]."""
     return ops.linear(hidden, weights["lm_head.weight"])
 
 
 def _run(
     c: INLConfig,
-    weights: Any,
-    ops: Any,
+    weights: Weights,
+    ops: Ops,
     tokens: Tensor,
     state: State,
     blocked: Tensor | None,
@@ -373,7 +327,7 @@ def _run(
     for i in range(c.num_layers):
         attended = _attend(c, weights, ops, i, x, attention, blocked)
         x = x + attended
-        x, iterations = _settle(c, weights, ops, i, x, attended, together, training, record)
+        x, iterations = _integrate(c, weights, ops, i, x, attended, together, training, record)
         x = _feed_forward(weights, ops, i, x)
         used.append(iterations)
         if record is not None:
@@ -391,7 +345,7 @@ def _run(
     return hidden, State(past + tokens.shape[1], state.context, state.cache, averages, counts)
 
 
-def _embed(c: INLConfig, weights: Any, ops: Any, tokens: Tensor) -> Tensor:
+def _embed(c: INLConfig, weights: Weights, ops: Ops, tokens: Tensor) -> Tensor:
     name = "token_embedding.embed_low.weight" if c.use_lowrank_embeddings else "token_embedding.weight"
     x = ops.gather(weights[name], tokens.reshape(-1))
     if c.use_lowrank_embeddings:
@@ -400,7 +354,7 @@ def _embed(c: INLConfig, weights: Any, ops: Any, tokens: Tensor) -> Tensor:
 
 
 def _attend(
-    c: INLConfig, weights: Any, ops: Any, i: int, x: Tensor, attention: CachedAttention, blocked: Tensor | None
+    c: INLConfig, weights: Weights, ops: Ops, i: int, x: Tensor, attention: CachedAttention, blocked: Tensor | None
 ) -> Tensor:
     """Attention of x [B, T, D] over itself and what the cache holds, the output projection included."""
     prefix = f"layers.{i}.attention."
@@ -416,10 +370,10 @@ def _attend(
     return ops.linear(mixed, weights[f"{prefix}out_proj.weight"], weights[f"{prefix}out_proj.bias"])
 
 
-def _settle(
+def _integrate(
     c: INLConfig,
-    weights: Any,
-    ops: Any,
+    weights: Weights,
+    ops: Ops,
     i: int,
     x: Tensor,
     context: Tensor,
@@ -458,7 +412,7 @@ def _settle(
     return x + out.x.view_as(x), out.iterations
 
 
-def _feed_forward(weights: Any, ops: Any, i: int, x: Tensor) -> Tensor:
+def _feed_forward(weights: Weights, ops: Ops, i: int, x: Tensor) -> Tensor:
     prefix = f"layers.{i}.ff."
     inner = ops.linear(
         x, weights[f"{prefix}0.weight"], weights[f"{prefix}0.bias"], norm=_norm(weights, f"layers.{i}.norm2"), gelu=True
@@ -466,7 +420,7 @@ def _feed_forward(weights: Any, ops: Any, i: int, x: Tensor) -> Tensor:
     return ops.linear(inner, weights[f"{prefix}3.weight"], weights[f"{prefix}3.bias"], addend=x)
 
 
-def _norm(weights: Any, name: str) -> tuple[Tensor, Tensor]:
+def _norm(weights: Weights, name: str) -> tuple[Tensor, Tensor]:
     return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
 
@@ -482,3 +436,43 @@ def _shared(c: INLConfig) -> SharedController:
 def _inputs(c: INLConfig, weight: str) -> int:
     """Input features of the linear layer with that weight."""
     return next(block.shape[1] for block in blocks(c) if block.name == weight)
+
+
+def effort(values: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+    """Mean iterations a token of each layer."""
+    means = (float(torch.cat([v.flatten().double() for v in layer]).mean()) for layer in values.values())
+    return {"iterations_per_layer": list(means)}
+
+
+def effort_rows(stats: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The iterations, for people."""
+    return [("iterations", " ".join(f"{mean:.2f}" for mean in stats["iterations_per_layer"]) + " by layer")]
+
+
+ARCHITECTURE: Architecture[INLConfig, State] = Architecture(
+    model_type="inl",
+    blocks=blocks,
+    initial=initial,
+    aliases=aliases,
+    walk=walk,
+    head=head,
+    products=products,
+    reused=reused,
+    workspace=workspace,
+    traffic=traffic,
+    init_state=init_state,
+    state_from_dict=state_from_dict,
+    state_options=("context", "kv_cache", "sliding_window"),
+    check_room=check_room,
+    longest=lambda config: config.max_seq_len,
+    chunk=chunk,
+    advance=advance,
+    logits=logits,
+    forward=forward,
+    forward_walk=forward_walk,
+    forward_inputs=("attention_mask",),
+    graph_key=graph_key,
+    effort=Effort(
+        lambda config: tuple(f"layer{i}.iterations_used" for i in range(config.num_layers)), effort, effort_rows
+    ),
+)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.int8 import round_to_int8, scales_of
-from thl_engine.models.state_fields import check_fields
+from thl_engine.models.state import check_fields
 
 FORMATS = ("float32", "int8")
 SLACK = 64  # positions that a window's rows have to spare: once in so many tokens they are moved to the front

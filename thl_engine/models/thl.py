@@ -7,8 +7,8 @@ Projections are moved off the stored rows. Published code computes keys W_k·M_j
 each step; q·(W_k M_j) = (W_kᵀ q)·M_j and Σ α W_v M_j = W_v Σ α M_j need one product each. So for the window.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from thl_engine.config import THLConfig
 from thl_engine.errors import CheckpointError
-from thl_engine.models.state_fields import check_fields
+from thl_engine.models.contract import Architecture, Ops, Record, Weights
+from thl_engine.models.state import State as BaseState
+from thl_engine.models.state import taken_fields
 from thl_engine.schedule import Block, Walk
-
-Record = Callable[[str, Tensor], None]
 
 
 @dataclass
-class State:
+class State(BaseState):
     """Everything a batch of sequences needs to continue; fixed size however long they get.
 
     tiers: K tensors [B, d_k]; memory [B, J, d_m]; norms [B, J] (of the memory's slots, derived); read_ema, write_ema
@@ -46,25 +46,6 @@ class State:
     def batch_size(self) -> int:
         return self.memory.shape[0]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the state occupies on its device."""
-        return sum(t.numel() * t.element_size() for t in self._tensors())
-
-    def clone(self) -> "State":
-        """An independent copy: stepping one leaves the other as it is."""
-        copies = {f.name: _copy(getattr(self, f.name)) for f in fields(self)}
-        return State(**copies)
-
-    def become(self, other: "State") -> None:
-        """Takes over the other's values without copying them."""
-        vars(self).update(vars(other))
-
-    def detach(self) -> "State":
-        """The same values cut off from the graph that made them, for truncated backpropagation."""
-        cut = {f.name: v.detach() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, tiers=[s.detach() for s in self.tiers], **cut)
-
     def named(self) -> dict[str, Tensor]:
         """The fields under their published names, not copied; `norms` is left out because the memory gives it."""
         tiers = {f"tier{k}": s for k, s in enumerate(self.tiers)}
@@ -79,19 +60,6 @@ class State:
             "local_buffer": self.local_buffer,
             "local_valid": torch.tensor(self.local_valid),
         }
-
-    def to_dict(self) -> dict[str, Tensor]:
-        """Copies of the fields under their published names on the CPU, enough to restart anywhere."""
-        return {name: value.detach().cpu().clone() for name, value in self.named().items()}
-
-    def _tensors(self) -> list[Tensor]:
-        return [*self.tiers, *(v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))]
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return [item.clone() for item in value] if isinstance(value, list) else value
 
 
 def blocks(config: THLConfig) -> tuple[Block, ...]:
@@ -165,7 +133,9 @@ def initial(config: THLConfig, block: Block, rows: slice, generator: torch.Gener
     return torch.rand(shape, generator=generator).mul_(2.0 * bound).sub_(bound)
 
 
-def init_state(config: THLConfig, batch_size: int, device: torch.device | str = "cpu", weights: Any = None) -> State:
+def init_state(
+    config: THLConfig, batch_size: int, device: torch.device | str = "cpu", weights: Weights | None = None
+) -> State:
     """The empty state of `batch_size` fresh sequences; it takes nothing from the weights."""
     c = config
 
@@ -188,16 +158,11 @@ def init_state(config: THLConfig, batch_size: int, device: torch.device | str = 
 
 
 def state_from_dict(
-    config: THLConfig, values: Mapping[str, Tensor], ops: Any, device: torch.device | str = "cpu"
+    config: THLConfig, values: Mapping[str, Tensor], ops: Ops, device: torch.device | str = "cpu"
 ) -> State:
     """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong shape."""
     batch = values["memory_state"].shape[0] if "memory_state" in values and values["memory_state"].dim() == 3 else 1
-    expected = init_state(config, batch, "meta").named()
-    check_fields(values, expected)
-    taken = {
-        name: values[name].detach().to(device=device, dtype=like.dtype, copy=True).contiguous()
-        for name, like in expected.items()
-    }
+    taken = taken_fields(values, init_state(config, batch, "meta").named(), device)
     valid, step_count = int(taken["local_valid"]), int(taken["timestep"])
     if not 0 <= valid <= config.local_window or step_count < 0:
         raise CheckpointError(
@@ -239,7 +204,7 @@ def graph_key(config: THLConfig, state: State) -> tuple[bool, ...] | None:
 
 
 def advance(
-    config: THLConfig, weights: Any, ops: Any, tokens: Tensor, state: State, record: Record | None = None
+    config: THLConfig, weights: Weights, ops: Ops, tokens: Tensor, state: State, record: Record | None = None
 ) -> tuple[Tensor, State]:
     """One step of every sequence in the batch.
 
@@ -301,13 +266,13 @@ def advance(
     return hidden[:, None], following
 
 
-def logits(config: THLConfig, weights: Any, ops: Any, hidden: Tensor) -> Tensor:
+def logits(config: THLConfig, weights: Weights, ops: Ops, hidden: Tensor) -> Tensor:
     """Scores of the next token. hidden [N, Σ d_k] as returned by `advance` -> float32 [N, vocab_size]."""
     return ops.linear(hidden, weights["output_head.weight"], weights["output_head.bias"])
 
 
 def _read_window(
-    c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State, counter: int | Tensor
+    c: THLConfig, weights: Weights, ops: Ops, embedded: Tensor, state: State, counter: int | Tensor
 ) -> tuple[Tensor, Tensor, int]:
     """Attention over the embeddings before this one, then this one joins them: (read [B, d_v], buffer, valid)."""
     if c.local_window == 0:
@@ -323,7 +288,13 @@ def _read_window(
 
 
 def _read_memory(
-    c: THLConfig, weights: Any, ops: Any, embedded: Tensor, state: State, counter: int | Tensor, record: Record | None
+    c: THLConfig,
+    weights: Weights,
+    ops: Ops,
+    embedded: Tensor,
+    state: State,
+    counter: int | Tensor,
+    record: Record | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse read of the slots: (value [B, d_v], read_ema, last_read)."""
     query = ops.linear_joined((embedded, state.tiers[0], state.tiers[-1]), weights["router.W_q.weight"])
@@ -349,5 +320,21 @@ def _read_memory(
     return read, read_ema, last_read
 
 
-def _gate(weights: Any, name: str) -> tuple[Any, Tensor]:
+def _gate(weights: Weights, name: str) -> tuple[Any, Tensor]:
     return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
+
+ARCHITECTURE: Architecture[THLConfig, State] = Architecture(
+    model_type="thl",
+    blocks=blocks,
+    initial=initial,
+    walk=walk,
+    head=head,
+    workspace=workspace,
+    init_state=init_state,
+    state_from_dict=state_from_dict,
+    chunk=chunk,
+    advance=advance,
+    logits=logits,
+    graph_key=graph_key,
+)

@@ -33,6 +33,7 @@ class ReferenceOps(StateOps, Compositions):
     sample: Callable[..., Tensor] | None = None  # the sampler's `Choose`, for logits on a device of its own
     sparse_share = 0.0  # up to which sparse products read no more of a matrix than they need
     in_place = False  # whether state tensors are updated where they lie
+    capturable = False  # whether steps may be captured as graphs; such ops have a `recorder`
 
     attention = staticmethod(attention_kernels.attention)
     rotary_attention = staticmethod(attention_kernels.rotary_attention)

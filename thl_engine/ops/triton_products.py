@@ -24,6 +24,7 @@ class TritonProducts(ReferenceOps):
     """All uses of matrices. What follows a product goes with it; a part's results do not depend on where it lies."""
 
     sparse_share = SPARSE_SHARE
+    capturable = True
     recorder: Any = None  # of graphs.py, while a step is captured
     rounded = False  # whether products of many rows may round activations to int8: faster, and less exact
 

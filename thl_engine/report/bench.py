@@ -14,24 +14,23 @@ import torch
 
 from thl_engine.checkpoint.page import extent
 from thl_engine.checkpoint.store import Store, StoredTensor, open_store
-from thl_engine.config import parse_config
 from thl_engine.engine.engine import Engine
+from thl_engine.engine.options import EngineOptions
 from thl_engine.engine.resources import (
     choose_device,
     divide_memory,
     rows_of_products,
     set_threads,
-    state_options,
     state_traffic,
+    walked_schedule,
 )
 from thl_engine.errors import ConfigError
 from thl_engine.memory import peak_bytes, reset_peak, resident_bytes
-from thl_engine.models import architecture
 from thl_engine.ops import native
 from thl_engine.ops.backends import load_ops
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Held
-from thl_engine.paging.plan import NOMINAL, Bandwidths, PageSchedule
+from thl_engine.paging.plan import NOMINAL, Bandwidths
 from thl_engine.paging.reader import Arena, Reader
 from thl_engine.paging.transfer import link_bandwidth
 
@@ -106,54 +105,34 @@ def largest_matrix(store: Store) -> StoredTensor:
 
 def benchmark(
     path: str | Path,
+    engine_options: EngineOptions | None = None,
     *,
     tokens: int = 256,
     warmup: int = 16,
     seed: int = 0,
-    device: str = "auto",
-    backend: str = "auto",
-    stream: bool | str = "auto",
-    memory_budget: str | int | None = None,
-    threads: int | None = None,
-    batch_size: int = 1,
-    context: int | None = None,
-    kv_cache: str = "float32",
-    sliding_window: int | None = None,
-    host_memory: str | int | None = None,
-    options: Mapping[str, Any] | None = None,
+    state_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Decodes random tokens one at a time and compares with what the memory gives and the plan predicted.
 
     With a batch_size each step takes a token of each sequence, and tokens per second are those of all of them.
-    `options` are further ones of `Engine.new_state`, and count as the longest that a step can take with them.
+    `state_options` are those of `Engine.new_state`, and count as the longest that a step can take with them.
     Bandwidths are measured while the model is not in memory, before and after, so that they add nothing to its peak.
     Returns plain values: sizes in bytes, times in seconds, rates per second.
     """
     for name, value, least in (("tokens", tokens, 1), ("warmup", warmup, 0)):
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
-    set_threads(threads)
-    store = open_store(path)
-    chosen, ops = choose_device(device), load_ops(backend, choose_device(device).type)
-    cache = state_options(store.model_type, context, kv_cache, sliding_window)
-    schedule, plan = divide_memory(
-        store, ops, chosen, stream, memory_budget, batch_size=batch_size, host_memory=host_memory, **cache
-    )
+    given, walking = engine_options or EngineOptions(), dict(state_options or {})
+    set_threads(given.threads)
+    store, chosen = open_store(path), choose_device(given.device)
+    ops, batch_size = load_ops(given.backend, chosen.type), given.batch_size
+    schedule, plan = divide_memory(store, ops, chosen, given)
     rates, rows = _Rates(), rows_of_products(store, batch_size)
     rates.measure(store, ops, chosen, plan.streamed_pages > 0, rows)
     reset_peak()
-    with Engine(
-        store,
-        device=str(chosen),
-        backend=backend,
-        stream=stream,
-        memory_budget=memory_budget,
-        batch_size=batch_size,
-        host_memory=host_memory,
-        **cache,
-    ) as engine:
+    with Engine(store, given) as engine:
         plan = engine.plan()
-        found = _decode(engine, tokens, warmup, seed, batch_size, options or {})
+        found = _decode(engine, tokens, warmup, seed, batch_size, walking)
         found["peak_rss_bytes"] = peak_bytes()
         stats = engine.stats()
     del engine  # its memory goes with it
@@ -161,9 +140,9 @@ def benchmark(
     rates.measure(store, ops, chosen, plan.streamed_pages > 0, rows)
 
     bandwidths = Bandwidths(statistics.mean(rates.disk), statistics.mean(rates.products), link_bandwidth(chosen))
-    if options:
-        schedule = schedule_of(store, options)
-    traffic = state_traffic(store, batch_size, cache, warmup + tokens // 2)
+    if walking:
+        schedule = walked_schedule(store, ops, batch_size, walking)
+    traffic = state_traffic(store, batch_size, given.for_states(store.architecture), warmup + tokens // 2)
     plan = plan.at(bandwidths, store, schedule, traffic)
     steps = range(warmup, warmup + tokens)
     read = (
@@ -201,12 +180,6 @@ def benchmark(
         "model_type": store.model_type,
         "path": str(path),
     }
-
-
-def schedule_of(store: Store, options: Mapping[str, Any]) -> PageSchedule:
-    """What steps read of a state made with these options. Pages are pinned whatever a state's options are."""
-    model, config = architecture(store.model_type), parse_config(store.config, store.model_type)
-    return PageSchedule(store, model.walk(config, **options), model.head(config))
 
 
 @dataclass

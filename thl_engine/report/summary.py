@@ -1,16 +1,13 @@
 """What is in a checkpoint: tensors, pages and schedule, as values and as text; and whether its pages are sound."""
 
 from collections import deque
-from inspect import signature
 from typing import Any
 
 from thl_engine.checkpoint.pack import Progress
 from thl_engine.checkpoint.page import extent, label
 from thl_engine.checkpoint.store import Store
-from thl_engine.config import parse_config
 from thl_engine.files import ALIGNMENT
 from thl_engine.memory import size
-from thl_engine.models import architecture
 from thl_engine.paging.reader import Arena, Reader
 
 SLOTS = 4  # pages in flight while verifying
@@ -18,8 +15,7 @@ SLOTS = 4  # pages in flight while verifying
 
 def summarise(store: Store) -> dict[str, Any]:
     """Everything worth knowing about an open checkpoint, ready for JSON. No weights are read."""
-    config = parse_config(store.config, store.model_type)
-    model = architecture(store.model_type)
+    config, model = store.config, store.architecture
     state = model.init_state(config, 1, "meta")
     blocks, walk, head = model.blocks(config), model.walk(config), model.head(config)
     tensors = store.tensors
@@ -50,7 +46,7 @@ def summarise(store: Store) -> dict[str, Any]:
         "path": str(store.path),
         "format": store.format,
         "model_type": store.model_type,
-        "config": store.config,
+        "config": config.to_dict(),
         "files": [{"path": str(file), "bytes": file.stat().st_size} for file in store.files],
         "tokenizer": store.tokenizer_json is not None,
         "parameters": sum(block.numel for block in blocks),
@@ -87,7 +83,7 @@ def summarise(store: Store) -> dict[str, Any]:
             "least_step_bytes": sum(read["bytes"] for read in reads if read["clock"] == 1),
         },
         "state_bytes": state.nbytes,
-        "state_context": state.context if "context" in signature(model.init_state).parameters else None,
+        "state_context": state.context if "context" in model.state_options else None,
     }
 
 

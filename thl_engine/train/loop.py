@@ -152,9 +152,9 @@ def sample(model: TrainableModel, tokenizer: Tokenizer, length: int, prompt: str
     model.eval()
     sampler, state, weights, arch = Sampler(SAMPLING), model.init_state(1), model.weights(), model.arch
     given = torch.tensor(tokenizer.encode(prompt))
-    longest = getattr(model.config, "max_seq_len", len(given) + length)
+    longest = arch.longest(model.config)
     written: list[int] = []
-    for _ in range(min(length, longest - len(given))):
+    for _ in range(length if longest is None else min(length, longest - len(given))):
         for token in given:
             hidden, state = arch.advance(model.config, weights, model.ops, token.view(1, 1), state)
         logits = arch.logits(model.config, weights, model.ops, hidden[:, -1])

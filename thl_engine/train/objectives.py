@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from thl_engine.errors import ConfigError
-from thl_engine.models import him, hrm, inl
+from thl_engine.models import architecture, him, hrm, inl
 from thl_engine.text.hrm_tokenizer import vocabulary_of_texts
 from thl_engine.train import data
 from thl_engine.train.hrm_losses import Carry, deep_supervision, simple_loss
@@ -37,9 +37,9 @@ class Objective(ABC):
     def __init__(self, config: Any, chunk: int) -> None:
         """Raises ConfigError for chunks that the model cannot read."""
         self.chunk = chunk
-        longest = getattr(config, "max_seq_len", chunk)
-        if chunk > longest:
-            raise ConfigError(f"chunk is {chunk}; the model's max_seq_len is {longest}")
+        longest = architecture(config.model_type).longest(config)
+        if longest is not None and chunk > longest:
+            raise ConfigError(f"chunk is {chunk}; the model takes sequences of at most {longest} tokens")
 
     def fresh(self, model: TrainableModel, batch_size: int) -> Any:
         """What the first update carries over; None where updates do not depend on each other."""
