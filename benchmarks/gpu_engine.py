@@ -30,6 +30,7 @@ from thl_engine.checkpoint.convert import init_checkpoint
 from thl_engine.checkpoint.page import extent
 from thl_engine.checkpoint.store import open_store
 from thl_engine.config import parse_config
+from thl_engine.engine.options import EngineOptions
 from thl_engine.engine.resources import divide_memory
 from thl_engine.models import architecture
 from thl_engine.ops.backends import load_ops
@@ -137,7 +138,7 @@ def pager(run: Run) -> None:
 
 def _streaming_rate(run: Run, store) -> float:
     device = torch.device(run.device)
-    schedule, _ = divide_memory(store, load_ops("triton", run.device), device, True, None)
+    schedule, _ = divide_memory(store, load_ops("triton", run.device), device, EngineOptions(stream=True))
     names = [name for name, tensor in store.tensors.items() if tensor.kind == "matrix"]
     pages = [page for name in names for page in store.tensors[name].pages]
     slot = max(extent(page)[1] for page in pages)
@@ -200,7 +201,10 @@ def engine(run: Run, name: str) -> None:
             )
     with run.rows.case(f"{name}: speed"):
         found = bench.benchmark(
-            path, tokens=used.tokens, warmup=16 if run.real else 2, memory_budget=budget, **run.options, **used.options
+            path,
+            EngineOptions.of(memory_budget=budget, **run.options, **used.options),
+            tokens=used.tokens,
+            warmup=16 if run.real else 2,
         )
         _speed(run, name, found)
 
@@ -269,7 +273,9 @@ def reference(run: Run) -> None:
         config = THL_DEFAULT if run.real else TINY_THL
         path = run.checkpoint("thl-default", "thl", config)
         steps = PUBLISHED_STEPS if run.real else 4
-        ours = bench.benchmark(path, tokens=steps, warmup=16 if run.real else 1, stream=False, **run.options)
+        ours = bench.benchmark(
+            path, EngineOptions(stream=False, **run.options), tokens=steps, warmup=16 if run.real else 1
+        )
         theirs = 1.0 / _published_seconds(run, config, steps)
         run.rows.add(row("THL default as published, eager torch, float32", theirs, "tokens/s"))
         run.rows.add(

@@ -24,6 +24,7 @@ from torch import Tensor
 from thl_engine import Engine
 from thl_engine.checkpoint.quant import GROUP
 from thl_engine.checkpoint.spool import spool_tensors
+from thl_engine.engine.options import EngineOptions
 
 FIXTURES = ROOT / "tests" / "fixtures"
 CASES = {
@@ -65,7 +66,10 @@ def errors(model: str, case: str) -> dict[str, dict]:
         store = spool_tensors(model, meta["config"], weights, quantize, group)
         sizes = [tensor.shape for tensor in store.tensors.values() if tensor.scales]
         wide = sum(rows * width for rows, width in sizes if width > GROUP)
-        with Engine(store, device="cpu", backend="native", stream=False) as engine, engine.trace(*SLOTS) as trace:
+        with (
+            Engine(store, EngineOptions(device="cpu", backend="native", stream=False)) as engine,
+            engine.trace(*SLOTS) as trace,
+        ):
             found = torch.cat([part.flatten(0, -2) for part in logits(engine, meta, io)])
         slots = (
             None

@@ -51,8 +51,12 @@ def parse_json(text: bytes | str, what: str, error_type: type[Exception] = Check
 
 
 @contextmanager
-def replacing(path: Path, nbytes: int) -> Iterator[int]:
-    """A file descriptor whose content replaces `path` on success and vanishes on any failure."""
+def replacing_by_name(path: Path, nbytes: int) -> Iterator[Path]:
+    """The name of an empty file; what it holds, written in place or renamed to it, replaces `path` on success.
+
+    On any failure `path` is as it was and nothing is left beside it. Raises CheckpointError where there is no room for
+    nbytes, or the system refuses.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     needs = f"it needs about {size(nbytes)}"
     try:
@@ -62,23 +66,39 @@ def replacing(path: Path, nbytes: int) -> Iterator[int]:
         if free < nbytes:
             raise CheckpointError(f"{path}: no space on the device: {needs}, {size(free)} are free")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        mode = os.fstat(descriptor).st_mode
+        os.close(descriptor)
         try:
-            yield descriptor
-            os.fsync(descriptor)
+            yield temporary
+            _sync(temporary)
+            os.chmod(temporary, mode)  # whatever mode a library's own file has that took its place
             os.replace(temporary, path)
         except BaseException:
             with suppress(FileNotFoundError):  # renamed already
                 os.unlink(temporary)
             raise
-        finally:
-            os.close(descriptor)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
+        _sync(path.parent)  # the rename itself
     except OSError as error:
         raise CheckpointError(f"{path}: cannot write: {error.strerror}; {needs}") from error
+
+
+@contextmanager
+def replacing(path: Path, nbytes: int) -> Iterator[int]:
+    """A file descriptor whose content replaces `path` on success and vanishes on any failure."""
+    with replacing_by_name(path, nbytes) as temporary:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:

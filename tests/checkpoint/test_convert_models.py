@@ -64,7 +64,7 @@ def test_a_configuration_can_be_named(succeeds, fails, tmp_path):
     assert "holds no configuration" in fails("convert", tmp_path / "weights.bin", tmp_path / "out.safetensors")
     (tmp_path / "sizes.json").write_text(json.dumps({"model_type": "inl", **fields}))
     succeeds("convert", tmp_path / "weights.bin", tmp_path / "out.safetensors", "--config", tmp_path / "sizes.json")
-    assert open_store(tmp_path / "out.safetensors").config["d_model"] == 24
+    assert open_store(tmp_path / "out.safetensors").config.d_model == 24
     line = fails("convert", tmp_path / "weights.bin", tmp_path / "x.safetensors", "--config", "inl-small")
     assert "is missing" in line
 
@@ -144,7 +144,7 @@ def test_growing_by_a_text(small_hrm, succeeds, tmp_path):
     assert succeeds("grow", small_hrm, out, "--text", text, "--layers", 2) == f"{out}\n"
     before, after = open_store(small_hrm), open_store(out)
     size = len(VOCABULARY)
-    assert after.config["vocab_size"] == size + 2 and after.config["L_layers"] == after.config["H_layers"] == 2
+    assert after.config.vocab_size == size + 2 and after.config.L_layers == after.config.H_layers == 2
     for name, tensor in before.tensors.items():
         assert torch.equal(after.read(name)[: tensor.rows], before.read(name))
     with Engine.from_pretrained(out) as engine:

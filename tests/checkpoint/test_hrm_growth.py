@@ -30,12 +30,12 @@ def test_growing_refuses_what_cannot_work():
     tensors = random_tensors(ODD)
     with pytest.raises(ConfigError, match="vocab_size is 36.*at least the 37"):
         expand_vocabulary(ODD, tensors, 36)
-    with pytest.raises(ConfigError, match="more_H is -1"):
-        expand_layers(ODD, tensors, more_H=-1)
+    with pytest.raises(ConfigError, match="H_layers is 0; a model grows"):
+        expand_layers(ODD, tensors, {"H_layers": ODD.H_layers - 1})
     with pytest.raises(CheckpointError, match="z0_L.*missing"):
-        expand_layers(ODD, {k: v for k, v in tensors.items() if k != "z0_L"}, 1)
+        expand_layers(ODD, {k: v for k, v in tensors.items() if k != "z0_L"}, {"L_layers": 3})
     with pytest.raises(CheckpointError, match="another model"):
-        expand_layers(ODD, {**tensors, "tiers.0": torch.zeros(1)}, 1)
+        expand_layers(ODD, {**tensors, "tiers.0": torch.zeros(1)}, {"L_layers": 3})
     with pytest.raises(CheckpointError, match=r"\[36, 30\].*\[37, 30\]"):
         expand_vocabulary(ODD, {**tensors, "output_head.weight": torch.zeros(36, 30)}, 40)
 

@@ -21,9 +21,9 @@ from host_graphs import CaptureError, HostCaptures
 from thl_engine import Engine
 from thl_engine.config import parse_config
 from thl_engine.engine import graphs
-from thl_engine.engine.graphs import CudaCaptures, Ports, Recorder, StepGraphs, leaves, settle, step_graphs
+from thl_engine.engine.graphs import CudaCaptures, Ports, Recorder, StepGraphs, copy_back, leaves, step_graphs
 from thl_engine.kernels.int8 import dequantize
-from thl_engine.models import thl
+from thl_engine.models import hrm, thl
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.triton_ops import TritonOps
 from thl_engine.ops.weights import Held
@@ -385,7 +385,7 @@ def test_a_state_is_settled_where_it_lies():
     after.timestep, after.memory, after.layers[0] = 4, torch.full((2, 3), 9.0), state.layers[0]
     after.tiers[1] = torch.full((2,), 2.0)
     state.layers[0].used += 2
-    growth = settle(before, list(leaves(after)))
+    growth = copy_back(before, list(leaves(after)))
     assert [(before[at][:2], count) for at, count in growth.items()] == [
         ((state, "timestep"), 1),
         ((state.layers[0], "used"), 2),
@@ -405,14 +405,14 @@ def test_other_changes_of_a_state_are_refused(change, message):
     state, after = context(), context()
     vars(after).update(change)
     with pytest.raises(RuntimeError, match=message):
-        settle(list(leaves(state)), list(leaves(after)))
+        copy_back(list(leaves(state)), list(leaves(after)))
 
 
 def test_tensors_that_change_places_are_refused():
     state, after = context(), context()
     after.layers[0], after.layers[1] = state.layers[1], state.layers[0]
     with pytest.raises(RuntimeError, match="rows to where another of its tensors lies"):
-        settle(list(leaves(state)), list(leaves(after)))
+        copy_back(list(leaves(state)), list(leaves(after)))
 
 
 def test_rows_from_the_disk_are_read_at_each_replay():
@@ -543,8 +543,9 @@ def test_an_error_ends_the_capture(fake_cuda, monkeypatch):
 def test_graphs_are_for_cuda_and_triton(fake_cuda):
     engine = make(False)
     assert engine._graphs is None
-    assert step_graphs(thl, engine.ops, torch.device("cpu"), print) is None
-    assert step_graphs(thl, object(), torch.device("cuda"), print) is None
-    assert step_graphs(object(), engine.ops, torch.device("cuda"), print) is None
-    monkey = step_graphs(thl, engine.ops, torch.device("cuda"), print)
+    own, cuda = thl.ARCHITECTURE, torch.device("cuda")
+    assert step_graphs(own, engine.ops, torch.device("cpu"), print) is None
+    assert step_graphs(own, ReferenceOps(), cuda, print) is None
+    assert step_graphs(hrm.ARCHITECTURE, engine.ops, cuda, print) is None
+    monkey = step_graphs(own, engine.ops, torch.device("cuda"), print)
     assert isinstance(monkey._captures, CudaCaptures)

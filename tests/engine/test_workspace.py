@@ -16,7 +16,8 @@ from live_bytes import LiveBytes
 from thl_engine import Engine
 from thl_engine.config import PRESETS, HIMConfig, HRMConfig, THLConfig
 from thl_engine.device.caching_allocator import CachingAllocator
-from thl_engine.engine.resources import fragments, tensors, workspace
+from thl_engine.engine.resources import fragments, workspace
+from thl_engine.models.state import tensors_of
 from thl_engine.ops.backends import load_ops
 
 triton = pytest.importorskip("triton")
@@ -93,7 +94,7 @@ def test_steps_stay_on_the_device_and_within_the_workspace(kind, backend, no_lau
         options = {"context": min(2000, config.max_position_embeddings)}
     with fake.mode:
         state = fake.state(batch, **options)
-        assert {x.device for x in tensors(state)} == {fake.device}
+        assert {x.device for x in tensors_of(state)} == {fake.device}
         passing, scratch = workspace(model, config, ops, state, fake.page_elements, fake.columns)
         chunk = min(model.chunk(config), 64, options.get("context", 64) - 3)
         with LiveBytes() as meter, HostReads() as reads:
@@ -102,9 +103,9 @@ def test_steps_stay_on_the_device_and_within_the_workspace(kind, backend, no_lau
                 logits = model.logits(config, fake.weights, ops, hidden[:, -1])
                 assert logits.device == fake.device
             del hidden, logits
-        assert {x.device for x in tensors(state)} == {fake.device}
+        assert {x.device for x in tensors_of(state)} == {fake.device}
         restored = model.state_from_dict(config, state.named(), ops, fake.device, **options) if kind == "thl" else state
-        assert {x.device for x in tensors(restored)} == {fake.device}
+        assert {x.device for x in tensors_of(restored)} == {fake.device}
     planned = passing + scratch
     assert meter.peak <= planned
     if wide:  # a plan that keeps much more free than is used wastes pages
@@ -124,7 +125,7 @@ def test_engines_keep_to_what_the_plan_counts(kind):
         kind, config, weights, backend="reference", quantize="int8", stream=True, batch_size=batch
     ) as engine:
         plan, ids = engine.plan(), engine.config.vocab_size
-        vectors = sum(x.nbytes for x in tensors(list(engine._weights.values())))
+        vectors = sum(x.nbytes for x in tensors_of(list(engine._weights.values())))
         planned = plan.state_bytes + plan.workspace_bytes + plan.fixed_bytes - vectors
         generator = torch.Generator().manual_seed(0)
         length = 8

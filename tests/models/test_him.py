@@ -11,7 +11,7 @@ from him_small import ODD, SMALL, as_weights, close, ids, random_tensors, serve
 from thl_engine.config import HIMConfig, parse_config
 from thl_engine.engine.him_batch import answer
 from thl_engine.errors import ConfigError
-from thl_engine.models import architecture, him
+from thl_engine.models import him
 from thl_engine.ops.backends import load_ops
 from thl_engine.text.sampler import Sampler, Sampling
 
@@ -259,7 +259,6 @@ def test_bad_configurations(change, message):
 
 
 def test_published_configuration():
-    assert architecture("him") is him
     config = parse_config({**HIMConfig().to_dict(), "dropout": 0.1})
     assert config == HIMConfig() and parse_config(config.to_dict()) == config
     file = RECORDED.parent / "configs" / "him-7m.json"

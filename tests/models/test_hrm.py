@@ -113,7 +113,9 @@ def test_recorded_vocabulary_growth(backend):
 
 def test_recorded_layer_growth(backend):
     case = Recorded("expand_layers")
-    grown, tensors = expand_layers(case.config, case.tensors, more_L=1, more_H=1)
+    grown, tensors = expand_layers(
+        case.config, case.tensors, {"L_layers": case.config.L_layers + 1, "H_layers": case.config.H_layers + 1}
+    )
     added = tensors.keys() - case.tensors.keys()
     assert added == case.after.keys()
     assert sum(tensors[name].numel() for name in added) == int(case.io["params_added"])

@@ -283,7 +283,7 @@ def test_the_walk_is_the_base_once_and_the_recurrence_revisited():
     assert [name for name in reads if name in base] == base
     assert [reads.count(f"hrm.{name}.weight") for name in ("L.from_L", "H.planning", "reset", "P_xL")] == [12, 3, 2, 1]
     matrices = {b.name for b in hrm_gemma3n.blocks(config) if b.kind == "matrix"}
-    assert set(reads) | set(hrm_gemma3n.head(config)) == matrices
+    assert set(reads) | set(hrm_gemma3n.ARCHITECTURE.head(config)) == matrices
 
 
 def test_the_recurrence_is_pinned_first(backend):

@@ -162,7 +162,7 @@ def test_the_linear_map_of_a_transposed_matrix():
 def packed(path, quantize: str = "int8", **options):
     write_store(
         path,
-        {**CASE.config, "model_type": "gemma3n"},
+        parse_config(CASE.config, "gemma3n"),
         tensor_sources(CASE.weights, "weights"),
         quantize=quantize,
         **options,
@@ -269,8 +269,8 @@ def test_marks_that_cannot_be(tmp_path, monkeypatch):
 
 def test_square_matrices_stay_as_they_are(tmp_path):
     """Their shape would not tell that they are transposed."""
-    config = {**CASE.config, "model_type": "gemma3n", "intermediate_size": [CASE.config["hidden_size"]] * 6}
-    blocks = gemma3n.blocks(parse_config(config))
+    config = parse_config({**CASE.config, "intermediate_size": [CASE.config["hidden_size"]] * 6}, "gemma3n")
+    blocks = gemma3n.blocks(config)
     weights = {b.name: torch.randn(b.shape) for b in blocks}
     path = tmp_path / "square.safetensors"
     write_store(path, config, tensor_sources(weights, "weights"), quantize="int8")
@@ -283,7 +283,7 @@ def test_non_finite_columns_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=f"'{DOWN}' cannot be quantised: NaN or infinity in column 5"):
         write_store(
             tmp_path / "x.safetensors",
-            {**CASE.config, "model_type": "gemma3n"},
+            parse_config(CASE.config, "gemma3n"),
             tensor_sources({**CASE.weights, DOWN: bad}, "weights"),
             quantize="int8",
         )

@@ -294,7 +294,7 @@ def test_damage_found_while_streaming_stays_an_error(tmp_path, small):
 
     config, weights = small
     path = tmp_path / "model.safetensors"
-    write_store(path, config, tensor_sources(weights, "test"), quantize="int8")
+    write_store(path, SMALL, tensor_sources(weights, "test"), quantize="int8")
     engine = Engine.from_pretrained(path, stream=True)
     page = engine._store.tensors["output_head.weight"].pages[0]
     with open(path, "r+b") as file:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from thl_engine import ConfigError, Engine, memory
 from thl_engine.checkpoint.store import open_store
 from thl_engine.cli import main
+from thl_engine.engine.options import EngineOptions
 from thl_engine.ops.backends import load_ops
 from thl_engine.report import bench
 
@@ -62,7 +63,7 @@ def test_bandwidths(checkpoint, name, backend):
 
 
 def test_benchmark_resident(checkpoint, backend):
-    found = bench.benchmark(checkpoint / "int8.safetensors", tokens=24, warmup=3, backend=backend)
+    found = bench.benchmark(checkpoint / "int8.safetensors", EngineOptions(backend=backend), tokens=24, warmup=3)
     assert found.keys() >= PROMISED and found["backend"] == backend and found["device"] == "cpu"
     with Engine.from_pretrained(checkpoint / "int8.safetensors") as engine:
         assert found["bytes_per_token"] == pytest.approx(engine.plan().bytes_per_token)  # 24 is two periods
@@ -75,7 +76,7 @@ def test_benchmark_resident(checkpoint, backend):
 def test_benchmark_streamed(checkpoint):
     with Engine.from_pretrained(checkpoint / "int8.safetensors", stream=True) as engine:
         least = engine.plan().least_budget
-    found = bench.benchmark(checkpoint / "int8.safetensors", tokens=12, warmup=12, memory_budget=least)
+    found = bench.benchmark(checkpoint / "int8.safetensors", EngineOptions(memory_budget=least), tokens=12, warmup=12)
     assert found["memory_budget"] == least and found["planned_peak_bytes"] <= least
     assert found["bytes_streamed_per_token"] > 0 and 0 <= found["stall_share"] <= 1 and found["disk_bandwidth"] > 0
     assert found["predicted_tokens_per_second"] > 0
@@ -89,7 +90,9 @@ def test_command(checkpoint, capsys):
     assert "ratio" in found.out and "tokens/s" in found.out and found.err == ""
 
 
-@pytest.mark.parametrize("options", [{"tokens": 0}, {"warmup": -1}, {"threads": 0}, {"backend": "fortran"}])
+@pytest.mark.parametrize(
+    "options", [{"tokens": 0}, {"warmup": -1}, {"engine_options": EngineOptions(backend="fortran")}]
+)
 def test_bad_options(checkpoint, options):
     with pytest.raises(ConfigError):
         bench.benchmark(checkpoint, **options)

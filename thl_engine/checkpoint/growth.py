@@ -125,10 +125,10 @@ def expand_layers(
 
 def _grown(config: C, **sizes: int) -> C:
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < getattr(config, name):
+        if isinstance(size, bool) or not isinstance(size, int) or size < config.to_dict()[name]:
             raise ConfigError(
                 f"{name} is {size!r}; a model grows to a whole number of at least the "
-                f"{getattr(config, name)} that it has"
+                f"{config.to_dict()[name]} that it has"
             )
     return replace(config, **sizes)  # type: ignore[type-var]  # every configuration is a dataclass
 

@@ -121,7 +121,7 @@ def blocks(config: HRMConfig) -> tuple[Block, ...]:
     return tuple(out)
 
 
-def walk(config: HRMConfig, cycles: str | Sequence[int] = NORMAL) -> Walk:
+def walk(config: HRMConfig, *, cycles: str | Sequence[int] = NORMAL) -> Walk:
     """Matrices read by a step of as many segments as there can be, in the order of all revisits.
 
     Every step reads the same; halting ends a step after any of its segments.
@@ -139,9 +139,9 @@ def walk(config: HRMConfig, cycles: str | Sequence[int] = NORMAL) -> Walk:
     return Walk(tuple((name, 1) for name in segment_reads * config.halt_max_steps), may_stop=True)
 
 
-def forward_walk(config: HRMConfig, tokens_shape: Sequence[int], cycles: str | Sequence[int] = NORMAL) -> Walk:
+def forward_walk(config: HRMConfig, tokens_shape: Sequence[int], *, cycles: str | Sequence[int] = NORMAL) -> Walk:
     """Matrices read by `forward`, the head included: as many as for one step, however many the tokens are."""
-    return Walk((*walk(config, cycles).clocked, *((name, 1) for name in head(config))), may_stop=True)
+    return Walk((*walk(config, cycles=cycles).clocked, *((name, 1) for name in head(config))), may_stop=True)
 
 
 def head(config: HRMConfig) -> tuple[str, ...]:
@@ -272,6 +272,7 @@ def forward(
     tokens: Tensor,
     state: State,
     record: Record | None = None,
+    *,
     cycles: str | Sequence[int] | None = None,
 ) -> tuple[Tensor, State]:
     """A whole sequence at once: int64 [B, T] -> logits at every position, float32 [B, T, vocab_size], and the state.
@@ -427,7 +428,7 @@ def with_options(config: HRMConfig, state: State, *, cycles: str | Sequence[int]
     return replace(state, cycles=parse_cycles(cycles))
 
 
-def effort(values: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+def effort_summary(values: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
     """Mean segments a token."""
     return {"segments_per_token": float(torch.cat([v.flatten().double() for v in values["num_segments"]]).mean())}
 
@@ -457,7 +458,7 @@ ARCHITECTURE: Architecture[HRMConfig, State] = Architecture(
     forward_walk=forward_walk,
     forward_inputs=("cycles",),
     answering="chat",
-    effort=Effort(lambda config: ("num_segments",), effort, effort_rows),
+    effort=Effort(lambda config: ("num_segments",), effort_summary, effort_rows),
     growth=Growth(
         vocabulary=("input_embedding.embedding_weight", "output_head.weight"), layers=("L_layers", "H_layers")
     ),

@@ -129,7 +129,7 @@ def stored_name(config: HRMGemma3nConfig, name: str) -> str | None:
     return gemma3n.stored_name(config, name) if stored == name and not name.startswith("hrm.") else stored
 
 
-def walk(config: HRMGemma3nConfig, cycles: str | Sequence[int] | None = None) -> Walk:
+def walk(config: HRMGemma3nConfig, *, cycles: str | Sequence[int] | None = None) -> Walk:
     """Matrices read by one pass: the base's with their adapters, then those of as many updates as there can be."""
     n, t = parse_cycles(config, cycles)
     adapters, reads = low_rank.adapters(config), []
@@ -261,7 +261,7 @@ def forward_walk(
 ) -> Walk:
     """Matrices that one `forward` reads, those of the logits included."""
     once = (
-        *walk(config, parse_cycles(config, cycles, max_cycles)).clocked,
+        *walk(config, cycles=parse_cycles(config, cycles, max_cycles)).clocked,
         *((name, 1) for name in gemma3n.head(config)),
     )
     return Walk(once * -(-tokens_shape[1] // gemma3n.CHUNK), may_stop=True)
@@ -375,7 +375,7 @@ def with_options(
 REASONING = ("cycles_used", "L_steps", "L_residual", "q_values")  # of `think`'s records
 
 
-def effort(values: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+def effort_summary(values: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
     """Means over the positions [P] that were thought about, and their cycles [P, N]."""
     used, updates, residuals, q_values = (torch.cat([v.double() for v in values[name]]) for name in REASONING)
     halt, proceed = q_values.flatten(0, 1).nanmean(dim=0).tolist()
@@ -415,7 +415,7 @@ ARCHITECTURE: Architecture[HRMGemma3nConfig, State] = replace(
     forward_walk=forward_walk,
     forward_inputs=("cycles", "max_cycles"),
     graph_key=None,  # the host decides when a position has thought enough
-    effort=Effort(lambda config: REASONING, effort, effort_rows),
+    effort=Effort(lambda config: REASONING, effort_summary, effort_rows),
     adapters=Adapters(
         base="gemma3n",
         prefix=low_rank.PEFT_PREFIX,

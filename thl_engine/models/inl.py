@@ -438,7 +438,7 @@ def _inputs(c: INLConfig, weight: str) -> int:
     return next(block.shape[1] for block in blocks(c) if block.name == weight)
 
 
-def effort(values: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
+def effort_summary(values: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
     """Mean iterations a token of each layer."""
     means = (float(torch.cat([v.flatten().double() for v in layer]).mean()) for layer in values.values())
     return {"iterations_per_layer": list(means)}
@@ -473,6 +473,6 @@ ARCHITECTURE: Architecture[INLConfig, State] = Architecture(
     forward_inputs=("attention_mask",),
     graph_key=graph_key,
     effort=Effort(
-        lambda config: tuple(f"layer{i}.iterations_used" for i in range(config.num_layers)), effort, effort_rows
+        lambda config: tuple(f"layer{i}.iterations_used" for i in range(config.num_layers)), effort_summary, effort_rows
     ),
 )

@@ -87,7 +87,7 @@ def _mapped(state: S, change: Callable[[Tensor], Tensor]) -> S:
             return change(value)
         return [change(item) for item in value] if isinstance(value, list) else value
 
-    return type(state)(**{field.name: mapped(getattr(state, field.name)) for field in fields(state)})  # type: ignore[arg-type]
+    return type(state)(**{field.name: mapped(vars(state)[field.name]) for field in fields(state)})  # type: ignore[arg-type]
 
 
 def check_fields(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
