@@ -410,3 +410,11 @@ def test_tokenizer_travels_inside_or_lies_beside(tmp_path):
     assert open_store(path).tokenizer_json == "tokenizer"
     (tmp_path / "tokenizer.json").write_bytes(b"\xff")
     fails(path, "tokenizer.json", "not UTF-8")
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(CheckpointError, match="is no ordinary file"):
+        packed(pipe)
+    assert pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from thl_engine.checkpoint import tensors
 from thl_engine.config import parse_config
 from thl_engine.errors import CheckpointError, ConfigError, EngineError, TokenizerError
 from thl_engine.models import thl
@@ -285,11 +286,11 @@ def test_a_failed_save_leaves_the_last_one(options: TrainOptions, monkeypatch: p
     train(options)
     before = {p.name: p.read_bytes() for p in options.out.iterdir()}
 
-    def full(tensors: dict, path: Path, metadata: dict) -> None:
+    def full(given: dict, path: Path, metadata: dict) -> None:
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensors, "save_file", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         train(replace(options, resume=True, steps=8))
     assert {p.name: p.read_bytes() for p in options.out.iterdir()} == before
