@@ -67,7 +67,7 @@ def spread(t, like):
     return t if isinstance(t, int) else t.expand(like.shape)
 
 
-HOOKS = {"counter", "gather", "each_part", "scratch_bytes", "in_place"}
+HOOKS = {"counter", "gather", "each_part", "scratch_bytes", "in_place", "capturable"}
 PLAIN = {name: value for kind in reversed(ReferenceOps.__mro__[:-1]) for name, value in vars(kind).items()}
 for name in {name for name in PLAIN if name[:2] != "__"} - set(vars(HostOps)) - HOOKS:
     setattr(HostOps, name, PLAIN[name])
@@ -104,14 +104,14 @@ PERIOD = 6
 
 def make(captured: bool, config=CONFIG, **options) -> Engine:
     engine = Engine.from_state_dict("thl", config.to_dict(), WEIGHTS, device="cpu", backend="triton", **options)
-    engine.ops = HostOps()
+    engine._passes.ops = HostOps()
     if captured:
         capture(engine)
     return engine
 
 
 def capture(engine: Engine) -> None:
-    engine._graphs = StepGraphs(engine.ops, HostCaptures(), engine.device, engine._pager.count_uses)
+    engine._passes.graphs = StepGraphs(engine.ops, HostCaptures(), engine.device, engine._passes.pager.count_uses)
 
 
 def budgets(batch: int = 1) -> list[int]:
@@ -154,18 +154,18 @@ def test_replays_are_eager_steps(which, batch):
         assert captured.stats()[name] == eager.stats()[name], name
     streams = chosen["stream"]
     assert (captured.stats()["bytes_streamed"] > 0) == streams
-    captures = captured._graphs._captures
+    captures = captured._passes.graphs._captures
     assert captures.graphs > captured.stats()["replayed_steps"] if streams else captures.graphs == 3 * PERIOD - 4
 
 
 def test_the_pager_sees_the_walk(monkeypatch):
     engine = make(True, stream=True, quantize="int8", memory_budget=budgets()[0])
     state, asked = engine.new_state(), []
-    use = engine._pager._ring.use
-    monkeypatch.setattr(engine._pager._ring, "use", lambda page: asked.append(page) or use(page))
+    use = engine._passes.pager._ring.use
+    monkeypatch.setattr(engine._passes.pager._ring, "use", lambda page: asked.append(page) or use(page))
     for column in tokens(2 + 3 * PERIOD, 1):
         engine.step(column, state)
-    future = engine._schedule(state).decode(0)
+    future = engine._passes.schedule(state).decode(0)
     assert asked == [next(future) for _ in asked]
 
 
@@ -265,10 +265,12 @@ def test_tapes_go_with_their_state():
     state = engine.new_state()
     for column in tokens(2 + 2 * PERIOD, 1):
         engine.step(column, state)
-    assert len(engine._graphs._tapes) == 4
+    assert len(engine._passes.graphs._tapes) == 4
     del state
     gc.collect()
-    assert not engine._graphs._tapes and not engine._graphs._states and not engine._graphs._rehearsed
+    assert (
+        not engine._passes.graphs._tapes and not engine._passes.graphs._states and not engine._passes.graphs._rehearsed
+    )
 
 
 def test_idle_tapes_make_room(monkeypatch):
@@ -286,12 +288,12 @@ def test_idle_tapes_make_room(monkeypatch):
         if t == 2 + 2 * PERIOD:  # all are the first state's still, and not idle for long enough
             assert engine.stats()["replayed_steps"] == made
     assert engine.stats()["replayed_steps"] > made
-    assert len(engine._graphs._tapes) == 4
+    assert len(engine._passes.graphs._tapes) == 4
 
 
 def test_tapes_are_as_many_as_memory_holds(monkeypatch, caplog):
     engine, eager = make(True), make(False)
-    captures, room = engine._graphs._captures, [2]
+    captures, room = engine._passes.graphs._captures, [2]
     begin = captures.begin
 
     def begins():
@@ -305,7 +307,7 @@ def test_tapes_are_as_many_as_memory_holds(monkeypatch, caplog):
     for column in tokens(2 + 4 * PERIOD, 1):
         assert torch.equal(engine.step(column, state)[0], eager.step(column, other)[0])
         same(state, other)
-    assert len(engine._graphs._tapes) == 2 and 0 < engine.stats()["replayed_steps"] < 4 * PERIOD - 4
+    assert len(engine._passes.graphs._tapes) == 2 and 0 < engine.stats()["replayed_steps"] < 4 * PERIOD - 4
     assert not caplog.records and room[0] == -1  # asked no more
 
 
@@ -344,7 +346,7 @@ def test_an_error_of_a_page_is_raised(monkeypatch):
     def fails(place):
         raise CheckpointError("damaged")
 
-    monkeypatch.setattr(engine._pager._transfer, "finish", fails)
+    monkeypatch.setattr(engine._passes.pager._transfer, "finish", fails)
     before = state.timestep
     for _ in range(2):
         with pytest.raises(CheckpointError, match="damaged"):
@@ -542,7 +544,7 @@ def test_an_error_ends_the_capture(fake_cuda, monkeypatch):
 
 def test_graphs_are_for_cuda_and_triton(fake_cuda):
     engine = make(False)
-    assert engine._graphs is None
+    assert engine._passes.graphs is None
     own, cuda = thl.ARCHITECTURE, torch.device("cuda")
     assert step_graphs(own, engine.ops, torch.device("cpu"), print) is None
     assert step_graphs(own, ReferenceOps(), cuda, print) is None

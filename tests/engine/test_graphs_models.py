@@ -72,11 +72,11 @@ def make(name: str, captured: bool, **options) -> Engine:
         name, config.to_dict(), weights, device=DEVICE, backend="triton", quantize="int8", **options
     )
     if not captured:
-        engine._graphs = None
+        engine._passes.graphs = None
     elif not GPU:
         from host_graphs import HostCaptures
 
-        engine._graphs = StepGraphs(engine.ops, HostCaptures(), engine.device, engine._pager.count_uses)
+        engine._passes.graphs = StepGraphs(engine.ops, HostCaptures(), engine.device, engine._passes.pager.count_uses)
     return engine
 
 
@@ -96,7 +96,7 @@ def test_captured_steps_are_eager_steps(name, stream, batch=1 + GPU):
     for t, column in enumerate(fed):
         assert torch.equal(captured.step(column, other)[0], eager.step(column, state)[0]), t
         same(state, other)
-    assert captured.stats()["replayed_steps"] == STEPS - len(captured._graphs._tapes)
+    assert captured.stats()["replayed_steps"] == STEPS - len(captured._passes.graphs._tapes)
     for count in ("page_hits", "page_misses", "bytes_streamed", "bytes_gathered"):
         assert captured.stats()[count] == eager.stats()[count], count
 

@@ -125,7 +125,7 @@ def test_engines_keep_to_what_the_plan_counts(kind):
         kind, config, weights, backend="reference", quantize="int8", stream=True, batch_size=batch
     ) as engine:
         plan, ids = engine.plan(), engine.config.vocab_size
-        vectors = sum(x.nbytes for x in tensors_of(list(engine._weights.values())))
+        vectors = sum(x.nbytes for x in tensors_of(list(engine._passes.weights.values())))
         planned = plan.state_bytes + plan.workspace_bytes + plan.fixed_bytes - vectors
         generator = torch.Generator().manual_seed(0)
         length = 8

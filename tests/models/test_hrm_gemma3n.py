@@ -183,9 +183,9 @@ def test_thoughts_do_not_depend_on_the_batch(quantize):
     """On the native backend, bit for bit."""
     model = engine("native" if "native" in BACKENDS else "reference", quantize=quantize)
     x = 3.0 * torch.randn(9, 40, generator=torch.Generator().manual_seed(5))
-    together, effort = hrm_gemma3n.reason(model.config, model._weights, model.ops, x, (3, 4))
+    together, effort = hrm_gemma3n.reason(model.config, model._passes.weights, model.ops, x, (3, 4))
     for p in range(9):
-        alone, own = hrm_gemma3n.reason(model.config, model._weights, model.ops, x[p : p + 1], (3, 4))
+        alone, own = hrm_gemma3n.reason(model.config, model._passes.weights, model.ops, x[p : p + 1], (3, 4))
         close(alone[0], together[p])
         if model.ops.name == "native":
             assert torch.equal(alone[0], together[p])
@@ -293,7 +293,7 @@ def test_the_recurrence_is_pinned_first(backend):
         page.index
         for name, tensor in model._store.tensors.items()
         for page in tensor.pages
-        if name.startswith("hrm.") and model._schedules[()].uses().get(page.index, 0) > 1
+        if name.startswith("hrm.") and model._passes.schedules[()].uses().get(page.index, 0) > 1
     }
     room = sum(4096 * -(-model._store.pages[p].nbytes // 4096) for p in revisited)
     ring = SLOT_CHOICES[-1] * plan.slot_bytes  # whatever of it the plan takes

@@ -21,26 +21,16 @@ from thl_engine.checkpoint.store import Store, open_store
 from thl_engine.checkpoint.tensors import save_tensors
 from thl_engine.device.device_memory import DeviceMemory
 from thl_engine.engine.generation import Piece, Row, generate
-from thl_engine.engine.graphs import Compute, step_graphs
 from thl_engine.engine.options import EngineOptions, check_count
-from thl_engine.engine.resources import (
-    FORWARD_CHUNK,
-    choose_device,
-    divide_memory,
-    for_graphs,
-    needs,
-    nominal,
-    open_pager,
-    page_schedule,
-    set_threads,
-)
+from thl_engine.engine.passes import Passes
+from thl_engine.engine.resources import choose_device, divide_memory, for_graphs, needs, nominal, set_threads
 from thl_engine.engine.trace import Trace
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
 from thl_engine.memory import peak_bytes, size
 from thl_engine.models.state import State
 from thl_engine.ops.backends import load_ops
-from thl_engine.paging.paged_weights import load_vectors, paged_weights
-from thl_engine.paging.plan import Bandwidths, PageSchedule, Plan
+from thl_engine.ops.reference import ReferenceOps
+from thl_engine.paging.plan import Bandwidths, Plan
 from thl_engine.paging.transfer import link_bandwidth
 from thl_engine.text.sampler import Sampler, Sampling, StopStrings
 from thl_engine.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -75,7 +65,7 @@ class Engine:
         options = options or EngineOptions()
         set_threads(options.threads)
         self.device = choose_device(options.device)
-        self.ops = load_ops(options.backend, self.device.type)
+        ops = load_ops(options.backend, self.device.type)
         self.config = store.config
         self.tokenizer: Tokenizer | None = None
         if store.tokenizer_json is not None:
@@ -83,28 +73,13 @@ class Engine:
         self.architecture = store.architecture
         self._store = store
         self._options = options.for_states(self.architecture)
-        schedule, self._plan = divide_memory(store, self.ops, self.device, options)
-        self._schedules: dict[tuple, PageSchedule] = {(): schedule}  # by the options that a state was made with
-        self._streams = self._plan.streamed_pages > 0
-
+        schedule, self._plan = divide_memory(store, ops, self.device, options)
         self._bandwidths = replace(nominal(self.device), link=link_bandwidth(self.device))
-        graphs_bytes = for_graphs(self.ops, self.config, options.batch_size)
+        graphs_bytes = for_graphs(ops, self.config, options.batch_size)
         memory = DeviceMemory(self.device, self._plan.budget, graphs_bytes)
-        with memory.computing():
-            vectors = load_vectors(store, self.device)
-            self._pager = open_pager(store, self._plan, vectors, self.device)
-        self._weights = paged_weights(store, self._pager, vectors)
-        if not self._streams and self._plan.resident_tables:
+        self._passes = Passes(store, ops, self.device, self._plan, schedule, memory)
+        if not self._plan.streamed_pages and self._plan.resident_tables:
             self.close()  # all is in memory: nothing needs the file any more
-        self._graphs = step_graphs(
-            self.architecture,
-            self.ops,
-            self.device,
-            self._pager.count_uses,
-            pool=memory.pool_for_graphs,
-            apart=memory.capturing,
-        )
-        self._trace: Trace | None = None
         self._tokens = 0
         self._seconds = 0.0
         self._memory = memory  # last: what lies in it goes first when the engine does
@@ -147,6 +122,11 @@ class Engine:
         return cls(spool_tensors(model_type, config, tensors, kind, in_memory=_spools_in_memory(chosen)), chosen)
 
     @property
+    def ops(self) -> ReferenceOps:
+        """What computes; its `name` is the backend's."""
+        return self._passes.ops
+
+    @property
     def model_type(self) -> str:
         """One of the architectures' names."""
         return self._store.model_type
@@ -161,7 +141,7 @@ class Engine:
         self._refuse_unknown("new_state", "option", options, self.architecture.state_options)
         self._check_budget(batch_size)
         return self.architecture.init_state(
-            self.config, batch_size, self.device, self._weights, **{**self._options, **options}
+            self.config, batch_size, self.device, self._passes.weights, **{**self._options, **options}
         )
 
     def _refuse_unknown(self, method: str, what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -194,9 +174,7 @@ class Engine:
             tokens = tokens[:, 0]
         tokens = self._check_tokens(tokens, 1, state.batch_size)
         self._check_room(state, 1)
-        self._begin(state, 1)
-        logits = self._pass(self._advance_to_logits, tokens[:, None], state)
-        self._end(state)
+        logits = self._passes.step(tokens, state)
         self._count(tokens.shape[0], started)
         return logits, state
 
@@ -206,10 +184,7 @@ class Engine:
         started = time.perf_counter()
         tokens = self._check_tokens(tokens, 2, state.batch_size)
         self._check_room(state, tokens.shape[1])
-        for hidden in self._run(tokens, state):
-            last = hidden[:, -1]
-        logits = self._logits(last)
-        self._end(state)
+        logits = self._passes.prompt(tokens, state)
         self._count(tokens.numel(), started)
         return logits, state
 
@@ -229,97 +204,9 @@ class Engine:
         self._refuse_unknown("forward", "input", inputs, self.architecture.forward_inputs)
         tokens = self._check_tokens(tokens, 2, None if whole else state.batch_size)
         self._check_room(state, tokens.shape[1])
-        logits = self._forward_whole(tokens, state, inputs) if whole else self._forward_chained(tokens, state)
+        logits = self._passes.sequence(tokens, state, inputs)
         self._count(tokens.numel(), started)
         return logits, state
-
-    def _forward_whole(self, tokens: Tensor, state: State, inputs: dict[str, Any]) -> Tensor:
-        inputs, model = {**state.options, **inputs}, self.architecture
-        walk = model.forward_walk(self.config, tuple(tokens.shape), **inputs)
-        names = walk.reads(0)
-        self._pager.begin(None, lambda: self._schedules[()].once(names), walk.may_stop)
-        logits, following = model.forward(
-            self.config, self._weights, self.ops, tokens.to(self.device), state, self._recorder(), **inputs
-        )
-        state.become(following)
-        self._pager.end(None)
-        return logits
-
-    def _forward_chained(self, tokens: Tensor, state: State) -> Tensor:
-        batch, length = tokens.shape
-        out = torch.empty(batch, length, self.config.vocab_size, device=self.device)
-        span = max(1, FORWARD_CHUNK // batch)
-        for first in range(0, length, span):
-            hidden = torch.cat(list(self._run(tokens[:, first : first + span], state)), dim=1)
-            count = hidden.shape[1]
-            out[:, first : first + count] = self._logits(hidden.flatten(0, 1)).view(batch, count, -1)
-            self._end(state)
-        return out
-
-    def _run(self, tokens: Tensor, state: State) -> list[Tensor]:
-        """Feeds [B, n] in as many passes as the model needs; the hidden states of each. Logits are to follow."""
-        self._begin(state, tokens.shape[1])
-        return [
-            self._pass(self._advance, part, state) for part in tokens.split(self.architecture.chunk(self.config), dim=1)
-        ]
-
-    def _pass(self, compute: Compute, tokens: Tensor, state: State) -> Tensor:
-        """What `compute` makes of tokens [B, n] that the model takes at once; the state follows."""
-        out, graph_key = None, self.architecture.graph_key
-        if self._graphs is not None and graph_key is not None and self._trace is None and tokens.shape[1] == 1:
-            out = self._graphs.step(graph_key(self.config, state), tokens, state, compute)
-        if out is None:
-            out, following = compute(tokens.to(self.device), state)
-            state.become(following)  # ops update tensors in place: the caller's object must not lag behind them
-        return out
-
-    def _advance(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        return self.architecture.advance(self.config, self._weights, self.ops, tokens, state, self._recorder())
-
-    def _advance_to_logits(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        hidden, following = self._advance(tokens, state)
-        return self._logits(hidden[:, -1]), following
-
-    def _begin(self, state: State, count: int) -> None:
-        """Tells the pager which passes over the weights `count` tokens take."""
-        passes = -(-count // self.architecture.chunk(self.config))
-        schedule, t = self._schedule(state), self._starts_at(state, count)
-        if passes == 1:
-            self._pager.begin(self._key(state, t), lambda: schedule.decode(t), schedule.may_stop)
-        else:
-            self._pager.begin(("prompt", t, passes), lambda: schedule.prompt(t, passes), schedule.may_stop)
-
-    def _end(self, state: State) -> None:
-        """Announces the next step."""
-        self._pager.end(self._key(state, self._starts_at(state, 1)))
-
-    def _starts_at(self, state: State, count: int) -> int:
-        """Step of the schedule at which the next `count` tokens begin."""
-        return self.architecture.starts_at(self.config, state, count)
-
-    def _schedule(self, state: State) -> PageSchedule:
-        options = state.options
-        key = tuple(sorted(options.items()))
-        if key not in self._schedules:
-            self._schedules[key] = page_schedule(self._store, self.ops, state.batch_size, **options)
-            self._schedules[key].pin(frozenset(self._plan.pinned))
-        return self._schedules[key]
-
-    def _key(self, state: State, t: int) -> tuple:
-        schedule = self._schedule(state)
-        return "decode", id(schedule), t % schedule.period
-
-    def _recorder(self) -> Any:
-        if self._trace is None:
-            return None
-        self._trace.steps.append({})
-        return self._trace.record
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.architecture.logits(self.config, self._weights, self.ops, hidden)
-        if self._trace is not None:
-            self._trace.record("logits", logits)
-        return logits
 
     def _check_tokens(self, tokens: Tensor, rank: int, batch: int | None) -> Tensor:
         form = "[B] or [B, 1]" if rank == 1 else "[B, T] with T of at least 1"
@@ -443,7 +330,7 @@ class Engine:
 
         Without any, typical ones are taken, but for the link to a CUDA device, which is measured once.
         """
-        return self._plan.at(bandwidths or self._bandwidths, self._store, self._schedules[()])
+        return self._plan.at(bandwidths or self._bandwidths, self._store, self._passes.schedules[()])
 
     def stats(self) -> dict[str, Any]:
         """Counters since the engine started; sizes in bytes, times in seconds.
@@ -456,8 +343,8 @@ class Engine:
             "tokens": self._tokens,
             "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds if self._seconds else 0.0,
-            "replayed_steps": 0 if self._graphs is None else self._graphs.replayed,
-            **asdict(self._pager.traffic),
+            "replayed_steps": 0 if self._passes.graphs is None else self._passes.graphs.replayed,
+            **asdict(self._passes.pager.traffic),
             **self._memory.stats(self._plan.peak_memory_bytes),
             "peak_rss_bytes": peak_bytes(),
             "memory_budget": self._plan.budget,
@@ -469,11 +356,11 @@ class Engine:
     @contextmanager
     def trace(self, *names: str) -> Iterator[Trace]:
         """Records intermediates of every step made inside the `with`: those named, or all."""
-        self._trace = Trace(frozenset(names) or None)
+        self._passes.trace = trace = Trace(frozenset(names) or None)
         try:
-            yield self._trace
+            yield trace
         finally:
-            self._trace = None
+            self._passes.trace = None
 
     def save_state(self, state: State, path: str | os.PathLike) -> None:
         """Writes a context to a safetensors file; `load_state` continues it bit for bit."""
@@ -506,7 +393,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the reader and gives back temporary files. A streaming engine cannot be used afterwards."""
-        self._pager.close()
+        self._passes.pager.close()
         self._store.close()
 
     def __enter__(self) -> "Engine":
