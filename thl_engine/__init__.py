@@ -1,4 +1,4 @@
-"""Runs big hierarchical models within a small memory budget by paging int8 weights on a schedule known in advance."""
+"""Runs language models larger than your memory by paging weights through a budget, on a schedule known in advance."""
 
 from typing import TYPE_CHECKING, Any
 

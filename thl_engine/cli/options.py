@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from thl_engine import __doc__ as PURPOSE
 from thl_engine import __version__
 
 STEPS = 256  # a multiple of common clock periods, so that a benchmark reads what an average token reads
@@ -15,7 +16,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="thl",
         allow_abbrev=False,
-        description="Runs hierarchical language models within a memory budget, streaming their weights.",
+        description=PURPOSE,
         epilog="`thl COMMAND --help` explains a command's options. Results go to stdout, everything else to stderr.",
     )
     parser.add_argument("--version", action="version", version=f"thl_engine {__version__}")
