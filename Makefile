@@ -7,7 +7,7 @@ MODEL := examples/shakespeare.safetensors
 
 dev: .venv/installed
 
-.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) $(wildcard csrc/cuda/*)
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
@@ -26,12 +26,12 @@ lint: dev
 bench: dev
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only
 
-SANITIZED := $(patsubst %,csrc/%.cpp,arena crc32c reader gds host_copy_device copy_engine)
+SANITIZED := $(wildcard csrc/io/*.cpp) tests/native/host_copy_device.cpp
 
 sanitize:  # the reader and the copy engine under the sanitizers for threads and for memory
 	@mkdir -p build
 	set -e; for kind in thread address,undefined; do \
-		$(CXX) -std=c++20 -O1 -g -fsanitize=$$kind -fno-sanitize-recover=all -pthread -Icsrc tests/native/copy_engine_stress.cpp \
+		$(CXX) -std=c++20 -O1 -g -fsanitize=$$kind -fno-sanitize-recover=all -pthread -Icsrc -Itests/native tests/native/copy_engine_stress.cpp \
 			$(SANITIZED) -ldl -o build/copy_engine_stress; \
 		for seed in 1 2 3 4; do build/copy_engine_stress $(MODEL) $$seed; done; \
 	done

@@ -59,8 +59,9 @@ def extensions():
     ParallelCompile().install()
     native = Pybind11Extension(
         "thl_engine._native",
-        sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-        depends=sorted(str(path) for path in Path("csrc").glob("*.[hi]*")),
+        sorted(str(path) for folder in ("bind", "cpu", "io") for path in Path("csrc", folder).glob("*.cpp")),
+        depends=sorted(str(path) for path in Path("csrc").glob("*/*.[hi]*")),
+        include_dirs=["csrc"],
         cxx_std=20,
         extra_compile_args=FLAGS,
         extra_link_args=["-pthread"],
@@ -84,7 +85,7 @@ setup(
         "thl_engine.kernels.triton": "kernels/triton",
         "thl_engine.kernels.tuned": "kernels/tuned",
     },
-    package_data={"thl_engine.kernels.tuned": ["*.json"]},
+    package_data={"thl_engine": ["*.pyi"], "thl_engine.kernels.tuned": ["*.json"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
 )

@@ -1,6 +1,6 @@
-#include "arena.h"
+#include "cuda/arena.h"
 
-#include "check.h"
+#include "cuda/check.h"
 
 namespace thl::cuda {
 

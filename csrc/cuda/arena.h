@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "budget_arena.h"
+#include "cuda/budget_arena.h"
 
 namespace thl::cuda {
 

@@ -1,10 +1,26 @@
-// Python names of the memory budget on a device. thl_engine/device_memory.py uses them.
+// Python names of the memory budget on a device. thl_engine/device/device_memory.py uses them.
 #include <pybind11/pybind11.h>
 
-#include "arena.h"
-#include "bind_budget.h"
+#include "cuda/arena.h"
 
 namespace py = pybind11;
+
+namespace {
+
+py::dict arena_counts(std::int64_t number) {
+    const thl::BudgetArena::Counts counts = thl::cuda::arenas().counts(number);
+    py::dict out;
+    out["size"] = counts.size;
+    out["in_use"] = counts.in_use;
+    out["peak"] = counts.peak;
+    out["largest_gap"] = counts.largest_gap;
+    out["allocations"] = counts.allocations;
+    out["refusals"] = counts.refusals;
+    out["last_refused"] = counts.last_refused;
+    return out;
+}
+
+}  // namespace
 
 void bind_arena(py::module_& module) {
     using thl::cuda::arenas;
@@ -14,6 +30,5 @@ void bind_arena(py::module_& module) {
                py::call_guard<py::gil_scoped_release>());
     module.def("enter_arena", [](std::int64_t number) { arenas().enter(number); }, py::arg("number"));
     module.def("leave_arena", [] { thl::BudgetArenas::leave(); });
-    module.def("arena_counts", [](std::int64_t number) { return thl::counts_dict(arenas().counts(number)); },
-               py::arg("number"));
+    module.def("arena_counts", &arena_counts, py::arg("number"));
 }

@@ -1,7 +1,7 @@
 // Which devices there are.
 #include <pybind11/pybind11.h>
 
-#include "check.h"
+#include "cuda/check.h"
 
 namespace py = pybind11;
 using thl::cuda::check;

@@ -1,12 +1,12 @@
-// Python name of the int8 product. thl_engine/cuda.py documents it.
+// Python name of the int8 product. thl_engine/device/cuda.py documents it.
 #include <pybind11/pybind11.h>
 
 #include <bit>
 #include <limits>
 
-#include "check.h"
-#include "gemv_int8.h"
-#include "tensor_view.h"
+#include "cuda/check.h"
+#include "cuda/gemv_int8.h"
+#include "bind/tensor_view.h"
 
 namespace py = pybind11;
 

@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "../copy_device.h"
+#include "io/copy_device.h"
 
 namespace thl::cuda {
 

@@ -15,8 +15,8 @@
 
 #include <algorithm>
 
-#include "check.h"
-#include "gemv_int8.h"
+#include "cuda/check.h"
+#include "cuda/gemv_int8.h"
 
 namespace thl::cuda {
 

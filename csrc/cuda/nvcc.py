@@ -15,8 +15,6 @@ ARCHITECTURES = (75, 80, 86, 89, 90)
 ROOT = Path(__file__).resolve().parents[2]
 # Sums are fused where the source says so: kernels for other sizes must round alike.
 FLAGS = ("-O3", "-std=c++20", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wno-psabi,-pthread")
-# C++ files of csrc/ that know nothing of CUDA and are linked into the extension all the same.
-SHARED = ("budget_arena.cpp",)
 
 
 def find() -> str | None:
@@ -40,7 +38,7 @@ def architectures() -> tuple[int, ...]:
 def sources() -> list[Path]:
     """All that the extension is made of."""
     here = ROOT / "csrc" / "cuda"
-    return sorted([*here.glob("*.cu"), *here.glob("*.cpp"), *(ROOT / "csrc" / name for name in SHARED)])
+    return sorted([*here.glob("*.cu"), *here.glob("*.cpp")])
 
 
 def targets(capabilities: Sequence[int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Measured choices for a card: which implementation of an operation is the fastest, and how it is launched.
+"""Choices for a card: which implementation of an operation is the fastest, and how it is launched.
 
 A table is a JSON file beside this one, named after its card (`file_name`):
 
@@ -8,11 +8,12 @@ A table is a JSON file beside this one, named after its card (`file_name`):
 
 `rows` and `columns` are those of the whole matrix, so that a choice, and with it the result's last bits, does not
 depend on how the matrix is cut. `benchmarks/tune_kernels.py` writes tables; no engine does. Without a table, or where
-nothing near was measured, callers do as they would anyway.
+nothing near was measured, a rule decides that nobody has measured (`presumed_gemv_int8`).
 """
 
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 from math import log2
 from pathlib import Path
@@ -25,6 +26,11 @@ FORMS: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     "gemv_int8": {"cuda": {"rows": (2, 4), "split": (1, 2, 4, 8)}, "triton": {}}
 }
 NEAR = 1.0  # octaves that each of rows and columns may lie from what was measured
+
+# Of the CUDA kernel (csrc/cuda/gemv_int8.cu), for the rule where nothing was measured.
+WARPS, WARP_ROWS = 8, 4  # of a block; rows of the matrix that a warp reads at a time
+UNIT, CHUNK = 16, 512  # columns that a lane and a warp read at once
+FILLING = 264  # blocks: two on each of 132 multiprocessors, as an H100 or H200 has; most other cards have fewer
 
 
 class Choice(NamedTuple):
@@ -42,13 +48,33 @@ Table = dict[str, tuple[Choice, ...]]
 
 @cache
 def find(operation: str, batch: int, rows: int, columns: int, device: torch.device) -> Choice | None:
-    """The choice measured nearest to a size on the card that `device` is; None where there is none near.
+    """The choice measured nearest to a size on the card that `device` is, or presumed where none near was measured.
 
-    Raises ValueError where the card's table is not one.
+    None where there is nothing to compute or no card. Raises ValueError where the card's table is not one.
     """
     if not rows * columns * batch or device.type != "cuda":
         return None
-    return nearest(_of(device.index or 0).get(operation, ()), batch, rows, columns)
+    measured = nearest(_of(device.index or 0).get(operation, ()), batch, rows, columns)
+    return measured or PRESUMED[operation](batch, rows, columns)
+
+
+def presumed_gemv_int8(batch: int, rows: int, columns: int) -> Choice:
+    """The form that should be the fastest, by reasoning alone: no card has been timed. A table overrules it.
+
+    Reading the weights is all that should take time, so what counts is how many of them are under way. The CUDA kernel
+    asks for a warp's next 4 x 512 bytes before it multiplies the last ones; triton's leaves such overlap to the number
+    of programs. With one row of activations there are registers for that. Three conditions keep the warps busy:
+    rows begin at multiples of 16 bytes, or they would be read byte by byte; each warp has a whole chunk of columns at
+    least; the blocks fill a card, for which up to 8 warps share the columns of a row. All else is left to triton's
+    kernel, whose tiles follow the size.
+    """
+    for split in FORMS["gemv_int8"]["cuda"]["split"] if batch == 1 and columns % UNIT == 0 else ():
+        if columns >= CHUNK * split and rows >= FILLING * WARPS // split * WARP_ROWS:
+            return Choice(batch, rows, columns, "cuda", (WARP_ROWS, split))
+    return Choice(batch, rows, columns, "triton", ())
+
+
+PRESUMED: dict[str, Callable[[int, int, int], Choice]] = {"gemv_int8": presumed_gemv_int8}
 
 
 def nearest(choices: tuple[Choice, ...], batch: int, rows: int, columns: int) -> Choice | None:

@@ -10,14 +10,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import SMALL, random_weights
-from native_inputs import needs_native
+from native_parts import BudgetArenas
 
 from thl_engine import BudgetError, Engine
 from thl_engine.device import device_memory
 from thl_engine.device.caching_allocator import BLOCK, MIB, CachingAllocator, reserved
 from thl_engine.device.device_memory import DeviceMemory
 from thl_engine.memory import parse_bytes
-from thl_engine.ops import native
 from thl_engine.paging.plan import Bandwidths, _Clock
 
 CUDA = torch.device("cuda:0")
@@ -27,7 +26,7 @@ class Stage:
     """CUDA and torch's pools, as far as `DeviceMemory` uses them; `log`: what it did, in order."""
 
     def __init__(self, monkeypatch):
-        self.arenas, self.log, self.active, self.devices = native._native.BudgetArenas(), [], [], 0
+        self.arenas, self.log, self.active, self.devices = BudgetArenas(), [], [], 0
         self.base = 0  # of the arena opened last
         self.full = 0  # times that the device has no memory for an arena
         stage = self
@@ -94,7 +93,6 @@ def stage(monkeypatch):
     gc.collect()  # what a test has left closes its arena on its own stage
 
 
-@needs_native
 def test_what_is_computed_comes_from_the_arena_through_one_pool(stage):
     memory = DeviceMemory(CUDA, 1 << 20, 1 << 18)
     assert memory.enforced and not stage.active
@@ -122,7 +120,6 @@ def test_what_is_computed_comes_from_the_arena_through_one_pool(stage):
     }
 
 
-@needs_native
 def test_exhaustion_is_a_budget_error_that_keeps_nothing_alive(stage):
     memory = DeviceMemory(CUDA, 4 << 20)
 
@@ -143,7 +140,6 @@ def test_exhaustion_is_a_budget_error_that_keeps_nothing_alive(stage):
         assert stage.arenas.allocate(512, 0)
 
 
-@needs_native
 def test_an_engines_memory_goes_back_after_its_pools_and_its_last_tensor(stage):
     memory = DeviceMemory(CUDA, 1 << 20, 1 << 18)
     with memory.computing():
@@ -154,7 +150,6 @@ def test_an_engines_memory_goes_back_after_its_pools_and_its_last_tensor(stage):
     assert stage.arenas.release(logits) and stage.log[-1] == "given back"
 
 
-@needs_native
 def test_a_full_device_is_asked_again_before_the_budget_is_refused(stage):
     stage.full = 1
     assert DeviceMemory(CUDA, 1 << 20).enforced and "emptied" in stage.log

@@ -1,6 +1,7 @@
 """Tables of measured choices: strict to read, and what is found in them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,11 +46,38 @@ def test_the_nearest_choice(batch, rows, columns, expected):
     assert tuned.nearest(CHOICES, batch, rows, columns) == (None if expected is None else CHOICES[expected])
 
 
-def test_no_table_no_choice(monkeypatch):
-    assert tuned.find("gemv_int8", 1, 64, 64, torch.device("cpu")) is None
+def test_nothing_is_chosen_where_there_is_no_card_or_nothing_to_compute():
+    assert tuned.find("gemv_int8", 1, 16384, 4096, torch.device("cpu")) is None
+    for batch, rows, columns in ((0, 64, 64), (1, 0, 64), (1, 64, 0)):
+        assert tuned.find("gemv_int8", batch, rows, columns, torch.device("cuda", 0)) is None
+
+
+@pytest.mark.parametrize(
+    "batch, rows, columns, expected",
+    [
+        (1, 8448, 512, ("cuda", (4, 1))),
+        (1, 65536, 4096, ("cuda", (4, 1))),
+        (1, 8447, 1024, ("cuda", (4, 2))),  # two warps a row fill the card
+        (1, 4096, 4096, ("cuda", (4, 4))),
+        (1, 1056, 4096, ("cuda", (4, 8))),
+        (1, 1055, 4096, ("triton", ())),  # the card is not filled
+        (1, 4096, 1024, ("triton", ())),  # nor here, with as many warps a row as have a chunk each
+        (1, 8448, 496, ("triton", ())),  # no whole chunk
+        (1, 65536, 4100, ("triton", ())),  # rows do not begin at multiples of 16 bytes
+        (2, 65536, 4096, ("triton", ())),
+    ],
+)
+def test_what_is_presumed_without_a_table(monkeypatch, batch, rows, columns, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card without a table")
     monkeypatch.setattr(tuned, "_of", tuned._of.__wrapped__)
-    assert tuned.find.__wrapped__("gemv_int8", 1, 64, 64, torch.device("cuda", 0)) is None
+    found = tuned.find.__wrapped__("gemv_int8", batch, rows, columns, torch.device("cuda", 0))
+    assert found == (batch, rows, columns, *expected)
+
+
+def test_the_rule_knows_the_kernels_sizes():
+    source = (Path(__file__).parents[2] / "csrc" / "cuda" / "gemv_int8.cu").read_text()
+    assert f"kWarps = {tuned.WARPS}," in source and f"kUnit = {tuned.UNIT};" in source
+    assert f"kLanes = {tuned.CHUNK // tuned.UNIT}," in source and "kChunk = kLanes * kUnit;" in source
 
 
 def test_a_card_finds_its_table(monkeypatch, tmp_path):
@@ -58,6 +86,8 @@ def test_a_card_finds_its_table(monkeypatch, tmp_path):
     monkeypatch.setattr(tuned, "_of", tuned._of.__wrapped__)
     monkeypatch.setattr(tuned, "__file__", str(tmp_path / "__init__.py"))
     assert tuned.find.__wrapped__("gemv_int8", 1, 4096, 5000, torch.device("cuda")) == CHOICES[0]
+    assert tuned.find.__wrapped__("gemv_int8", 1, 16384, 4096, torch.device("cuda")).use == "triton"  # as measured
+    assert tuned.find.__wrapped__("gemv_int8", 1, 65536, 4096, torch.device("cuda")).use == "cuda"  # nothing near
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@
 #include <random>
 #include <set>
 
-#include "copy_engine.h"
-#include "crc32c.h"
+#include "io/copy_engine.h"
+#include "io/crc32c.h"
 #include "host_copy_device.h"
 
 namespace {

@@ -2,7 +2,7 @@
 // host device, which knows what has to be in order. Compiled together with that file; see test_cuda_copy_device.py.
 #include <cuda_runtime_api.h>
 
-#include "copy_device.h"
+#include "io/copy_device.h"
 #include "cuda/copy_device.h"
 
 namespace {

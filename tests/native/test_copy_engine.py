@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from native_parts import HostCopyDevice
 
 from thl_engine import CheckpointError
 from thl_engine.checkpoint.checksum import crc32c
@@ -36,7 +37,7 @@ class Bench:
 
     def __init__(self, reader, places=5, slots=3, seed=0, delay=200, **options):
         self.memory = torch.full((places * SLOT,), 0x5A, dtype=torch.uint8)
-        self.device = _native.HostCopyDevice(seed, delay)
+        self.device = HostCopyDevice(seed, delay)
         self.compute = self.device.compute
         self.engine = _native.CopyEngine(
             reader.native,
@@ -232,7 +233,7 @@ def test_a_failed_device_says_so_from_then_on(path):
 
 def test_memory_that_cannot_be_locked_is_an_error_that_says_what_helps(path):
     with Reader([path], direct=False) as reader:
-        device = _native.HostCopyDevice(0, 0)
+        device = HostCopyDevice(0, 0)
         device.refuse_locks()
         with pytest.raises(DeviceError, match="49152 bytes of page-locked host memory: raise the limit.*ulimit -l"):
             _native.CopyEngine(
@@ -308,7 +309,7 @@ def test_numbers_that_do_not_fit_are_refused(path):
 
 
 def test_the_links_ceiling_is_measured(path):
-    device = _native.HostCopyDevice(0, 0)
+    device = HostCopyDevice(0, 0)
     assert _native.copy_seconds(device, torch.empty(SLOT, dtype=torch.uint8), 3, 20) > 0
     assert device.locked == 0 and device.events == 0 and device.violations() == []
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_parts import HostCopyDevice, copy_device_capsule
 
 from thl_engine.checkpoint.checksum import crc32c
 from thl_engine.errors import DeviceError
@@ -22,7 +23,6 @@ if not native.available() or shutil.which("g++") is None or not (TOOLKIT / "cuda
     pytest.skip("needs the C++ extension, a C++ compiler and CUDA's headers", allow_module_level=True)
 
 SLOT = 8192
-NAME = b"thl_engine.CopyDevice.1"  # capsules keep a pointer to it
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +53,10 @@ def runtime(tmp_path_factory):
 @pytest.fixture
 def device(runtime):
     """The host device, and the CUDA device that ends there."""
-    host = _native.HostCopyDevice(seed=3, delay=200)
+    host = HostCopyDevice(seed=3, delay=200)
     runtime.fake_begin(host.address)
     pointer = runtime.fake_device()
-    ctypes.pythonapi.PyCapsule_New.restype = ctypes.py_object
-    ctypes.pythonapi.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    capsule = ctypes.pythonapi.PyCapsule_New(pointer, NAME, None)
-    yield host, _native.CopyDevice(capsule)
+    yield host, _native.CopyDevice(copy_device_capsule(pointer))
     runtime.fake_fail(0)
     runtime.fake_end(pointer)
 
@@ -101,6 +98,7 @@ def test_errors_name_the_device_and_the_call(path, device, runtime):
         engine = _native.CopyEngine(reader.native, cuda, memory, [0], SLOT, 2, host.compute)
         engine.start(0, 0, SLOT, None, "page", 0)
         engine.finish(0, host.compute)
+        host.sums()  # the copy has ended: a device that has failed is not waited for before its memory goes
         runtime.fake_fail(700)
         with pytest.raises(DeviceError, match="^device cuda:1: CUDA: cuda[A-Za-z]*: an error as was asked for$"):
             engine.released(0, host.compute)

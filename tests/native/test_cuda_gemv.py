@@ -10,6 +10,7 @@ import subprocess
 from itertools import product
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def library(tmp_path_factory):
             "-I",
             HOST,
             "-I",
-            ROOT / "csrc" / "cuda",
+            ROOT / "csrc",
             "-x",
             "c++",
             ROOT / "csrc" / "cuda" / "gemv_int8.cu",
@@ -239,6 +240,28 @@ def test_bits_depend_on_the_split_alone(library):
             )
         unaligned = at_the_end(w, 3)
         assert torch.equal(gemv(library, x, unaligned, scales, poisoned(7, 11), group=group, shape=(2, split)), whole)
+
+
+def test_the_choice_for_a_tensor(monkeypatch):
+    """The table's or the presumed form, for rows that lie as they must, where the extension and a card are there."""
+
+    def on_card(*shape, strides=None):
+        x = torch.empty(shape, device="meta") if strides is None else torch.empty_strided(shape, strides, device="meta")
+        return SimpleNamespace(numel=x.numel, stride=x.stride, device=torch.device("cuda", 0))
+
+    tables = {"gemv_int8": (tuned.Choice(8, 4096, 4096, "cuda", (2, 2)), tuned.Choice(8, 512, 4096, "triton", ()))}
+    monkeypatch.setattr(tuned, "find", tuned.find.__wrapped__)
+    monkeypatch.setattr(tuned, "_of", lambda device: {})
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    assert cuda.gemv_shape(on_card(1, 4096), 4096, 4096) == (4, 4)
+    assert cuda.gemv_shape(on_card(3, 4096), 4096, 4096) is None
+    assert cuda.gemv_shape(on_card(1, 4096, strides=(1, 2)), 4096, 4096) is None
+    assert cuda.gemv_shape(torch.ones(1, 4096), 4096, 4096) is None
+    monkeypatch.setattr(tuned, "_of", lambda device: tables)
+    assert cuda.gemv_shape(on_card(3, 4096), 4096, 4096) == (2, 2)
+    assert cuda.gemv_shape(on_card(1, 4096), 512, 4096) is None
+    monkeypatch.setattr(cuda, "available", lambda: False)
+    assert cuda.gemv_shape(on_card(3, 4096), 4096, 4096) is None
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the kernels are run on the device instead")

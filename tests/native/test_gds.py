@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_parts import HostCopyDevice
 
 from thl_engine import CheckpointError
 from thl_engine.checkpoint.checksum import crc32c
@@ -19,7 +20,6 @@ from thl_engine.paging.transfer import NativeTransfer, Request
 
 if not native.available() or shutil.which("gcc") is None:
     pytest.skip("needs the C++ extension and a C compiler", allow_module_level=True)
-from thl_engine import _native
 
 SLOT = 16384
 SIZE = 40 * 4096 + 777  # the file ends inside a block
@@ -57,7 +57,7 @@ class Bench(NativeTransfer):
     def __init__(self, reader, library, monkeypatch, places=4):
         arena = Arena(places * SLOT)
         monkeypatch.setattr(torch, "empty", lambda *_, **options: arena.tensor())  # begins at a multiple of 4096
-        self.host = _native.HostCopyDevice(seed=1, delay=300)
+        self.host = HostCopyDevice(seed=1, delay=300)
         super().__init__(
             reader,
             [i * SLOT for i in range(places)],

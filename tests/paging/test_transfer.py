@@ -3,13 +3,14 @@
 import pytest
 import torch
 from conftest import SMALL, random_weights
+from native_parts import HostCopyDevice
 
 from thl_engine import ConfigError, Engine
 from thl_engine.engine import resources
 from thl_engine.ops import native
 from thl_engine.paging import pager, transfer
 from thl_engine.paging.reader import Reader
-from thl_engine.paging.transfer import STAGING_SLOTS, NativeTransfer, Request, TorchTransfer, _native
+from thl_engine.paging.transfer import STAGING_SLOTS, NativeTransfer, Request, TorchTransfer
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the C++ extension is not built")
 
@@ -77,7 +78,7 @@ class Settled(NativeTransfer):
 
     def __init__(self, reader, places, nbytes, slot_bytes, device, direct_storage, kept_bytes):
         assert not direct_storage
-        self.host = _native.HostCopyDevice(seed=nbytes, delay=100)
+        self.host = HostCopyDevice(seed=nbytes, delay=100)
         super().__init__(
             reader, places, nbytes, slot_bytes, device, self.host, lambda: self.host.compute, kept_bytes=kept_bytes
         )

@@ -87,7 +87,7 @@ def copy_device(index: int) -> "_native.CopyDevice":
 def gemv_shape(x: Tensor, rows: int, columns: int) -> GemvShape | None:
     """How `gemv_int8` is to multiply x [.., C] with parts of a matrix [rows, columns]; None where it is not to.
 
-    It is to where the card's table has it as the fastest, and x lies as it must.
+    It is to where it is the fastest, measured on the card or presumed (kernels/tuned), and x lies as it must.
     """
     choice = tuned.find("gemv_int8", x.numel() // max(columns, 1), rows, columns, x.device)
     if choice is None or choice.use != "cuda" or x.stride(-1) != 1 or not available():

@@ -1,6 +1,6 @@
 """Reads pages of files into aligned memory on worker threads, past the page cache where that is possible.
 
-`Reader` and `Arena` are native (csrc/reader.cpp, csrc/arena.cpp) where the package was built with a compiler.
+`Reader` and `Arena` are native (csrc/io/) where the package was built with a compiler.
 `_PythonReader` does the same with os.preadv in a thread pool: for installs without one, and as twin in tests.
 """
 

@@ -4,7 +4,7 @@ A transfer owns one block of memory, divided into places by the pager. `start` b
 returns when the compute may use it, `released` says that the compute's last use of it has been issued.
 
 Pages for a device pass through a ring of page-locked host memory. `NativeTransfer` leaves them to the copy engine
-(csrc/copy_engine.cpp), whose thread goes on copying while Python is busy; `TorchTransfer` does the same with torch's
+(csrc/io/copy_engine.cpp), whose thread goes on copying while Python is busy; `TorchTransfer` does the same with torch's
 streams, but only makes progress when it is called. `open_transfer` chooses.
 """
 

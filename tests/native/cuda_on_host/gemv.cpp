@@ -1,5 +1,5 @@
 // gemv_int8 for ctypes. Types: 0 float32, 1 float16, 2 bfloat16. Gate: 0 none, 1 silu, 2 gelu_tanh.
-#include "gemv_int8.h"
+#include "cuda/gemv_int8.h"
 
 #include <cstdio>
 #include <exception>

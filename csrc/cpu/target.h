@@ -1,0 +1,13 @@
+// THL_TARGET("avx2,...") compiles what follows it in a file for that instruction set. It comes after the headers, and
+// holds to the end of the file, where templates are instantiated: those of the standard library too, which therefore are
+// not used there (see kernels.inl).
+#pragma once
+
+#define THL_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define THL_TARGET(isa) THL_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define THL_TARGET_END THL_PRAGMA(clang attribute pop)
+#else
+#define THL_TARGET(isa) THL_PRAGMA(GCC target(isa))
+#define THL_TARGET_END
+#endif
