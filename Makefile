@@ -7,7 +7,7 @@ MODEL := examples/shakespeare.safetensors
 
 dev: .venv/installed
 
-.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'

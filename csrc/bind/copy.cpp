@@ -60,7 +60,8 @@ void bind_copy(py::module_& m) {
     py::class_<CopyEngine>(m, "CopyEngine")
         .def(py::init(&make_engine), py::arg("reader"), py::arg("device"), py::arg("memory"), py::arg("places"),
              py::arg("slot_bytes"), py::arg("slots"), py::arg("compute"), py::arg("cufile") = py::none(),
-             py::arg("files") = std::vector<std::string>(), py::arg("kept_bytes") = 0, py::keep_alive<1, 2>(), py::keep_alive<1, 4>())
+             py::arg("files") = std::vector<std::string>(), py::arg("kept_bytes") = 0, py::keep_alive<1, 2>(),
+             py::keep_alive<1, 4>())
         .def(
             "start",
             [](CopyEngine& engine, std::int64_t file, std::int64_t offset, std::int64_t nbytes,

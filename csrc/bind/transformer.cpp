@@ -157,7 +157,8 @@ int64_t integrate(py::handle x_capsule, py::handle norm_weight_capsule, py::hand
     std::vector<float> centres(d);
     for (int64_t i = 0; i < d; ++i) centres[i] = mu[i / group];
     return thl::integrate({rows, steps, first_check, threshold, together, x.as<float>(), x.stride[0],
-                           norm_weight, norm_bias, norm_eps, context.as<float>(), context.stride[0], values.as<float>(), iterations.as<int64_t>()},
+                           norm_weight, norm_bias, norm_eps, context.as<float>(), context.stride[0], values.as<float>(),
+                           iterations.as<int64_t>()},
                           {first.data.data(), first.scale(), 3 * d, second.data.data(), second.scale(), first_bias,
                            second_bias, centres.data(), hidden, d});
 }

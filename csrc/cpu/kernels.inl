@@ -39,19 +39,19 @@ THL_INLINE Lanes zero() {
     return r;
 }
 
-THL_INLINE FloatV widen(const float* x) {
+THL_INLINE FloatV load_floats(const float* x) {
     FloatV v;
     __builtin_memcpy(&v, x, sizeof v);
     return v;
 }
 
-THL_INLINE FloatV widen(const Bf16* x) {
+THL_INLINE FloatV load_floats(const Bf16* x) {
     HalfV bits;
     __builtin_memcpy(&bits, x, sizeof bits);
     return reinterpret_cast<FloatV>(__builtin_convertvector(bits, UintV) << 16);
 }
 
-THL_INLINE FloatV widen(const F16* x) {
+THL_INLINE FloatV load_floats(const F16* x) {
     HalfV half;
     __builtin_memcpy(&half, x, sizeof half);
     const UintV bits = __builtin_convertvector(half, UintV);
@@ -63,12 +63,12 @@ THL_INLINE FloatV widen(const F16* x) {
     return reinterpret_cast<FloatV>(reinterpret_cast<UintV>(value) | special | ((bits & 0x8000) << 16));
 }
 
-THL_INLINE FloatV widen(const int8_t* x) { return int8_floats(x); }
+THL_INLINE FloatV load_floats(const int8_t* x) { return int8_floats(x); }
 
 template <typename T>
 THL_INLINE Lanes load(const T* x) {
     Lanes r;
-    THL_UNROLL for (int p = 0; p < kParts; ++p) r.part[p] = widen(x + p * kWidth);
+    THL_UNROLL for (int p = 0; p < kParts; ++p) r.part[p] = load_floats(x + p * kWidth);
     return r;
 }
 

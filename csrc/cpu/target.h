@@ -1,6 +1,7 @@
-// THL_TARGET("avx2,...") compiles what follows it in a file for that instruction set. It comes after the headers, and
-// holds to the end of the file, where templates are instantiated: those of the standard library too, which therefore are
-// not used there (see kernels.inl).
+// THL_TARGET("avx2,...") compiles what follows it in a file for that instruction set. It comes after the headers, so
+// that no inline function of the standard library is compiled for a processor that others may not have, and holds to
+// the end of the file, where templates are instantiated: the standard library's too, which is why none of them are used
+// there (see kernels.inl).
 #pragma once
 
 #define THL_PRAGMA(text) _Pragma(#text)

@@ -199,11 +199,12 @@ void keep_rows(KeptMatrix& kept, int64_t start, int64_t count, const T* w, int64
 }
 
 // Rows [first, last) of the integrator, with all phases of a step on the calling thread, or spread over the pool.
-class Settling {
+class Integration {
 public:
-    Settling(const Integrate& arguments, const Controller& controller, int64_t first, int64_t last, bool spread)
-        : a_(arguments), c_(controller), spread_(spread), first_(first), moved_((last - first) * c_.d), start_((last - first) * c_.hidden),
-          hidden_((last - first) * c_.hidden), active_(last - first), converged_(last - first, 0) {
+    Integration(const Integrate& arguments, const Controller& controller, int64_t first, int64_t last, bool spread)
+        : a_(arguments), c_(controller), spread_(spread), first_(first), moved_((last - first) * c_.d),
+          start_((last - first) * c_.hidden), hidden_((last - first) * c_.hidden), active_(last - first),
+          converged_(last - first, 0) {
         std::iota(active_.begin(), active_.end(), 0);
     }
 
@@ -331,12 +332,12 @@ int64_t integrate(const Integrate& a, const Controller& c) {
     ThreadPool& pool = ThreadPool::instance();
     const int64_t groups = blocks_of(a.rows, kTokens);
     if ((a.together && a.threshold >= 0.0f) || groups < pool.threads())
-        return Settling(a, c, 0, a.rows, true).run();
+        return Integration(a, c, 0, a.rows, true).run();
     std::atomic<int64_t> made{0};
     pool.parallel_for(groups, 1, [&](int64_t begin, int64_t end) {
         for (int64_t group = begin; group < end; ++group) {
             const int64_t first = group * kTokens, last = std::min(a.rows, first + kTokens);
-            const int64_t steps = Settling(a, c, first, last, false).run();
+            const int64_t steps = Integration(a, c, first, last, false).run();
             for (int64_t most = made; most < steps && !made.compare_exchange_weak(most, steps);) {}
         }
     });

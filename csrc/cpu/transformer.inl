@@ -43,7 +43,7 @@ THL_INLINE void map(const float* x, int64_t n, float* out, const Body& body) {
     const auto step = [&](int64_t count) __attribute__((always_inline)) {
         float in[kWidth] = {};
         if (count < kWidth) __builtin_memcpy(in, x + i, count * sizeof(float));
-        const FloatV result = body(count < kWidth ? widen(in) : widen(x + i), i, count);
+        const FloatV result = body(count < kWidth ? load_floats(in) : load_floats(x + i), i, count);
         __builtin_memcpy(out + i, &result, count * sizeof(float));
     };
     for (; i + kWidth <= n; i += kWidth) step(kWidth);
@@ -52,10 +52,10 @@ THL_INLINE void map(const float* x, int64_t n, float* out, const Body& body) {
 
 template <typename T>
 THL_INLINE FloatV first_of(const T* x, int64_t count) {
-    if (count == kWidth) return widen(x);
+    if (count == kWidth) return load_floats(x);
     T copy[kWidth] = {};
     __builtin_memcpy(copy, x, count * sizeof(T));
-    return widen(copy);
+    return load_floats(copy);
 }
 
 void swiglu(const float* gate, const float* up, int64_t n, float* out) {
@@ -389,10 +389,12 @@ THL_INLINE void integrate_block(const Controller& c, int64_t at, int64_t count, 
         __builtin_memcpy(position, x[b] + at, count * sizeof(float));
         __builtin_memcpy(velocity, v[b] + at, count * sizeof(float));
         for (int i = 0; i < kFeatures; i += kWidth) {
-            const auto output = [&](int k) { return widen(raw[k] + i) * widen(scale[k] + i) + widen(bias[k] + i); };
-            const FloatV from = widen(position + i);
-            const FloatV speed = sigmoid_f32(output(0)) * widen(velocity + i) -
-                                 softplus_f32(output(1)) * (from - widen(mu + i));
+            const auto output = [&](int k) {
+                return load_floats(raw[k] + i) * load_floats(scale[k] + i) + load_floats(bias[k] + i);
+            };
+            const FloatV from = load_floats(position + i);
+            const FloatV speed = sigmoid_f32(output(0)) * load_floats(velocity + i) -
+                                 softplus_f32(output(1)) * (from - load_floats(mu + i));
             const FloatV to = from + kIntegratorStep * sigmoid_f32(output(2)) * speed;
             const FloatV difference = to - from;
             __builtin_memcpy(position + i, &to, sizeof to);

@@ -38,8 +38,8 @@ def built(owner: object, prefix: str = "") -> dict[str, Parameters | None]:
     """The same of a module or class, from what pybind11 writes into docstrings."""
     found: dict[str, Parameters | None] = {}
     for name, value in vars(owner).items():
-        if name.startswith("_") and name != "__init__":
-            continue
+        if name.startswith("_") and not (name == "__init__" and value.__doc__.startswith("__init__(")):
+            continue  # a class that only functions make has no constructor of its own
         if isinstance(value, type):
             found[f"{prefix}{name}"] = None
             found |= built(value, f"{prefix}{name}.")
@@ -65,11 +65,7 @@ def parameters(doc: str) -> Parameters:
 def test_stubs_match_the_extension(name):
     module = pytest.importorskip(f"thl_engine.{name}", reason="the extension is not built", exc_type=ImportError)
     tree = ast.parse((PACKAGE / f"{name}.pyi").read_text())
-    expected = built(module)
-    # A class that only functions make has no constructor of its own.
-    assert {key: value for key, value in expected.items() if not (key.endswith(".__init__") and not value)} == stubbed(
-        tree.body
-    )
+    assert built(module) == stubbed(tree.body)
 
 
 @pytest.mark.parametrize("name", ["_native", "_cuda"])

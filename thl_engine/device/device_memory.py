@@ -1,9 +1,9 @@
 """The memory that an engine takes on its device: none of it beyond the budget.
 
-On CUDA the budget is a block from cudaMalloc, an arena (csrc/cuda/budget_arena.h). A pool of torch's caching allocator has
-that arena for its only source, and everything that is allocated inside `computing` comes from the pool: pages, vectors,
-state, activations, logits. So the budget cannot be passed; what does not fit is refused. A part of it is an arena and a
-pool of their own, for captured steps, so that these two do not take each other's room.
+On CUDA the budget is a block from cudaMalloc, an arena (csrc/cuda/budget_arena.h). A pool of torch's caching allocator
+has that arena for its only source, and everything that is allocated inside `computing` comes from the pool: pages,
+vectors, state, activations, logits. So the budget cannot be passed; what does not fit is refused. A part of it is an
+arena and a pool of their own, for captured steps, so that these two do not take each other's room.
 
 Beside it, and not counted: the CUDA context, loaded kernels, cuBLAS's workspace, which torch keeps for the process.
 
