@@ -114,6 +114,18 @@ void CopyEngine::start(CopyRequest request, std::int64_t place) {
     work_.notify_one();
 }
 
+// A call on the caller's thread, which may see that the device has failed before the engine's own thread does.
+template <typename Call>
+void CopyEngine::noticing_failure(const Call& call) {
+    try {
+        call();
+    } catch (const DeviceError&) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!failure_) failure_ = std::current_exception();
+        throw;
+    }
+}
+
 void CopyEngine::finish(std::int64_t place, CopyDevice::Stream compute) {
     Place& target = find(place);
     {
@@ -124,7 +136,7 @@ void CopyEngine::finish(std::int64_t place, CopyDevice::Stream compute) {
         if (target.state == Place::kEmpty) refuse("nothing was started at place " + std::to_string(place));
         if (target.state == Place::kFailed) std::rethrow_exception(target.failure);
     }
-    if (target.has_copy) device_->compute_waits(target.copied, compute);
+    if (target.has_copy) noticing_failure([&] { device_->compute_waits(target.copied, compute); });
 }
 
 void CopyEngine::released(std::int64_t place, CopyDevice::Stream compute) {
@@ -135,7 +147,7 @@ void CopyEngine::released(std::int64_t place, CopyDevice::Stream compute) {
         if (target.state != Place::kHere) refuse("place " + std::to_string(place) + " holds nothing to release");
         target.has_use = true;
     }
-    device_->record_compute(target.used, compute);
+    noticing_failure([&] { device_->record_compute(target.used, compute); });
 }
 
 void CopyEngine::run() {

@@ -121,6 +121,8 @@ private:
         std::optional<std::uint64_t> number;  // of its flight; none where it has a home
     };
 
+    template <typename Call>
+    void noticing_failure(const Call& call);
     void run();
     void drain();
     void reclaim();
