@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := examples/shakespeare.safetensors
 
-.PHONY: dev run test test-slow lint bench sanitize gpu-compile gpu-check clean
+.PHONY: dev run test lint bench sanitize gpu-compile gpu-check clean
 
 dev: .venv/installed
 
