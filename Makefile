@@ -19,9 +19,10 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -n
 run: dev
 	$(BIN)/thl-run --model $(MODEL) --stream --prompt "ROMEO:" --max-new-tokens 200 --temperature 0.7 --seed 1 --stats
 
-# Two processes, each with one thread for torch: its operations here are too small to share.
+# Two processes, each with one thread for torch: its operations here are too small to share. A process that crashes ends
+# the run and names its test; restarted, it would wait for ever.
 test: dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --benchmark-disable tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 --benchmark-disable tests
 
 lint: dev
 	$(BIN)/ruff check .
