@@ -7,7 +7,9 @@ MODEL := examples/shakespeare.safetensors
 
 dev: .venv/installed
 
-.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*.*)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.py')
+
+.venv/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
@@ -17,11 +19,14 @@ dev: .venv/installed
 run: dev
 	$(BIN)/thl-run --model $(MODEL) --stream --prompt "ROMEO:" --max-new-tokens 200 --temperature 0.7 --seed 1 --stats
 
+# Two processes, each with one thread for torch: its operations here are too small to share. A process that crashes ends
+# the run and names its test; restarted, it would wait for ever.
 test: dev lint
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 --benchmark-disable tests
 
 lint: dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 bench: dev
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only
@@ -36,8 +41,10 @@ sanitize:  # the reader and the copy engine under the sanitizers for threads and
 		for seed in 1 2 3 4; do build/copy_engine_stress $(MODEL) $$seed; done; \
 	done
 
-gpu-compile: dev  # every triton kernel for each supported card, without a GPU; minutes the first time
-	$(BIN)/python tests/kernels/compile_triton.py 75,80,86,89,90
+# Every triton kernel for the supported cards, without a GPU: minutes, unless triton's cache has them. It is in
+# ~/.triton/cache, or in TRITON_CACHE_DIR, and serves every clone on the machine. 86 and 89, which are alike, share.
+gpu-compile: dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kernels/compile_triton.py 75,80,86,89,90 --share
 
 # On a machine with a GPU, network or not: with .venv where there is one, else with the python3 that has torch for it.
 gpu-check:  # builds, tests and measures; STAGES="kernels pager" runs some

@@ -1,6 +1,7 @@
 """What the tests of the triton kernels share: the device they run on, poisoned results, and the measure of error."""
 
 import os
+from functools import cache
 from importlib.util import find_spec
 
 import numpy
@@ -22,6 +23,20 @@ if DEVICE == "cpu":
             scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
         interpreter._patch_lang_tensor = patch_for_numpy_2_4
+
+        # The interpreter replaces the functions of triton.language at every call of every function, which is most of
+        # its time, and tables the numpy types at every array. Here each is done once, and what is replaced stays so.
+        interpreter._patch_lang = cache(interpreter._patch_lang)
+        interpreter._LangPatchScope.restore = lambda scope: None
+        numpy_types, numpy_type = {}, interpreter._get_np_dtype
+
+        def numpy_type_once(kind):
+            name = kind.scalar.name
+            if name not in numpy_types:
+                numpy_types[name] = numpy_type(kind)
+            return numpy_types[name]
+
+        interpreter._get_np_dtype = numpy_type_once
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -110,8 +111,8 @@ def main() -> int:
         if not given.share or card not in (86, 89) or card == (86, 89)[i % 2]
     ]
     found: dict[int, dict[str, str | None]] = {card: {} for card in cards}
-    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
-        for (card, _), compiled in zip(tasks, pool.imap(compile_one, tasks), strict=True):
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+        for (card, _), compiled in zip(tasks, pool.map(compile_one, tasks), strict=True):
             for kernel, fault in compiled.items():
                 if fault and kernel not in found[card]:
                     print(fault, flush=True)

@@ -35,7 +35,15 @@ extern "C" {
 
 #define SHOWN __attribute__((visibility("default")))
 SHOWN void fake_begin(void* device) { behind = static_cast<thl::CopyDevice*>(device); }
-SHOWN void fake_fail(int error) { failing = error; }
+SHOWN void fake_fail(int error) {
+    if (error) {  // a device that has failed copies nothing any more, so its memory may go
+        const thl::CopyDevice::Event copied = behind->make_event();
+        behind->record_copies(copied);
+        behind->host_waits(copied);
+        behind->free_event(copied);
+    }
+    failing = error;
+}
 SHOWN void fake_capture(int on) { capturing = on; }
 SHOWN int fake_current() { return current; }
 SHOWN int fake_last() { return last; }
