@@ -1,12 +1,12 @@
 """Amounts of memory: as people write them, and as the machine has them."""
 
-import os
 import re
 import resource
 
 import torch
 
 from thl_engine.errors import ConfigError
+from thl_engine.limits import free_memory
 
 _UNITS = {
     "": 1,
@@ -35,7 +35,8 @@ def parse_bytes(amount: str | int) -> int:
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(amount))
         if match is None or match[2].upper() not in _UNITS:
             raise ConfigError(f"memory budget {amount!r} is not an amount of memory; write for example 4GiB or 512MiB")
-        count = int(float(match[1]) * _UNITS[match[2].upper()])
+        number = float(match[1])  # infinite beyond 308 digits
+        count = int(min(number, 1e300) * _UNITS[match[2].upper()])
     if not 0 < count < 1 << 62:
         raise ConfigError(f"memory budget {amount!r} must be more than 0 and less than 2^62 bytes")
     return count
@@ -47,12 +48,7 @@ def available_memory(device: torch.device) -> int:
         if not torch.cuda.is_available():
             raise ConfigError(f"device {str(device)!r} is not here to be asked for its memory; give a memory budget")
         return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE)
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(free * SHARE_OF_FREE)
+    return int(free_memory() * SHARE_OF_FREE)
 
 
 def resident_bytes() -> int:
