@@ -1,5 +1,6 @@
 """Amounts of memory: as people write them, and as the machine has them."""
 
+import ctypes
 import re
 import resource
 
@@ -24,6 +25,7 @@ _UNITS = {
     "GIB": 1 << 30,
     "TIB": 1 << 40,
 }
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
 SHARE_OF_FREE = 0.8  # of the memory that is free now; the rest is for everything else that runs
 
 
@@ -49,6 +51,19 @@ def available_memory(device: torch.device) -> int:
             raise ConfigError(f"device {str(device)!r} is not here to be asked for its memory; give a memory budget")
         return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE)
     return int(free_memory() * SHARE_OF_FREE)
+
+
+def return_large_blocks() -> None:
+    """Has the C library give freed memory of 1 MiB and more back to the system at once, in the whole process.
+
+    By default glibc keeps what blocks of up to 32 MiB leave, in pieces: within a budget of 23 MiB an HRM batch of four
+    grew the process by 44 MiB, with this by 33. Prompts whose activations are as large took 1 to 2 % longer with INL
+    and up to 17 % with HRM (2-core AMD EPYC Zen 5, busy). Other C libraries are left as they are.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    except (AttributeError, OSError):
+        pass
 
 
 def resident_bytes() -> int:

@@ -30,7 +30,7 @@ from thl_engine.engine.resources import choose_device, divide_memory, for_graphs
 from thl_engine.engine.trace import Trace
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, EngineError, TokenizerError, shown
 from thl_engine.files import parse_json
-from thl_engine.memory import peak_bytes, size
+from thl_engine.memory import peak_bytes, return_large_blocks, size
 from thl_engine.models.state import State
 from thl_engine.ops.backends import load_ops
 from thl_engine.ops.reference import ReferenceOps
@@ -81,6 +81,8 @@ class Engine:
 
     def _open(self, store: Store, options: EngineOptions) -> None:
         set_threads(options.threads)
+        if options.memory_budget is not None:
+            return_large_blocks()
         self.device = choose_device(options.device)
         ops = load_ops(options.backend, self.device.type)
         self.config = store.config
