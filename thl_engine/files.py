@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from thl_engine.errors import CheckpointError, shown
@@ -48,6 +49,25 @@ def parse_json(text: bytes | str, what: str, error_type: type[Exception] = Check
     if not isinstance(value, dict):
         raise error_type(f"{what} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+@dataclass(frozen=True)
+class FileMark:
+    """What tells a file from another one, and from itself before it was written to again."""
+
+    device: int
+    inode: int
+    nbytes: int
+    modified: int  # nanoseconds
+
+
+def mark_of(path: Path) -> FileMark:
+    """The mark of a file as it is now, links followed. Raises CheckpointError where it cannot be reached."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be reached any more: {error.strerror}") from None
+    return FileMark(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Amounts of memory: as people write them, and as the machine has them."""
 
-import os
+import ctypes
 import re
 import resource
 
 import torch
 
 from thl_engine.errors import ConfigError
+from thl_engine.limits import free_memory
 
 _UNITS = {
     "": 1,
@@ -24,6 +25,7 @@ _UNITS = {
     "GIB": 1 << 30,
     "TIB": 1 << 40,
 }
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
 SHARE_OF_FREE = 0.8  # of the memory that is free now; the rest is for everything else that runs
 
 
@@ -35,7 +37,8 @@ def parse_bytes(amount: str | int) -> int:
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(amount))
         if match is None or match[2].upper() not in _UNITS:
             raise ConfigError(f"memory budget {amount!r} is not an amount of memory; write for example 4GiB or 512MiB")
-        count = int(float(match[1]) * _UNITS[match[2].upper()])
+        number = float(match[1])  # infinite beyond 308 digits
+        count = int(min(number, 1e300) * _UNITS[match[2].upper()])
     if not 0 < count < 1 << 62:
         raise ConfigError(f"memory budget {amount!r} must be more than 0 and less than 2^62 bytes")
     return count
@@ -47,12 +50,20 @@ def available_memory(device: torch.device) -> int:
         if not torch.cuda.is_available():
             raise ConfigError(f"device {str(device)!r} is not here to be asked for its memory; give a memory budget")
         return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE)
+    return int(free_memory() * SHARE_OF_FREE)
+
+
+def return_large_blocks() -> None:
+    """Has the C library give freed memory of 1 MiB and more back to the system at once, in the whole process.
+
+    By default glibc keeps what blocks of up to 32 MiB leave, in pieces: within a budget of 23 MiB an HRM batch of four
+    grew the process by 44 MiB, with this by 33. Prompts whose activations are as large took 1 to 2 % longer with INL
+    and up to 17 % with HRM (2-core AMD EPYC Zen 5, busy). Other C libraries are left as they are.
+    """
     try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(free * SHARE_OF_FREE)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    except (AttributeError, OSError):
+        pass
 
 
 def resident_bytes() -> int:

@@ -41,7 +41,7 @@ from thl_engine.checkpoint.page import Page, StoredTensor
 from thl_engine.checkpoint.quant import GROUP, scale_shape
 from thl_engine.config import Config, parse_config
 from thl_engine.errors import CheckpointError, ConfigError, EngineError, shown
-from thl_engine.files import parse_json, read_text
+from thl_engine.files import FileMark, mark_of, parse_json, read_text
 from thl_engine.kernels.int8 import dequantize
 from thl_engine.models import architecture
 from thl_engine.models.contract import AnyArchitecture
@@ -71,6 +71,17 @@ class Store:
     tokenizer_json: str | None
     index: CheckpointIndex = field(repr=False)
     descriptor: int | None = field(default=None, repr=False)  # keeps a file without a name alive
+    marks: tuple[FileMark, ...] = field(init=False, repr=False)  # of the files when they were opened
+
+    def __post_init__(self) -> None:
+        self.marks = tuple(map(mark_of, self.files))
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a file was written to or replaced since it was opened: what is read now may belong
+        to another model than what was read before."""
+        for file, mark in zip(self.files, self.marks, strict=True):
+            if mark_of(file) != mark:
+                raise CheckpointError(f"{file}: changed while it was in use; open the model again")
 
     @property
     def model_type(self) -> str:

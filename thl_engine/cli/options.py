@@ -168,6 +168,12 @@ def _engine(parser: argparse.ArgumentParser) -> None:
         help="native (C++, for the CPU), triton (for CUDA), reference (torch), or auto: the first of "
         "these that there is (default: %(default)s)",
     )
+    engine.add_argument(
+        "--checksums",
+        dest="verify",
+        choices=("first", "always"),
+        help="compare a page with its checksum when it is first read, or at every read (default: first)",
+    )
     engine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one a processor)")
 
 
@@ -208,6 +214,7 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "kv_cache",
         "sliding_window",
         "host_memory",
+        "verify",
     )
     return {name: value for name, value in vars(arguments).items() if name in names and value is not None}
 

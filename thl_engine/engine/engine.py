@@ -3,16 +3,19 @@
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import wraps
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,34 +28,42 @@ from thl_engine.engine.options import EngineOptions, check_count
 from thl_engine.engine.passes import Passes
 from thl_engine.engine.resources import choose_device, divide_memory, for_graphs, needs, nominal, set_threads
 from thl_engine.engine.trace import Trace
-from thl_engine.errors import BudgetError, CheckpointError, ConfigError, TokenizerError
-from thl_engine.memory import peak_bytes, size
+from thl_engine.errors import BudgetError, CheckpointError, ConfigError, EngineError, TokenizerError, shown
+from thl_engine.files import parse_json
+from thl_engine.memory import peak_bytes, return_large_blocks, size
 from thl_engine.models.state import State
 from thl_engine.ops.backends import load_ops
 from thl_engine.ops.reference import ReferenceOps
+from thl_engine.paging.pager import Pager
 from thl_engine.paging.plan import Bandwidths, Plan
 from thl_engine.paging.transfer import link_bandwidth
 from thl_engine.text.sampler import Sampler, Sampling, StopStrings
 from thl_engine.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 _log = logging.getLogger("thl_engine")
+STATE_KEY, CONFIG_KEY = "thl_engine.state", "thl_engine.config"  # metadata of a stored context
 
 
 def _computing(method: Callable) -> Callable:
     """Runs a method without gradients and on the engine's device, its memory included; leaves the processors to the
     backend: after an operation that torch shares among threads, those spin for milliseconds on the cores that native
-    kernels need next."""
+    kernels need next.
+
+    One thread at a time: ops and pager have memory that calls leave to each other. Others wait, each with a state of
+    its own, which costs a fraction of a microsecond a call (benchmarks/bench_step.py)."""
 
     @wraps(method)
     def run(self: "Engine", *args: Any, **inputs: Any) -> Any:
-        threads = torch.get_num_threads()
-        if self.ops.has_threads:
-            torch.set_num_threads(1)
-        try:
-            with torch.no_grad(), self._memory.computing():
-                return method(self, *args, **inputs)
-        finally:
-            torch.set_num_threads(threads)
+        self._check_usable()
+        with self._lock:
+            threads = torch.get_num_threads()
+            if self.ops.has_threads:
+                torch.set_num_threads(1)
+            try:
+                with torch.no_grad(), self._memory.computing():
+                    return method(self, *args, **inputs)
+            finally:
+                torch.set_num_threads(threads)
 
     return run
 
@@ -62,8 +73,16 @@ class Engine:
 
     def __init__(self, store: Store, options: EngineOptions | None = None) -> None:
         """Takes over `store`, which is closed with the engine."""
-        options = options or EngineOptions()
+        try:
+            self._open(store, options or EngineOptions())
+        except BaseException:
+            store.close()  # a spooled copy, say
+            raise
+
+    def _open(self, store: Store, options: EngineOptions) -> None:
         set_threads(options.threads)
+        if options.memory_budget is not None:
+            return_large_blocks()
         self.device = choose_device(options.device)
         ops = load_ops(options.backend, self.device.type)
         self.config = store.config
@@ -77,9 +96,13 @@ class Engine:
         self._bandwidths = replace(nominal(self.device), link=link_bandwidth(self.device))
         graphs_bytes = for_graphs(ops, self.config, options.batch_size)
         memory = DeviceMemory(self.device, self._plan.budget, graphs_bytes)
-        self._passes = Passes(store, ops, self.device, self._plan, schedule, memory)
+        self._passes = Passes(store, ops, self.device, self._plan, schedule, memory, options.verify)
+        # An engine that is dropped gives back what one that is closed does.
+        self._release = weakref.finalize(self, _release, self._passes.pager, store)
         if not self._plan.streamed_pages and self._plan.resident_tables:
-            self.close()  # all is in memory: nothing needs the file any more
+            self._release()  # all is in memory: nothing needs the file any more
+        self._lock, self._closed, self._process = threading.RLock(), False, os.getpid()
+        self._state_type = type(self.architecture.init_state(self.config, 1, "meta", **self._options))
         self._tokens = 0
         self._seconds = 0.0
         self._memory = memory  # last: what lies in it goes first when the engine does
@@ -140,9 +163,11 @@ class Engine:
         check_count("batch_size", batch_size)
         self._refuse_unknown("new_state", "option", options, self.architecture.state_options)
         self._check_budget(batch_size)
-        return self.architecture.init_state(
+        state = self.architecture.init_state(
             self.config, batch_size, self.device, self._passes.weights, **{**self._options, **options}
         )
+        state.config = self.config
+        return state
 
     def _refuse_unknown(self, method: str, what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
         unknown = [name for name in given if name not in known]
@@ -170,11 +195,12 @@ class Engine:
         which is updated in place; `state.clone()` first keeps a copy.
         """
         started = time.perf_counter()
+        self._check_state(state)
         if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[1] == 1:
             tokens = tokens[:, 0]
         tokens = self._check_tokens(tokens, 1, state.batch_size)
         self._check_room(state, 1)
-        logits = self._passes.step(tokens, state)
+        logits = self._finite(self._passes.step(tokens, state))
         self._count(tokens.shape[0], started)
         return logits, state
 
@@ -182,9 +208,10 @@ class Engine:
     def prefill(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Feeds int64 [B, T] and returns the logits after the last token only, float32 [B, vocab_size]."""
         started = time.perf_counter()
+        self._check_state(state)
         tokens = self._check_tokens(tokens, 2, state.batch_size)
         self._check_room(state, tokens.shape[1])
-        logits = self._passes.prompt(tokens, state)
+        logits = self._finite(self._passes.prompt(tokens, state))
         self._count(tokens.numel(), started)
         return logits, state
 
@@ -200,6 +227,7 @@ class Engine:
             state = self.new_state(
                 tokens.shape[0] if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.shape[0] else 1
             )
+        self._check_state(state)
         whole = self.architecture.forward is not None  # such a model knows which batches its state takes
         self._refuse_unknown("forward", "input", inputs, self.architecture.forward_inputs)
         tokens = self._check_tokens(tokens, 2, None if whole else state.batch_size)
@@ -207,6 +235,25 @@ class Engine:
         logits = self._passes.sequence(tokens, state, inputs)
         self._count(tokens.numel(), started)
         return logits, state
+
+    def _check_state(self, state: State) -> None:
+        if type(state) is self._state_type:
+            made_for = state.config
+            if made_for is None or made_for is self.config or made_for == self.config:
+                return
+            found = "one of a model of another configuration"
+        else:
+            found = f"a {type(state).__name__}"
+        raise ConfigError(f"state: expected one of this engine's (`new_state`, `load_state`), found {found}")
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        """The logits, unless some are no numbers; a device, which the host would have to wait for, is not asked."""
+        if logits.device.type == "cpu" and not torch.isfinite(logits.sum()):
+            raise EngineError(
+                f"{self._store.path}: the logits are not finite; weights or configuration hold values that no model "
+                "computes with"
+            )
+        return logits
 
     def _check_tokens(self, tokens: Tensor, rank: int, batch: int | None) -> Tensor:
         form = "[B] or [B, 1]" if rank == 1 else "[B, T] with T of at least 1"
@@ -256,6 +303,7 @@ class Engine:
         n pieces it has read the prompt and the first n - 1 of them. A character comes with the piece that completes
         it. Joined, the texts are the text of the ids. Raises ConfigError if the context has no room for all of it.
         """
+        self._check_usable()
         row = self._row(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, repetition_penalty, seed), stop)
         state = self.new_state() if state is None else state
         self._check_prompt(state, len(row.prompt), max_new_tokens)
@@ -281,8 +329,9 @@ class Engine:
         batch_size=len(prompts), which leaves room for their states. Where the sequences of a batch share their memory
         (HIM), prompts are answered one after the other.
         """
-        if isinstance(prompts, str) or not len(prompts):
-            raise ConfigError(f"prompts is {prompts!r}; it must be a list of at least one prompt")
+        self._check_usable()
+        if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
+            raise ConfigError(f"prompts is {shown(prompts)}; it must be a list of at least one prompt")
         sampling, options = Sampling(temperature, top_k, top_p, repetition_penalty, seed), dict(state_options or {})
         rows = [self._row(prompt, max_new_tokens, sampling, stop) for prompt in prompts]
         if self.architecture.rows_meet:
@@ -301,7 +350,7 @@ class Engine:
             raise ConfigError(f"max_new_tokens is {count!r}; it must be a whole number, 0 or more")
         sampler = Sampler(sampling)
         tokenizer = self._text_tokenizer() if isinstance(prompt, str) else self.tokenizer
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
         if not ids:
             raise TokenizerError("the prompt is empty; give at least one token to start from")
         return Row(ids, count, tokenizer, sampler, StopStrings(list(stop)))
@@ -364,7 +413,9 @@ class Engine:
 
     def save_state(self, state: State, path: str | os.PathLike) -> None:
         """Writes a context to a safetensors file; `load_state` continues it bit for bit."""
-        metadata = {"thl_engine.state": self.model_type, "thl_engine.config": json.dumps(self.config.to_dict())}
+        metadata = {STATE_KEY: self.model_type, CONFIG_KEY: json.dumps(self.config.to_dict())}
+        self._check_usable()
+        self._check_state(state)
         save_tensors(Path(path), state.to_dict(), metadata)
 
     def load_state(self, path: str | os.PathLike, **options: Any) -> State:
@@ -375,6 +426,7 @@ class Engine:
         if options:
             self._refuse_unknown("load_state", "option", options, self.architecture.state_options)
         try:
+            self._check_made_here(path)
             state = self.state_from_dict(load_file(path))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a readable state file: {error}") from None
@@ -384,23 +436,66 @@ class Engine:
             state = self.architecture.with_options(self.config, state, **options)
         return state
 
+    def _check_made_here(self, path: str | os.PathLike) -> None:
+        """Refuses the context of a model of another kind or configuration, whatever the shapes."""
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        kind, config = metadata.get(STATE_KEY), metadata.get(CONFIG_KEY)
+        if kind not in (None, self.model_type):
+            raise CheckpointError(f"the context of a model of type {shown(kind)}; this is a {self.model_type} model")
+        if config is None:
+            return
+        theirs, own = parse_json(config, f"metadata {CONFIG_KEY!r}"), self.config.to_dict()
+        for name in own:
+            if theirs.get(name) != own[name]:
+                raise CheckpointError(
+                    f"the context of a model with {name} {shown(theirs.get(name))}; this one has {shown(own[name])}"
+                )
+
     @_computing
     def state_from_dict(self, values: Mapping[str, Tensor]) -> State:
         """The state whose `to_dict` gave `values`, in an engine with the same options of the KV cache."""
         state = self.architecture.state_from_dict(self.config, values, self.ops, self.device, **self._options)
         self._check_budget(state.batch_size)
+        state.config = self.config
         return state
 
     def close(self) -> None:
-        """Ends the reader and gives back temporary files. A streaming engine cannot be used afterwards."""
-        self._passes.pager.close()
-        self._store.close()
+        """Ends the reader and gives back temporary files. The engine cannot be used afterwards."""
+        with self._lock:
+            self._closed = True
+            self._release()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise EngineError("the engine was closed; open another one")
+        if os.getpid() != self._process:  # its threads and locks stayed behind
+            raise EngineError(
+                f"the engine was opened by process {self._process}, and a fork of it cannot use it; open one in the "
+                "child, or start the child by spawning"
+            )
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _ids(prompt: object) -> list[int]:
+    """A prompt given as token ids: a list, or a tensor or array of one dimension. Raises ConfigError."""
+    ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    ids = list(ids) if isinstance(ids, Iterable) else [ids]
+    if not isinstance(prompt, Iterable) or not all(isinstance(token, Integral) for token in ids):
+        raise ConfigError(
+            f"the prompt is {shown(prompt)}; it must be a text, or token ids as whole numbers in one list"
+        )
+    return [int(token) for token in ids]
+
+
+def _release(pager: Pager, store: Store) -> None:
+    pager.close()
+    store.close()
 
 
 def _check_quantize(quantize: str) -> None:

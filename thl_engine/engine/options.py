@@ -16,7 +16,9 @@ class EngineOptions:
     stream: True pages weights by schedule, False keeps all resident, "auto" streams if they do not fit. memory_budget:
     bounds what the engine keeps in memory, a state of `batch_size` sequences included; None for what is free. threads:
     of the CPU backends, None for as many as there are. host_memory: with a CUDA device, how much of what is streamed to
-    it stays page-locked in the host's memory; None for half of what is free, 0 for none.
+    it stays page-locked in the host's memory; None for half of what is free, 0 for none. verify: "first" compares a
+    page with its checksum when it is first read, "always" at every read. Files that change while they are in use are
+    refused either way, by identity, size and time of change.
 
     Of models with a KV cache, context: positions that a sequence may grow to, None for the most the model has.
     kv_cache: "float32" or "int8", with a scale for each row. sliding_window: positions that attention sees; that
@@ -35,6 +37,7 @@ class EngineOptions:
     kv_cache: str = "float32"
     sliding_window: int | None = None
     host_memory: int | None = None
+    verify: Literal["first", "always"] = "first"
 
     @classmethod
     def of(
@@ -50,6 +53,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.stream not in (True, False, "auto"):
             raise ConfigError(f"stream is {self.stream!r}; it must be True, False or 'auto'")
+        if self.verify not in ("first", "always"):
+            raise ConfigError(f"verify is {self.verify!r}; it must be 'first' or 'always'")
         check_count("batch_size", self.batch_size)
         if self.threads is not None:
             check_count("threads", self.threads)

@@ -32,6 +32,7 @@ class Passes:
         plan: Plan,
         schedule: PageSchedule,
         memory: DeviceMemory,
+        verify: str = "first",
     ) -> None:
         """Reads what the plan pins; vectors, pages and what is computed lie in `memory`."""
         self.config, self.architecture, self.ops, self.device = store.config, store.architecture, ops, device
@@ -40,7 +41,7 @@ class Passes:
         self._store, self._pinned = store, plan.pinned
         with memory.computing():
             vectors = load_vectors(store, device)
-            self.pager = open_pager(store, plan, vectors, device)
+            self.pager = open_pager(store, plan, vectors, device, verify)
         self.weights = paged_weights(store, self.pager, vectors)
         self.graphs = step_graphs(
             self.architecture, ops, device, self.pager.count_uses, pool=memory.pool_for_graphs, apart=memory.capturing

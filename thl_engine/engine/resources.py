@@ -11,6 +11,7 @@ from thl_engine.checkpoint.store import Store
 from thl_engine.device.caching_allocator import LARGE_ROUNDING, LARGE_SEGMENT, MIB, SMALL_SEGMENT, reserved
 from thl_engine.engine.options import EngineOptions
 from thl_engine.errors import ConfigError
+from thl_engine.limits import processors
 from thl_engine.memory import available_memory
 from thl_engine.models.contract import AnyArchitecture
 from thl_engine.models.state import tensors_of
@@ -185,7 +186,9 @@ def host_room(device: torch.device, host_memory: int | None) -> int:
     return host_memory
 
 
-def open_pager(store: Store, plan: Plan, vectors: Mapping[str, torch.Tensor], device: torch.device) -> Pager:
+def open_pager(
+    store: Store, plan: Plan, vectors: Mapping[str, torch.Tensor], device: torch.device, verify: str = "first"
+) -> Pager:
     """What serves the pages as the plan says; pinned ones are read now."""
     tables = [page.index for name in plan.resident_tables for page in store.tensors[name].pages]
     streams = plan.streamed_pages > 0
@@ -201,6 +204,7 @@ def open_pager(store: Store, plan: Plan, vectors: Mapping[str, torch.Tensor], de
         device,
         plan.kept,
         direct_storage=device.type == "cuda" and plan.kept_bytes < plan.streamed_bytes,
+        verify_always=verify == "always",
     )
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # later steps may be on another stream than the one that awaits pinned pages
@@ -229,9 +233,11 @@ def choose_device(name: str, planned: bool = False) -> torch.device:
 
 
 def set_threads(threads: int | None) -> None:
-    """Threads of the CPU backends; None leaves them as they are."""
+    """Threads of the CPU backends; None for those there are, but no more than the process may keep busy."""
     if threads is None:
-        return
+        threads = processors()
+        if threads >= torch.get_num_threads() and (not native.available() or threads >= native.threads()):
+            return
     torch.set_num_threads(threads)
     if native.available():
         native.set_threads(threads)

@@ -178,7 +178,10 @@ def workspace(config: Gemma3nConfig, state: State) -> tuple[int, int]:
         (4 * c.altup_num_inputs + 6) * c.hidden_size + 4 * _per_layer(c) + max(3 * max(c.intermediate_size), 3 * heads)
     )
     seen = max(held.kept(state.context) for held in state.cache.layers) + CHUNK
-    return 4 * rows * floats + 2 * CHUNK * seen, rows * c.num_attention_heads * seen
+    # Layers that others read keep the float32 copies of int8 rows to the end of a pass.
+    shared = {c.kv_source(i) for i in range(c.num_hidden_layers) if c.kv_source(i) != i}
+    copies = sum(state.cache.layers[state.layers.index(i)].dequantized_bytes for i in shared)
+    return 4 * rows * floats + 2 * CHUNK * seen + copies, rows * c.num_attention_heads * seen
 
 
 def traffic(config: Gemma3nConfig, state: State, position: int | None = None) -> int:
@@ -345,7 +348,9 @@ class Attention:
             self._attend.append(
                 number, *own, key_norm=(weights[f"{prefix}k_norm.weight"], eps), value_eps=eps, tables=tables
             )
-        mixed = self._attend(number, query, 1.0, norm=(weights[f"{prefix}q_norm.weight"], eps), tables=tables)
+        last = all(c.kv_source(j) != source for j in range(i + 1, c.num_hidden_layers))
+        norm = (weights[f"{prefix}q_norm.weight"], eps)
+        mixed = self._attend(number, query, 1.0, norm=norm, tables=tables, last=last)
         return ops.linear(mixed, weights[f"{prefix}o_proj.weight"])
 
 

@@ -366,7 +366,7 @@ def _attend(
     )
     query, key, value = qkv.view(*x.shape[:2], 3, c.num_heads, c.head_dim).unbind(2)
     attention.append(i, key, value)
-    mixed = attention(i, query, 1.0 / math.sqrt(c.head_dim), blocked=blocked)
+    mixed = attention(i, query, 1.0 / math.sqrt(c.head_dim), blocked=blocked, last=True)
     return ops.linear(mixed, weights[f"{prefix}out_proj.weight"], weights[f"{prefix}out_proj.bias"])
 
 

@@ -81,6 +81,11 @@ class Layer:
     def capacity(self) -> int:
         return self.keys.data.shape[2]
 
+    @property
+    def dequantized_bytes(self) -> int:
+        """Bytes of the float32 copies that attention needs of keys and values: none of float32 rows."""
+        return 0 if self.keys.scales is None else 8 * self.keys.data.numel()
+
     def kept(self, past: int) -> int:
         """How many of the first `past` positions the next one sees."""
         return past if self.window is None else min(past, self.window - 1)
@@ -163,8 +168,8 @@ class KVCache:
 
     @property
     def dequantized_bytes(self) -> int:
-        """Bytes of the float32 copies that attention needs of one layer: none of float32 rows."""
-        return max(0 if own.keys.scales is None else 8 * own.keys.data.numel() for own in self.layers)
+        """Bytes of the float32 copies that attention needs of one layer, the largest."""
+        return max(own.dequantized_bytes for own in self.layers)
 
     def traffic(self, past: int) -> int:
         """Bytes that a token behind `past` positions reads or writes."""

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from thl_engine.config import Config
 from thl_engine.errors import CheckpointError
 
 S = TypeVar("S", bound="State")
@@ -21,6 +22,7 @@ class State(ABC):
     """
 
     timestep: int  # tokens read
+    config: Config | None = None  # of the model that an engine made the state for; no field of its dataclass
 
     @property
     @abstractmethod
@@ -87,7 +89,9 @@ def _mapped(state: S, change: Callable[[Tensor], Tensor]) -> S:
             return change(value)
         return [change(item) for item in value] if isinstance(value, list) else value
 
-    return type(state)(**{field.name: mapped(vars(state)[field.name]) for field in fields(state)})  # type: ignore[arg-type]
+    out = type(state)(**{field.name: mapped(vars(state)[field.name]) for field in fields(state)})  # type: ignore[arg-type]
+    out.config = state.config
+    return out
 
 
 def check_fields(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -65,14 +65,18 @@ class CachedAttention:
         norm: Norm | None = None,
         tables: Tables | None = None,
         blocked: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         """query [B, T, A, d], or [B, 1, A, d] of the last position, attends to a layer: [B, T, A * d].
 
         blocked: bool, broadcastable to [B, A, T, S] for the S positions that the layer's window, if it has one, leaves
         of those before and of these; True where one must not be seen. None: later positions, and those out of the
-        window, are not.
+        window, are not. last: nothing attends to the layer any more in this pass, so that float32 copies of its int8
+        rows need not be kept.
         """
         query, (key, value) = self._prepared(query, norm, tables), self._seen[layer]
+        if last:
+            del self._seen[layer]
         window = None if self._cache is None else self._cache.layers[layer].window
         if query.shape[2] < self._rows and window is not None:
             key, value = key[:, :, -window:], value[:, :, -window:]

@@ -72,6 +72,7 @@ class RingAttention(CachedAttention):
         norm: Norm | None = None,
         tables: Tables | None = None,
         blocked: Tensor | None = None,
+        last: bool = False,
     ) -> Tensor:
         held, rows = self._cache.layers[layer], query.shape[1]
         query, shared = (
@@ -80,6 +81,8 @@ class RingAttention(CachedAttention):
         )
         if layer in self._seen:
             mixed = attention(query, *self._seen[layer], scale, blocked, **shared)
+            if last:
+                del self._seen[layer]
         else:
             at = self._at + (self._rows - rows) if rows < self._rows else self._at
             mixed = attention(

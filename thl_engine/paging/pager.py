@@ -44,6 +44,7 @@ class Pager:
     pinned: pages that are read at the start and stay. slots, slot_bytes, horizon: the ring for all others.
     scales: the scales of int8 tensors, by the name of the tensor of scales, on the device. kept: pages for a device
     that stay in the host's memory once they were read. direct_storage: as in `open_transfer`, for the others.
+    verify_always: compares a page with its checksum each time that it is read, not the first time alone.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Pager:
         device: torch.device | str = "cpu",
         kept: Iterable[int] = (),
         direct_storage: bool = False,
+        verify_always: bool = False,
     ) -> None:
         self._store, self._reader, self._scales = store, reader, scales
+        self._verify_always = verify_always
         places, size = {}, 0
         for index in pinned:
             places[index] = size
@@ -86,6 +89,8 @@ class Pager:
             self._start(index, place)
         for place in places.values():
             self._finish(place)
+        store.check_unchanged()
+        self._read_unchanged = 0  # bytes streamed and gathered so far, all of the model that was opened
         self._pinned = {index: self._part(store.pages[index], place) for index, place in places.items()}
         self._places = places
         self._starts: dict[str, Tensor | None] = {}  # of a table's pages in memory, where all are pinned
@@ -110,6 +115,19 @@ class Pager:
         """Announces which run comes next if nothing unforeseen happens: the one already being prefetched."""
         self._key = key
         self.traffic.bytes_copied = self._transfer.bytes_copied
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        """Refuses what has been read since the last time, if the files have changed meanwhile."""
+        read = self.traffic.bytes_streamed + self.traffic.bytes_gathered
+        if read == self._read_unchanged:
+            return
+        try:
+            self._store.check_unchanged()
+        except CheckpointError as error:
+            self._failure = error
+            raise
+        self._read_unchanged = read
 
     def parts(self, name: str) -> Iterator[Part]:
         """The parts of a matrix in row order; each is valid until the next is asked for."""
@@ -210,7 +228,7 @@ class Pager:
     def _read_page(self, page: Page) -> Part:
         """A few rows read at once into memory of their own."""
         raw = self._reader.read_now(page.file, page.offset, page.nbytes)
-        if page.crc is not None and page.index not in self._checked:
+        if page.crc is not None and (self._verify_always or page.index not in self._checked):
             found = crc32c(raw.numpy())
             if found != page.crc:
                 raise CheckpointError(
@@ -229,7 +247,7 @@ class Pager:
 
     def _start(self, index: int, place: int) -> None:
         page = self._store.pages[index]
-        crc = None if index in self._checked else page.crc
+        crc = None if index in self._checked and not self._verify_always else page.crc
         self._checked.add(index)
         self._transfer.start(
             Request(page.file, page.offset, page.nbytes, crc, label(page), self._homes.get(index)), place
