@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         per_character = len(tokens) / len(text) / math.log(2)
         own = engine.config
         for threshold in given.thresholds or [own.adaptive_convergence_threshold]:
-            engine.config = replace(own, adaptive_convergence_threshold=threshold)
+            engine._passes.config = replace(own, adaptive_convergence_threshold=threshold)
             figures, nats = compare(engine, windows)
             bits = [value * per_character for value in nats]
             report[f"trained, threshold {threshold:g}"] = {

@@ -25,7 +25,7 @@ def methods(source: str, name: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("file", "name"),
     [
-        ("ops/reference.py", "NativeOps"),
+        ("ops/native_ops.py", "NativeOps"),
         ("ops/triton_ops.py", "TritonOps"),
         ("ops/triton_state.py", "TritonState"),
         ("ops/triton_products.py", "TritonProducts"),

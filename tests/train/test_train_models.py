@@ -151,7 +151,7 @@ def test_bfloat16_trains(model, options):
 @pytest.mark.parametrize(
     "model, change, words",
     [
-        ("inl", {"chunk": 25}, "chunk is 25; the model's max_seq_len is 24"),
+        ("inl", {"chunk": 25}, "chunk is 25; the model takes sequences of at most 24 tokens"),
         ("him", {"chunk": 3}, "at least max_answer_len .4."),
         ("hrm", {"chunk": 65}, "sees 64 tokens at once"),
         ("hrm", {"objective": "shallow"}, "'shallow'; a model of type hrm has simple and deep"),

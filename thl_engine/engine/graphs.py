@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -386,7 +386,8 @@ def step_graphs(
 
 def leaves(state: Any) -> Iterator[Leaf]:
     """All that a state holds, in one order; fields and lists of dataclasses are looked into."""
-    for name, value in vars(state).items():
+    for name in (field.name for field in fields(state)):
+        value = vars(state)[name]
         for item in value if isinstance(value, list) else (value,):
             if is_dataclass(item):
                 yield from leaves(item)
