@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from thl_engine.kernels.triton.counter import counted
-from thl_engine.kernels.triton.slot_memory import partial_scores
+from thl_engine.kernels.triton.slot_read import partial_scores
 
 ROWS, WIDTH = 32, 128  # of the tile that a program mixes at a time
 

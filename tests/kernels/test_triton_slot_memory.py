@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton_device import DEVICE, close, device_randn, poison  # noqa: F401
 
 from thl_engine.kernels import slot_memory as reference
-from thl_engine.kernels.triton import slot_memory
+from thl_engine.kernels.triton import novelty_write, slot_read
 from thl_engine.ops.reference import ReferenceOps
 
 READ = {"scale": 0.3, "load_penalty": 0.7, "decay": 0.9}
@@ -32,7 +32,7 @@ def read(query, memory, ema, last, k, capacity=None, t=5, **options):
     options = {"k": k, "capacity": capacity, **READ, **options}
     expected = ReferenceOps().slot_read(*double(query, memory, ema, last), t=5, **options)
     ema, last = ema.clone(), last.clone()
-    found = slot_memory.slot_read(query, memory, ema, last, t, **options)
+    found = slot_read.slot_read(query, memory, ema, last, t, **options)
     assert found[3] is ema and found[4] is last
     return found, expected
 
@@ -69,7 +69,7 @@ def test_slot_read(batch, heads, slots, width, k, capacity):
 @pytest.mark.parametrize("capacity", [None, 2])
 def test_features_in_shares(capacity):
     query, memory = device_randn(1, 4, 1100), device_randn(1, 12, 1100)
-    assert slot_memory.partial_scores(query, memory, None, 1.0, 0.0).shape[1] > 2
+    assert slot_read.partial_scores(query, memory, None, 1.0, 0.0).shape[1] > 2
     same(*read(query, memory, *state(1, 12), 3, capacity, scale=0.02))
 
 
@@ -87,12 +87,12 @@ def test_ties_go_to_the_lowest_index(capacity):
 
 def test_many_slots(monkeypatch):
     slots = 150
-    monkeypatch.setattr(slot_memory, "CHOICES", 256)
+    monkeypatch.setattr(slot_read, "CHOICES", 256)
     memory = torch.randint(-3, 4, (1, slots, 2)).float().to(DEVICE)  # full of ties
     query = torch.ones(1, 2, 2, device=DEVICE)
     ema, last = torch.zeros(1, slots, device=DEVICE), state(1, slots)[1]
     same(*read(query, memory, ema, last, 9))
-    monkeypatch.setattr(slot_memory, "CHUNK", 64)
+    monkeypatch.setattr(slot_read, "CHUNK", 64)
     same(*read(query, memory, ema, last, 9, 3))
     with pytest.raises(ValueError, match="slots: expected at least the 4 that are chosen, found 3"):
         read(query[..., :1], memory[:, :3, :1], ema[:, :3], last[:, :3], 4)
@@ -102,7 +102,7 @@ def test_infinite_and_undefined_scores_stay_within_the_memory():
     for value in (float("nan"), float("-inf")):
         memory, (ema, last) = torch.full((1, 9, 5), value, device=DEVICE), state(1, 9)
         for capacity in (None, 1):
-            indices = slot_memory.slot_read(
+            indices = slot_read.slot_read(
                 torch.ones(1, 2, 5, device=DEVICE), memory, ema, last, 1, k=3, capacity=capacity, **READ
             )[2]
             assert torch.equal(indices.cpu(), torch.arange(3).expand(1, 2, 3))
@@ -133,7 +133,7 @@ def write_inputs(kind, batch, slots, width):
 def test_novelty_write(kind, batch, slots, width, written):
     candidate, memory, read_ema, write_ema, last = write_inputs(kind, batch, slots, width)
     before = memory.clone().to(DEVICE)
-    norms = slot_memory.slot_norms(before)
+    norms = novelty_write.slot_norms(before)
     close(norms, memory.double().norm(dim=-1))
     choice = reference.novelty_write(
         candidate, memory, norms.cpu(), read_ema, write_ema, last, 23, slots=written, **RULE
@@ -144,7 +144,7 @@ def test_novelty_write(kind, batch, slots, width, written):
 
     def write(t):
         kept = [x.clone().to(DEVICE) for x in (before, norms, write_ema, last)]
-        found = slot_memory.novelty_write(
+        found = novelty_write.novelty_write(
             candidate.to(DEVICE), *kept[:2], read_ema.to(DEVICE), *kept[2:], t, slots=written, **RULE
         )
         assert found.memory is kept[0] and found.norms is kept[1] and found.write_ema is kept[2]
@@ -157,7 +157,7 @@ def test_novelty_write(kind, batch, slots, width, written):
         assert (found.novelty.cpu() - exact.novelty).abs().max() < 1e-6
         for name in ("vector", "gate", "memory", "write_ema", "norms"):
             close(getattr(found, name), getattr(exact, name), 2e-6)
-    assert torch.equal(slot_memory.slot_norms(found.memory), found.norms)
+    assert torch.equal(novelty_write.slot_norms(found.memory), found.norms)
     if kind == "partly":
         counted = write(torch.tensor([23], device=DEVICE))
         assert all(torch.equal(value, vars(counted)[name]) for name, value in vars(found).items())
@@ -169,19 +169,19 @@ def test_a_write_does_not_depend_on_batch_neighbours():
     for rows in (slice(0, 3), slice(1, 2)):
         candidate, memory, read_ema, write_ema, last = (x[rows].clone() for x in inputs)
         results.append(
-            slot_memory.novelty_write(
-                candidate, memory, slot_memory.slot_norms(memory), read_ema, write_ema, last, 9, slots=2, **RULE
+            novelty_write.novelty_write(
+                candidate, memory, novelty_write.slot_norms(memory), read_ema, write_ema, last, 9, slots=2, **RULE
             )
         )
     assert all(torch.equal(value[1:2], vars(results[1])[name]) for name, value in vars(results[0]).items())
 
 
 def test_many_slots_are_written_in_chunks(monkeypatch):
-    monkeypatch.setattr(slot_memory, "CHUNK", 128)
+    monkeypatch.setattr(novelty_write, "CHUNK", 128)
     candidate, memory, read_ema, write_ema, last = write_inputs("partly", 1, 150, 8)
-    norms = slot_memory.slot_norms(memory.to(DEVICE))
+    norms = novelty_write.slot_norms(memory.to(DEVICE))
     expected = reference.novelty_write(candidate, memory, norms.cpu(), read_ema, write_ema, last, 3, slots=5, **RULE)
-    found = slot_memory.novelty_write(
+    found = novelty_write.novelty_write(
         *(x.to(DEVICE) for x in (candidate, memory.clone())),
         norms,
         *(x.clone().to(DEVICE) for x in (read_ema, write_ema, last)),
@@ -196,4 +196,4 @@ def test_many_slots_are_written_in_chunks(monkeypatch):
 def test_state_must_be_contiguous():
     kept = device_randn(4, 2).T
     with pytest.raises(ValueError, match="read_ema: expected a contiguous tensor"):
-        slot_memory.slot_read(device_randn(2, 1, 3), device_randn(2, 4, 3), kept, kept, 1, k=1, capacity=None, **READ)
+        slot_read.slot_read(device_randn(2, 1, 3), device_randn(2, 4, 3), kept, kept, 1, k=1, capacity=None, **READ)

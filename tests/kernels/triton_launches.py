@@ -10,9 +10,10 @@ from thl_engine.kernels.triton import (
     integrator,
     linear,
     norm,
+    novelty_write,
     sampling,
     shared_memory,
-    slot_memory,
+    slot_read,
     sparse,
     tier_cell,
     window_attention,
@@ -117,7 +118,7 @@ def slot_launches(shape):
     memory, ema = torch.empty(2, slots, width), torch.empty(2, slots)
     last, counter = torch.empty(2, slots, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
     for t, capacity in ((7, None), (counter, 2)):
-        slot_memory.slot_read(
+        slot_read.slot_read(
             torch.empty(2, heads, width),
             memory,
             ema,
@@ -129,7 +130,7 @@ def slot_launches(shape):
             load_penalty=0.1,
             decay=0.9,
         )
-        slot_memory.novelty_write(
+        novelty_write.novelty_write(
             torch.empty(2, width),
             memory,
             ema,
@@ -146,7 +147,7 @@ def slot_launches(shape):
             stale_weight=0.1,
             underuse_weight=0.1,
         )
-    slot_memory.slot_norms(memory)
+    novelty_write.slot_norms(memory)
 
 
 @launches(batch1=1, batch4=4, batch8=8)

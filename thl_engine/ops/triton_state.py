@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from thl_engine.kernels.norm import LAYER_NORM_EPS
-from thl_engine.kernels.triton import elementwise, slot_memory, tier_cell, window_attention
+from thl_engine.kernels.triton import elementwise, novelty_write, slot_read, tier_cell, window_attention
 from thl_engine.kernels.triton.linear import FEW_ROWS, Weights
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Matrix, Part
@@ -17,9 +17,9 @@ class TritonState(ReferenceOps):
 
     gru_reset = staticmethod(elementwise.gru_reset)
     gru_update = staticmethod(elementwise.gru_update)
-    slot_norms = staticmethod(slot_memory.slot_norms)
-    slot_read = staticmethod(slot_memory.slot_read)
-    novelty_write = staticmethod(slot_memory.novelty_write)
+    slot_norms = staticmethod(novelty_write.slot_norms)
+    slot_read = staticmethod(slot_read.slot_read)
+    novelty_write = staticmethod(novelty_write.novelty_write)
     window_read = staticmethod(window_attention.window_read)
 
     def linear_joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None = None) -> Tensor:
