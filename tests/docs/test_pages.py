@@ -1,12 +1,14 @@
 """What the pages say about the project is said the same everywhere, and their links lead somewhere."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import thl_engine
 from thl_engine.config import CONFIGS
+from thl_engine.models.contract import Architecture
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
@@ -38,3 +40,17 @@ def test_links_lead_somewhere(page):
 
 def test_every_architecture_has_a_page():
     assert {page.stem for page in (ROOT / "docs" / "models").glob("*.md")} == set(CONFIGS)
+
+
+def test_files_that_pages_name_exist():
+    """Those in code spans: below the root or the package, with `*` for several."""
+    for page in (ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "measurements.md"):
+        for path in re.findall(r"`((?:[a-z0-9_*]+/)+[a-z0-9_*]+\.(?:py|cpp|h))`", page.read_text()):
+            assert any(ROOT.glob(path)) or any((ROOT / "thl_engine").glob(path)), f"{page.name}: there is no {path}"
+
+
+def test_the_page_of_the_architecture_has_every_hook():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    section = text.split("## What an architecture provides")[1].split("\n## ")[0]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert named == {field.name for field in fields(Architecture)} - {"model_type"}
