@@ -1,6 +1,7 @@
 """HRM-Gemma: a fresh one against its base, adapters against merged weights, the recurrence against its equations."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import BACKENDS, FIXTURES, load_case, reasoning_case
 
 from thl_engine import CheckpointError, ConfigError, Engine
 from thl_engine.config import HRMGemma3nConfig, parse_config
+from thl_engine.engine.resources import touched
 from thl_engine.models import gemma3n, hrm_gemma3n, low_rank
 from thl_engine.ops.backends import load_ops
 from thl_engine.ops.weights import Adapted, Held
@@ -299,3 +301,13 @@ def test_the_recurrence_is_pinned_first(backend):
     ring = SLOT_CHOICES[-1] * plan.slot_bytes  # whatever of it the plan takes
     tight = engine(backend, stream=True, memory_budget=plan.least_budget + ring + room)
     assert revisited and set(tight.plan().pinned) >= revisited
+
+
+def test_sparse_matrices_are_counted_as_the_base_counts_them(tmp_path):
+    """Of a matrix behind a sparse gate a step reads what the gate lets through, adapted or not."""
+    config, weights = reasoning_case()
+    model = Engine.from_state_dict("hrm_gemma3n", config, weights, device="cpu", backend="native", quantize="int8")
+    base = gemma3n.ARCHITECTURE.touched(model.config)
+    assert base and hrm_gemma3n.ARCHITECTURE.touched(model.config) == base
+    kept = {name for name in base if "up" in name or model._store.tensors[name].transposed}
+    assert touched(model._store, SimpleNamespace(sparse_share=1.0), 1) == {name: base[name] for name in kept}
