@@ -77,7 +77,7 @@ def slot_mix(alpha: Tensor, indices: Tensor, memory: Tensor) -> Tensor:
 
 @torch.no_grad()
 def read_metadata(
-    alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, t: int, decay: float
+    alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, t: int | Tensor, decay: float
 ) -> tuple[Tensor, Tensor]:
     """Averages of the weight each slot was read with, and the step at which it was last read; both [B, J]."""
     flat = indices.flatten(1)
@@ -97,7 +97,7 @@ def novelty_write(
     read_ema: Tensor,
     write_ema: Tensor,
     last_write: Tensor,
-    t: int,
+    t: int | Tensor,
     *,
     slots: int,
     clip_max: float,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def window_mix(query: Tensor, buffer: Tensor, valid: int, scale: float) -> Tensor:
+def window_mix(query: Tensor, buffer: Tensor, valid: int | Tensor, scale: float) -> Tensor:
     """Softmax-weighted sum of the first `valid` entries of buffer [B, W, d]: [B, d]; zeros where valid is 0.
 
     query [B, d]; the score of entry i is scale * query . buffer_i.
@@ -16,7 +16,7 @@ def window_mix(query: Tensor, buffer: Tensor, valid: int, scale: float) -> Tenso
     return (weights[:, None, :] @ entries).squeeze(1)
 
 
-def window_append(buffer: Tensor, valid: int, entry: Tensor) -> tuple[Tensor, int]:
+def window_append(buffer: Tensor, valid: int | Tensor, entry: Tensor) -> tuple[Tensor, int | Tensor]:
     """Adds entry [B, d] behind the `valid` oldest-first entries; a full window drops its oldest."""
     width = buffer.shape[1]
     if valid < width:
@@ -24,7 +24,7 @@ def window_append(buffer: Tensor, valid: int, entry: Tensor) -> tuple[Tensor, in
     return torch.cat([buffer[:, 1:], entry[:, None]], dim=1), width
 
 
-def window_append_in_place(buffer: Tensor, valid: int, entry: Tensor) -> tuple[Tensor, int]:
+def window_append_in_place(buffer: Tensor, valid: int | Tensor, entry: Tensor) -> tuple[Tensor, int | Tensor]:
     """`window_append` in the buffer's own memory."""
     if valid == buffer.shape[1]:
         buffer[:, :-1] = buffer[:, 1:].clone()

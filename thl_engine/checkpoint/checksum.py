@@ -5,6 +5,7 @@ Measured on a 2-core AMD EPYC (Zen 5) over 8 MiB pages: native 24 GB/s, numpy 0.
 """
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,14 @@ import torch
 try:
     from thl_engine import _native
 except ImportError:  # installed without a compiler
-    _native = None
+    _native = None  # type: ignore[assignment]
 
 _POLYNOMIAL = 0x82F63B78  # reflected: bit 31 stands for x^0
 _ONE = 0x80000000  # the polynomial 1
 _LANES = 4096  # stretches that numpy sums side by side: their states fill 16 KiB, half of a first-level cache
 
 
-def crc32c(buffer, crc: int = 0) -> int:
+def crc32c(buffer: Any, crc: int = 0) -> int:
     """Checksum of a contiguous buffer (bytes, memoryview, numpy array, CPU tensor), continuing from `crc`.
 
     crc32c(b, crc32c(a)) is the checksum of a then b; crc32c(b"123456789") == 0xE3069283.
@@ -31,7 +32,7 @@ def crc32c(buffer, crc: int = 0) -> int:
     return _native.crc32c(buffer, crc) if _native is not None else crc32c_numpy(buffer, crc)
 
 
-def crc32c_numpy(buffer, crc: int = 0) -> int:
+def crc32c_numpy(buffer: Any, crc: int = 0) -> int:
     """The same checksum without native code."""
     data = np.frombuffer(buffer, dtype=np.uint8) if memoryview(buffer).nbytes else np.empty(0, np.uint8)
     byte_table, low_table, high_table = _tables()

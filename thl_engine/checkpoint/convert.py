@@ -38,8 +38,8 @@ DRAW_ELEMENTS = 1 << 20  # drawn from one random stream; part of what `thl init 
 
 
 def quantize_checkpoint(
-    src: str | os.PathLike,
-    dst: str | os.PathLike,
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
     bits: int = 8,
     group: int | None = None,
     progress: Progress | None = None,
@@ -64,10 +64,10 @@ def quantize_checkpoint(
 
 
 def convert_checkpoint(
-    src: str | os.PathLike,
-    dst: str | os.PathLike,
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
     progress: Progress | None = None,
-    config: str | os.PathLike | Mapping | None = None,
+    config: str | os.PathLike[str] | Mapping | None = None,
 ) -> None:
     """Converts a published folder (config.json + pytorch_model.bin) or a torch.save file to safetensors.
 
@@ -105,8 +105,8 @@ def convert_checkpoint(
 
 def init_checkpoint(
     model_type: str | None,
-    config: str | os.PathLike | Mapping,
-    dst: str | os.PathLike,
+    config: str | os.PathLike[str] | Mapping,
+    dst: str | os.PathLike[str],
     seed: int = 0,
     quantize: str = "none",
     group: int | None = None,
@@ -122,9 +122,9 @@ def init_checkpoint(
 
 
 def init_adapters(
-    base: str | os.PathLike,
-    dst: str | os.PathLike,
-    config: str | os.PathLike | Mapping | None = None,
+    base: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    config: str | os.PathLike[str] | Mapping | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> None:
@@ -133,7 +133,8 @@ def init_adapters(
     config is a JSON file, or fields, with "hrm"; None for the defaults. A relative path of the base is kept relative to
     the folder.
     """
-    given, where = {}, "config"
+    given: Mapping[str, Any] = {}
+    where = "config"
     if config is not None:
         given, where = (config, where) if isinstance(config, Mapping) else read_config(Path(config))
     base, dst = Path(base), Path(dst)
@@ -177,7 +178,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _open_config(config: str | os.PathLike | Mapping, model_type: str | None) -> Any:
+def _open_config(config: str | os.PathLike[str] | Mapping, model_type: str | None) -> Any:
     if isinstance(config, Mapping):
         return parse_config(config, model_type)
     name = os.fspath(config)
@@ -309,10 +310,11 @@ def _state_dict(file: Path, loaded: object) -> dict[str, torch.Tensor]:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
             break
-    values = loaded.values() if isinstance(loaded, dict) else ()
+    weights = loaded if isinstance(loaded, dict) else {}
+    values = weights.values()
     if not values or not all(isinstance(value, torch.Tensor) for value in values):
         raise CheckpointError(f"{file}: expected a state dict of tensors, or one under {' '.join(map(repr, WRAPPERS))}")
-    names = {str(name): tensor for name, tensor in loaded.items()}
+    names = {str(name): tensor for name, tensor in weights.items()}
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in names)), None):
         names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
     return names

@@ -27,8 +27,8 @@ C = TypeVar("C", bound=Config)
 
 
 def grow_checkpoint(
-    src: str | os.PathLike,
-    dst: str | os.PathLike,
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
     *,
     vocab_size: int | None = None,
     text: str | None = None,

@@ -59,7 +59,7 @@ class CheckpointIndex:
     root: Path
 
 
-def read_index(path: str | os.PathLike) -> CheckpointIndex:
+def read_index(path: str | os.PathLike[str]) -> CheckpointIndex:
     """Index of a .safetensors file, a sharded `*.index.json`, or a folder that holds one of them."""
     path = Path(path)
     if _status(path, "checkpoint") == "folder":

@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import gcd, prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -118,7 +118,7 @@ def page_rows(kind: str, rows: int, row_bytes: int) -> int:
 
 
 def write_store(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     config: Config,
     sources: Mapping[str, Source],
     *,
@@ -227,7 +227,8 @@ class PackPlan:
                 source = self.sources[entry.name]
                 for start, rows in _chunks(entry, _columns(source) if entry.transposed else source, ahead):
                     stored, scales = _encode(rows, entry, start, self)
-                    scale_parts.append(scales)
+                    if scales is not None:
+                        scale_parts.append(scales)
                     buffer = as_bytes(stored)
                     sums += page_checksums(buffer, entry.page_rows * entry.row_bytes)
                     _write_at(descriptor, buffer, data + entry.offset + start * entry.row_bytes)
@@ -263,8 +264,8 @@ def plan_pack(
     blocks = architecture(config.model_type).blocks(config)
     sources = without_aliases(config, sources)
     check_tensors(blocks, sources, config.model_type, where)
-    blocks = [block for block in blocks if block.name in sources]
-    return _lay_out(blocks, sources, quantize, group, json.dumps(config.to_dict()), tokenizer, where)
+    present = [block for block in blocks if block.name in sources]
+    return _lay_out(present, sources, quantize, group, json.dumps(config.to_dict()), tokenizer, where)
 
 
 def without_aliases(config: Config, found: Mapping[str, T]) -> dict[str, T]:
@@ -283,7 +284,7 @@ def without_aliases(config: Config, found: Mapping[str, T]) -> dict[str, T]:
     return out
 
 
-def check_tensors(blocks: Sequence[Block], found: Mapping[str, object], model_type: str, where: str) -> None:
+def check_tensors(blocks: Sequence[Block], found: Mapping[str, Any], model_type: str, where: str) -> None:
     """`found`, values with `dtype` and `shape`, must be the model's tensors; floats, where used.
 
     Unused ones may be missing.
@@ -303,10 +304,10 @@ def check_tensors(blocks: Sequence[Block], found: Mapping[str, object], model_ty
     for name, block in expected.items():
         if name not in found:
             continue
-        dtype, shape = found[name].dtype, tuple(found[name].shape)
-        if shape != block.shape:
+        dtype, stored = found[name].dtype, tuple(found[name].shape)
+        if stored != block.shape:
             raise CheckpointError(
-                f"{where}: tensor {shown(name)} has shape {list(shape)}, the config needs {list(block.shape)}"
+                f"{where}: tensor {shown(name)} has shape {list(stored)}, the config needs {list(block.shape)}"
             )
         counter = block.kind == "vector" and dtype in INTEGERS
         if dtype not in FLOATS and block.kind != "unused" and not counter:
@@ -331,7 +332,7 @@ def page_checksums(buffer: memoryview, page_bytes: int) -> list[int]:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a CPU tensor, row-major; shares memory if it is contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _lay_out(
@@ -343,7 +344,10 @@ def _lay_out(
     tokenizer: str | None,
     where: str,
 ) -> PackPlan:
-    vectors, scales, paged, unused = [], [], [], []
+    vectors: list[Entry] = []
+    scales: list[Entry] = []
+    paged: list[Entry] = []
+    unused: list[Entry] = []
     for block in blocks:
         dtype = _stored_dtype(block, sources[block.name].dtype, quantize)
         quantized = dtype == "I8" and sources[block.name].dtype != "I8"
@@ -353,7 +357,7 @@ def _lay_out(
         if quantized:
             entry = replace(entry, group=group, transposed=transposed)
             kind = "unused" if block.kind == "unused" else "vector"
-            scale = _entry(block.name + SCALE_SUFFIX, kind, "F32", scale_shape(*entry.shape, group))
+            scale = _entry(block.name + SCALE_SUFFIX, kind, "F32", scale_shape(entry.shape[0], entry.shape[1], group))
             (unused if kind == "unused" else scales).append(scale)
         section.append(entry)
     placed, padding, position = [], [], 0
@@ -410,7 +414,7 @@ def _chunks(entry: Entry, source: Source, ahead: ThreadPoolExecutor) -> Iterator
     elements = CHUNK_ELEMENTS * (COLUMN_CHUNKS if entry.transposed else 1)
     step = page * max(1, elements // max(1, page * prod(entry.shape[1:])))
     starts = range(0, entry.rows, step)
-    pending = ahead.submit(source.rows, 0, min(step, entry.rows)) if starts else None
+    pending = ahead.submit(source.rows, 0, min(step, entry.rows))
     for start in starts:
         rows = pending.result()
         following = start + step

@@ -149,7 +149,7 @@ class Store:
         self.close()
 
 
-def open_store(path: str | os.PathLike) -> Store:
+def open_store(path: str | os.PathLike[str]) -> Store:
     """Opens a packed file or an ordinary float checkpoint (file, shards or folder), or adapters with their base.
 
     It is checked against its configuration: CheckpointError for missing, extra or wrong tensors, ConfigError
@@ -158,7 +158,7 @@ def open_store(path: str | os.PathLike) -> Store:
     return _open_adapted(Path(path)) if is_adapter_folder(Path(path)) else _open_whole(path)
 
 
-def _open_whole(path: str | os.PathLike) -> Store:
+def _open_whole(path: str | os.PathLike[str]) -> Store:
     index = read_index(path)
     if "thl_engine.format" in index.metadata:
         return _open_packed(Path(path), index)
@@ -289,7 +289,7 @@ def _check_stored(
         if not name.startswith(PADDING) and name.removesuffix(SCALE_SUFFIX) not in scaled or name in scaled
     }
     check_tensors(blocks, found, model_type, str(path))
-    blocks = [block for block in blocks if block.name in found]
+    blocks = tuple(block for block in blocks if block.name in found)
     kinds: dict[str, tuple[str, int | None, bool]] = {}
     for block in blocks:
         scale = scaled.get(block.name)
@@ -300,7 +300,7 @@ def _check_stored(
         group = entry.get("group") if isinstance(entry, dict) else GROUP if len(scale.shape) == 2 else None
         shape = index.tensors[block.name].shape
         sound = len(shape) == 2 and group in (None, GROUP)
-        if not sound or scale.dtype != "F32" or scale.shape != scale_shape(*shape, group):
+        if not sound or scale.dtype != "F32" or scale.shape != scale_shape(shape[0], shape[1], group):
             raise CheckpointError(
                 f"{path}: tensor {shown(scale.name)} is {scale.dtype} {list(scale.shape)}, expected F32 "
                 f"scales of int8 {list(shape)} by rows or by groups of {GROUP} inputs"

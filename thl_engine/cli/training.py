@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import MISSING, Field, fields
-from typing import get_args
+from typing import Any, get_args
 
 from thl_engine.train import TrainOptions, train
 
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{options.out}: held-out perplexity {best.perplexity:.3f}, {best.bits_per_character:.4f} bits per character")
 
 
-def _type(field: Field) -> type:
+def _type(field: Field) -> Any:
     """`int` of `int` and of `int | None`."""
     kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
     return kinds[0] if kinds else field.type

@@ -34,7 +34,7 @@ def parse_config(given: Mapping[str, Any], model_type: str | None = None, where:
     stated = values.pop("model_type", None)
     if stated is not None and not isinstance(stated, str):
         raise ConfigError(f"{where}: model_type must be a name, found {stated!r}")
-    stated = MODEL_TYPES.get(stated, stated)
+    stated = stated and MODEL_TYPES.get(stated, stated)
     if model_type is not None and stated is not None and stated != model_type:
         raise ConfigError(f"{where}: model_type is {stated!r}, but {model_type!r} was asked for")
     name = model_type or stated or _recognise(values, where)
@@ -44,7 +44,7 @@ def parse_config(given: Mapping[str, Any], model_type: str | None = None, where:
     return _build(cls, cls.published(values, where), where, f"model_type {name!r}")
 
 
-def _build(cls: type, values: Mapping[str, Any], where: str, what: str) -> Any:
+def _build(cls: Any, values: Mapping[str, Any], where: str, what: str) -> Any:
     """An instance of the dataclass `cls`, each value checked against its field."""
     known = {field.name: field for field in fields(cls)}
     kept = {}

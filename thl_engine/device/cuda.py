@@ -18,11 +18,11 @@ from thl_engine.kernels import tuned
 try:
     from thl_engine import _native
 except ImportError:  # installed without a compiler for it
-    _native = None
+    _native = None  # type: ignore[assignment]
 try:
     from thl_engine import _cuda
 except ImportError as error:
-    _cuda = None
+    _cuda = None  # type: ignore[assignment]
     _missing = f"the CUDA extension is not built ({error}); reinstall where nvcc and a C++20 compiler are found"
 
 

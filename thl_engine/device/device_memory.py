@@ -68,6 +68,7 @@ class DeviceMemory:
                 try:
                     self._arenas.append(cuda.open_arena(index, nbytes))
                 except RuntimeError as error:
+                    assert self._budget is not None  # of which the sizes are parts
                     free = torch.cuda.mem_get_info(index)[0] + sum(sizes[: len(self._arenas)])
                     raise BudgetError(
                         f"memory budget {size(self._budget)} ({self._budget} bytes): {self._device} has "
@@ -137,6 +138,7 @@ class DeviceMemory:
                 f"{self._device} is out of memory: {reason.partition('. GPU')[0]}; a smaller memory "
                 "budget, batch size or context takes less"
             )
+        assert self._budget is not None  # without one there are no arenas
         counts = cuda.arena_counts(self._arenas[0])
         asked = re.search(r"Tried to allocate ([0-9.]+ \w+)", reason)
         return BudgetError(

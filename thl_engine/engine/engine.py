@@ -108,7 +108,7 @@ class Engine:
         self._memory = memory  # last: what lies in it goes first when the engine does
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, quantize: str = "auto", **options: Any) -> "Engine":
+    def from_pretrained(cls, path: str | os.PathLike[str], *, quantize: str = "auto", **options: Any) -> "Engine":
         """Opens a checkpoint: a .safetensors file, or a folder with config.json and *.safetensors.
 
         quantize: "auto" as stored, "int8", or "none" for float weights. options: those of `EngineOptions`: device,
@@ -349,8 +349,12 @@ class Engine:
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ConfigError(f"max_new_tokens is {count!r}; it must be a whole number, 0 or more")
         sampler = Sampler(sampling)
-        tokenizer = self._text_tokenizer() if isinstance(prompt, str) else self.tokenizer
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
+        tokenizer = self.tokenizer
+        if isinstance(prompt, str):
+            tokenizer = self._text_tokenizer()
+            ids = tokenizer.encode(prompt)
+        else:
+            ids = _ids(prompt)
         if not ids:
             raise TokenizerError("the prompt is empty; give at least one token to start from")
         return Row(ids, count, tokenizer, sampler, StopStrings(list(stop)))
@@ -411,14 +415,14 @@ class Engine:
         finally:
             self._passes.trace = None
 
-    def save_state(self, state: State, path: str | os.PathLike) -> None:
+    def save_state(self, state: State, path: str | os.PathLike[str]) -> None:
         """Writes a context to a safetensors file; `load_state` continues it bit for bit."""
         metadata = {STATE_KEY: self.model_type, CONFIG_KEY: json.dumps(self.config.to_dict())}
         self._check_usable()
         self._check_state(state)
         save_tensors(Path(path), state.to_dict(), metadata)
 
-    def load_state(self, path: str | os.PathLike, **options: Any) -> State:
+    def load_state(self, path: str | os.PathLike[str], **options: Any) -> State:
         """Reads a context that `save_state` wrote for a model of the same configuration.
 
         options: those of `new_state` that the context is to go on with, in place of its own (HRM: `cycles`).
@@ -482,10 +486,10 @@ class Engine:
         self.close()
 
 
-def _ids(prompt: object) -> list[int]:
+def _ids(prompt: Any) -> list[int]:
     """A prompt given as token ids: a list, or a tensor or array of one dimension. Raises ConfigError."""
-    ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-    ids = list(ids) if isinstance(ids, Iterable) else [ids]
+    values: Any = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    ids = list(values) if isinstance(values, Iterable) else [values]
     if not isinstance(prompt, Iterable) or not all(isinstance(token, Integral) for token in ids):
         raise ConfigError(
             f"the prompt is {shown(prompt)}; it must be a text, or token ids as whole numbers in one list"

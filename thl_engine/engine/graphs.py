@@ -97,8 +97,9 @@ class CudaCaptures:
     def end(self) -> Callable[[], None] | None:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            self._graph.capture_end()
-        graph, self._graph = self._graph, None
+            graph, self._graph = self._graph, None
+            assert graph is not None  # since `begin`
+            graph.capture_end()
         empty = any("CUDA Graph is empty" in str(warning.message) for warning in found)
         return None if empty else CudaGraph(graph, self._pool)
 
@@ -185,7 +186,7 @@ class Rehearsal:
 class Fed:
     """Tokens of the step being replayed, as they were given."""
 
-    ids: Tensor | None = None
+    ids: Tensor
 
 
 class Recorder:
@@ -222,9 +223,9 @@ class Recorder:
         out = torch.empty(*ids.shape, table.shape[1], device=ids.device)
         if ids.data_ptr() == self._tokens.data_ptr() and ids.numel() == self._tokens.numel():
             fed, shape = self.fed, ids.shape
-            self._anew(lambda: out.copy_(table.rows(fed.ids.cpu().view(shape))))
+            self._anew(lambda: _copy(out, table.rows(fed.ids.cpu().view(shape))))
         else:  # made of them on the device, which the host then waits for
-            self._anew(lambda: out.copy_(table.rows(ids)))
+            self._anew(lambda: _copy(out, table.rows(ids)))
         return out
 
     def _anew(self, act: Callable[[], None]) -> None:
@@ -308,7 +309,13 @@ class StepGraphs:
         own = id(state)
         if own not in self._states:
             drop = weakref.WeakMethod(self._drop)
-            self._states[own] = weakref.ref(state, lambda _: drop() and drop()(own))
+
+            def gone(_: object) -> None:
+                forget = drop()
+                if forget is not None:
+                    forget(own)
+
+            self._states[own] = weakref.ref(state, gone)
         return own
 
     def _drop(self, own: int) -> None:
@@ -382,6 +389,10 @@ def step_graphs(
     if device.type != "cuda" or not ops.capturable or model.graph_key is None:
         return None
     return StepGraphs(ops, CudaCaptures(device, **memory), device, count_uses)
+
+
+def _copy(out: Tensor, rows: Tensor) -> None:
+    out.copy_(rows)
 
 
 def leaves(state: Any) -> Iterator[Leaf]:

@@ -24,8 +24,8 @@ PROMPT_KEYS = ("prompt", "input")
 
 def answer_file(
     engine: Engine,
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     sampling: Sampling = PUBLISHED,
     pad_id: int = PAD_ID,
     progress: Callable[[int, int], None] | None = None,
@@ -74,7 +74,8 @@ def answer(
     The prompt is cut to its first max_seq_len tokens and always padded to that length, with the padding masked. Every
     answer position is drawn on its own, whatever was chosen before it.
     """
-    length = engine.config.max_seq_len
+    length = engine.architecture.longest(engine.config)
+    assert length is not None  # what answers in one pass has an end
     padded = torch.full((1, length), pad_id)
     kept = torch.tensor(tokens[:length])
     padded[0, : len(kept)] = kept

@@ -69,6 +69,7 @@ class Passes:
 
     def _whole(self, tokens: Tensor, state: State, inputs: Mapping[str, Any]) -> Tensor:
         inputs, model = {**state.options, **inputs}, self.architecture
+        assert model.forward is not None and model.forward_walk is not None
         walk = model.forward_walk(self.config, tuple(tokens.shape), **inputs)
         names = walk.reads(0)
         self.pager.begin(None, lambda: self.schedules[()].once(names), walk.may_stop)

@@ -64,7 +64,13 @@ class StateFromDictHook(Protocol[C_in, S_out]):
     """
 
     def __call__(
-        self, config: C_in, values: Mapping[str, Tensor], ops: Ops, device: torch.device | str = "cpu", **options: Any
+        self,
+        config: C_in,
+        values: Mapping[str, Tensor],
+        ops: Ops,
+        device: torch.device | str = "cpu",
+        *args: Any,
+        **options: Any,
     ) -> S_out: ...
 
 

@@ -6,7 +6,7 @@ features of a per-layer input.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
@@ -279,7 +279,7 @@ def forward(
     return out, state
 
 
-def forward_walk(config: Gemma3nConfig, tokens_shape: tuple[int, int]) -> Walk:
+def forward_walk(config: Gemma3nConfig, tokens_shape: Sequence[int]) -> Walk:
     """Matrices that one `forward` reads, those of the logits included."""
     once = (*walk(config).clocked, *((name, 1) for name in head(config)))
     return Walk(once * -(-tokens_shape[1] // CHUNK))
@@ -407,8 +407,8 @@ def layer(
     def linear(name: str, x: Tensor) -> Tensor:
         return ops.linear(x, weights[f"{prefix}{name}.weight"])
 
-    def norm_add(name: str, x: Tensor, *addends: Tensor, scale: float = 1.0) -> Tensor:
-        return ops.rms_norm_add(x, weights[f"{prefix}{name}.weight"], c.rms_norm_eps, *addends, scale=scale)
+    def norm_add(name: str, x: Tensor, addend: Tensor, second: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return ops.rms_norm_add(x, weights[f"{prefix}{name}.weight"], c.rms_norm_eps, addend, second, scale)
 
     def coefficients(name: str, x: Tensor, offset: float = 0.0) -> Tensor:
         """AltUp's, of what the router makes of x: [B, T, n] or [B, T, n * n]."""

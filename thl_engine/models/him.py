@@ -11,7 +11,7 @@ positions are blocked in attention, but take part in the means that are written 
 a token that finds the answer block empty, encodes the context into P answers; each further token takes the next one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
@@ -157,7 +157,7 @@ def head(config: HIMConfig) -> tuple[str, ...]:
 
 
 def forward_walk(
-    config: HIMConfig, tokens_shape: tuple[int, int], *, mask: Tensor | None = None, reconstruction: bool = False
+    config: HIMConfig, tokens_shape: Sequence[int], *, mask: Tensor | None = None, reconstruction: bool = False
 ) -> Walk:
     """What `forward` reads with the same inputs."""
     decoder = () if reconstruction else _decoder_reads()
@@ -346,7 +346,7 @@ def forward(
     blocked = None if mask is None else _blocked(mask, batch, length).to(tokens.device)
     x, memory, reasoning = _encode(c, weights, ops, tokens, state.memory, state.reasoning_embeddings, blocked, record)
     hidden = x if reconstruction else _decode(c, weights, ops, x, blocked)
-    serving = {"context": state.context, "context_valid": state.context_valid, "answer": state.answer}
+    serving: dict[str, Any] = {"context": state.context, "context_valid": state.context_valid, "answer": state.answer}
     if batch != state.batch_size:
         serving = _unserved(c, batch, tokens.device)
     out = logits(c, weights, ops, hidden.flatten(0, 1)).view(*hidden.shape[:2], c.vocab_size)

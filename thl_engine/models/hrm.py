@@ -210,7 +210,7 @@ def init_state(
 
 
 def state_from_dict(
-    config: HRMConfig, values: Mapping[str, Tensor], ops: Ops = None, device: torch.device | str = "cpu"
+    config: HRMConfig, values: Mapping[str, Tensor], ops: Ops, device: torch.device | str = "cpu"
 ) -> State:
     """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong value."""
     window = values.get("window")
@@ -286,7 +286,8 @@ def forward(
     states: list[Tensor] = []  # z_H after each segment, of the new positions
 
     def keep(name: str, value: Tensor) -> None:
-        record(name, value)
+        if record is not None:
+            record(name, value)
         if name.startswith("segment") and name.endswith(".z_H"):
             states.append(value[:, -new:])
 
@@ -294,7 +295,7 @@ def forward(
     high = torch.stack(states or [high])  # one product for all segments: the head's pages are read once
     out = logits(config, weights, ops, high.flatten(0, 2)).view(*high.shape[:-1], -1)
     for s in range(len(states)):
-        record(f"segment{s}.logits", out[s])
+        keep(f"segment{s}.logits", out[s])
     return out[-1], _remember(state, seen, new)
 
 

@@ -29,7 +29,7 @@ state that a sequence has, and of a pass over a prompt only the last position is
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -398,8 +398,10 @@ def effort_rows(stats: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("reasoning", took)]
 
 
+# What the base's hooks take, this configuration and state are too.
+_BASE = cast(Architecture[HRMGemma3nConfig, State], gemma3n.ARCHITECTURE)
 ARCHITECTURE: Architecture[HRMGemma3nConfig, State] = replace(
-    gemma3n.ARCHITECTURE,
+    _BASE,
     model_type="hrm_gemma3n",
     blocks=blocks,
     initial=initial,

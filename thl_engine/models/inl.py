@@ -141,7 +141,8 @@ def reused(config: INLConfig) -> int:
 
 def products(config: INLConfig) -> dict[str, float]:
     """Products made with the controllers' matrices for each reading: of the first, a third is used only once."""
-    steps, out = config.num_iterations_per_layer, {}
+    steps = config.num_iterations_per_layer
+    out: dict[str, float] = {}
     for i in range(config.num_layers):
         prefix = f"{_integrator(config, i)}controller."
         out |= {f"{prefix}0.weight": (1 + 2 * steps) / 3, f"{prefix}2.weight": float(steps)}
@@ -298,7 +299,7 @@ def forward(
     return logits(config, weights, ops, hidden.flatten(0, 1)).unflatten(0, tokens.shape), state
 
 
-def forward_walk(config: INLConfig, tokens_shape: tuple[int, ...], **inputs: Any) -> Walk:
+def forward_walk(config: INLConfig, tokens_shape: Sequence[int], **inputs: Any) -> Walk:
     """Matrices that one `forward` reads, those of the logits included."""
     return Walk((*walk(config).clocked, *((name, 1) for name in head(config))))
 
@@ -406,7 +407,7 @@ def _integrate(
         record(f"layer{i}.v_final", out.v)
         record(f"layer{i}.iterations_used", out.iterations)
         record(f"layer{i}.steps_taken", torch.as_tensor(out.steps))
-        if out.x_trajectory is not None:
+        if out.x_trajectory is not None and out.v_trajectory is not None:
             record(f"layer{i}.x_trajectory", out.x_trajectory)
             record(f"layer{i}.v_trajectory", out.v_trajectory)
     return x + out.x.view_as(x), out.iterations

@@ -57,10 +57,10 @@ class Rows:
 
     def copy(self, stop: int) -> "Rows":
         """The same with the first `stop` rows."""
-        out = Rows(*(None if own is None else torch.empty_like(own) for own in (self.data, self.scales)))
-        for own, copied in ((self.data, out.data), (self.scales, out.scales)):
-            if own is not None:
-                copied[:, :, :stop] = own[:, :, :stop]
+        out = Rows(torch.empty_like(self.data), None if self.scales is None else torch.empty_like(self.scales))
+        out.data[:, :, :stop] = self.data[:, :, :stop]
+        if self.scales is not None and out.scales is not None:
+            out.scales[:, :, :stop] = self.scales[:, :, :stop]
         return out
 
 
@@ -111,7 +111,7 @@ class Layer:
         for new in zip(key.split(SLACK, dim=2), value.split(SLACK, dim=2), strict=True):
             count = new[0].shape[2]
             seen = self.append(past, *new)
-            out.append(tuple(rows[:, :, -count:].clone() for rows in seen))
+            out.append((seen[0][:, :, -count:].clone(), seen[1][:, :, -count:].clone()))
             past += count
         keys, values = zip(*out, strict=True)
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)

@@ -4,7 +4,7 @@ The L adapter goes with query, key and value projections, the H adapter with the
 adds nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -91,7 +91,7 @@ class AdaptedWeights(Mapping):
             self._weights[name], self._weights[adapter.down.name], self._weights[adapter.up.name], adapter.scale
         )
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 
     def __len__(self) -> int:

@@ -220,8 +220,8 @@ def advance(
     tiers, below = list(state.tiers), embedded
     for k, clock in enumerate(c.tier_timescales):
         if t % clock == 0:
-            gates = (_gate(weights, f"tiers.cells.{k}.{name}") for name in ("W_z", "W_r", "W_h"))
-            tiers[k] = ops.gru_cell(*gates, tiers[k], below, read, local if k == 0 else None)
+            z, r, h = (_gate(weights, f"tiers.cells.{k}.{name}") for name in ("W_z", "W_r", "W_h"))
+            tiers[k] = ops.gru_cell(z, r, h, tiers[k], below, read, local if k == 0 else None)
         below = tiers[k]
 
     candidate = ops.linear_joined((tiers[0], tiers[-1]), *_gate(weights, "writer.W_w"))

@@ -54,9 +54,10 @@ class NativeOps(ReferenceOps):
         return Product(self._packings, x, norm=norm).with_each((matrix,), bias, gelu, addend)[0]
 
     def linears(self, x: Tensor, matrices: Sequence[Matrix | Adapted]) -> list[Tensor]:
-        if any(isinstance(matrix, Adapted) for matrix in matrices):
+        plain = [matrix for matrix in matrices if not isinstance(matrix, Adapted)]
+        if len(plain) < len(matrices):
             return super().linears(x, matrices)
-        return Product(self._packings, x).with_each(matrices)
+        return Product(self._packings, x).with_each(plain)
 
     def swiglu_linear(
         self, gate: Tensor, up: Tensor, matrix: Matrix, blend: tuple[Tensor, Tensor, Tensor] | None = None
@@ -253,7 +254,7 @@ class NativeOps(ReferenceOps):
         native.gru_update(update, candidate, state)
         return state
 
-    def window_mix(self, query: Tensor, buffer: Tensor, valid: int, scale: float) -> Tensor:
+    def window_mix(self, query: Tensor, buffer: Tensor, valid: int | Tensor, scale: float) -> Tensor:
         out = torch.empty_like(query)
         native.window_scores_mix(query, buffer, valid, scale, out)
         return out
@@ -280,7 +281,7 @@ class NativeOps(ReferenceOps):
         return out
 
     def read_metadata(
-        self, alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, t: int, decay: float
+        self, alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, t: int | Tensor, decay: float
     ) -> tuple[Tensor, Tensor]:
         native.read_metadata(alpha, indices, read_ema, last_read, decay, t)
         return read_ema, last_read
@@ -293,7 +294,7 @@ class NativeOps(ReferenceOps):
         read_ema: Tensor,
         write_ema: Tensor,
         last_write: Tensor,
-        t: int,
+        t: int | Tensor,
         *,
         slots: int,
         **rule: float,

@@ -88,14 +88,15 @@ class Product:
         return native.pack_activations(self._x, memory, self._norm, LAYER_NORM_EPS)
 
     def _compute(self) -> Tensor:
-        if self._up is None and self._norm is None:
-            return self._x
-        out = torch.empty(self._x.shape)
         if self._up is not None:
+            out = torch.empty(self._x.shape)
             native.swiglu(self._x, self._up, out)
-        else:
-            native.layer_norm(self._x, *self._norm, LAYER_NORM_EPS, out)
-        return out
+            return out
+        if self._norm is not None:
+            out = torch.empty(self._x.shape)
+            native.layer_norm(self._x, self._norm[0], self._norm[1], LAYER_NORM_EPS, out)
+            return out
+        return self._x
 
 
 def even_rows(x: Tensor) -> Tensor:

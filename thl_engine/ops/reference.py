@@ -4,7 +4,7 @@ Models call an ops object; a backend is chosen once, when the engine starts. Ope
 that they are given in place; they return the tensors to use from then on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -234,7 +234,7 @@ def _whole(matrix: Matrix) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def by_head(matrix: Matrix, heads: int):
+def by_head(matrix: Matrix, heads: int) -> Iterator[tuple[Part, int, int]]:
     """Parts cut at the boundaries between heads: (part, head, its first row within the head)."""
     per_head = matrix.shape[0] // heads
     for part in matrix.parts():

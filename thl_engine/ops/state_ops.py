@@ -25,11 +25,11 @@ class StateOps:
 
     def linear_joined(self, places: Sequence[Tensor], matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         """`linear` of activations [B, C_i] that lie in several places, side by side."""
-        return self.linear(torch.cat(places, dim=-1), matrix, bias)
+        return self.linear(torch.cat(list(places), dim=-1), matrix, bias)
 
     def layer_norm_joined(self, places: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
         """`layer_norm` of features [B, C_i] that lie in several places, side by side."""
-        return self.layer_norm(torch.cat(places, dim=-1), weight, bias)
+        return self.layer_norm(torch.cat(list(places), dim=-1), weight, bias)
 
     def gru_cell(
         self,

@@ -57,7 +57,7 @@ class RingAttention(CachedAttention):
                 value[:, some],
                 key_norm,
                 value_eps,
-                None if tables is None else tuple(table[some] for table in tables),
+                None if tables is None else (tables[0][some], tables[1][some]),
             )
             seen.append(held.read(past, self._past + some.stop))
         keys, values = (torch.cat(rows, dim=2) for rows in zip(*seen, strict=True))

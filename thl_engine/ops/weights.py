@@ -30,8 +30,11 @@ class Matrix(Protocol):
     transposed: R are the inputs and C the outputs of the linear map that it stands for, for `linear_sparse`.
     """
 
-    shape: tuple[int, int]
-    transposed: bool
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def transposed(self) -> bool: ...
 
     def parts(self) -> Iterator[Part]: ...
 
@@ -47,7 +50,8 @@ class Matrix(Protocol):
 class Table(Protocol):
     """A table [V, C] of which single rows are read."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [n, C] of int64 ids [n], all within the table."""
@@ -70,7 +74,8 @@ class Held:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.data.shape)
+        rows, columns = self.data.shape
+        return rows, columns
 
     def parts(self) -> Iterator[Part]:
         yield Part(0, self.data.shape[0], self.data, self.scales, self.group)
@@ -109,7 +114,8 @@ class Trainable:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.tensor.shape)
+        rows, columns = self.tensor.shape
+        return rows, columns
 
     def parts(self) -> Iterator[Part]:
         yield Part(0, self.tensor.shape[0], self.tensor)

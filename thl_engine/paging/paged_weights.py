@@ -35,7 +35,8 @@ class PagedMatrix:
         return _dequantized(self.pager.rows(self.name, ids), ids, self.shape[1])
 
     def resident_rows(self, ids: Tensor) -> Tensor | None:
-        return _dequantized(self.pager.pinned_rows(self.name, ids), ids, self.shape[1])
+        part = self.pager.pinned_rows(self.name, ids)
+        return None if part is None else _dequantized(part, ids, self.shape[1])
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ class PagedTable:
         return _dequantized(self.pager.rows(self.name, ids), ids, self.shape[1])
 
     def resident_rows(self, ids: Tensor) -> Tensor | None:
-        return _dequantized(self.pager.pinned_rows(self.name, ids), ids, self.shape[1])
+        part = self.pager.pinned_rows(self.name, ids)
+        return None if part is None else _dequantized(part, ids, self.shape[1])
 
 
-def _dequantized(part: Part | None, ids: Tensor, columns: int) -> Tensor | None:
-    return None if part is None else dequantize(part.data, part.scales, part.group).view(*ids.shape, columns)
+def _dequantized(part: Part, ids: Tensor, columns: int) -> Tensor:
+    return dequantize(part.data, part.scales, part.group).view(*ids.shape, columns)
 
 
 def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -76,7 +78,7 @@ def paged_weights(
         if tensor.kind == "vector":
             weights[name] = vectors[name]
         elif tensor.kind == "matrix":
-            weights[name] = PagedMatrix(name, tensor.shape, pager, tensor.transposed)
+            weights[name] = PagedMatrix(name, (tensor.shape[0], tensor.shape[1]), pager, tensor.transposed)
         elif tensor.kind == "table":
-            weights[name] = PagedTable(name, tensor.shape, pager)
+            weights[name] = PagedTable(name, (tensor.shape[0], tensor.shape[1]), pager)
     return weights

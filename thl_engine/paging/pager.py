@@ -152,8 +152,9 @@ class Pager:
 
     def pinned(self, name: str) -> list[Part] | None:
         """The parts of a matrix in row order, if all are pinned. No use is counted; `count_uses` does that."""
-        parts = [self._pinned.get(page.index) for page in self._store.tensors[name].pages]
-        return None if any(part is None for part in parts) else parts
+        pages = self._store.tensors[name].pages
+        parts = [self._pinned[page.index] for page in pages if page.index in self._pinned]
+        return parts if len(parts) == len(pages) else None
 
     def stored(self, name: str) -> Part:
         """All rows of a matrix as one part without memory, on the device "meta"."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from thl_engine.files import ALIGNMENT
 try:
     from thl_engine import _native
 except ImportError:  # installed without a compiler
-    _native = None
+    _native = None  # type: ignore[assignment]
 
 
 # Measured by benchmarks/bench_reader.py on a 2-core AMD EPYC VM (Zen 5, virtio disk, ext4) with 8 MiB pages in a ring:
@@ -83,7 +84,7 @@ class Reader:
 
     def __init__(
         self,
-        paths: Sequence[str | os.PathLike],
+        paths: Sequence[str | os.PathLike[str]],
         threads: int = THREADS,
         direct: bool = True,
         chunk_bytes: int = CHUNK_BYTES,
@@ -162,7 +163,7 @@ class Reader:
     def __enter__(self) -> "Reader":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -236,7 +237,7 @@ class _PythonReader:
         return [file.direct for file in self._files]
 
     def submit(
-        self, file: int, offset: int, nbytes: int, memory, arena_offset: int, crc: int | None, label: str
+        self, file: int, offset: int, nbytes: int, memory: Any, arena_offset: int, crc: int | None, label: str
     ) -> int:
         source = self._file(file)
         begin, end = _aligned_range(offset, nbytes)
@@ -320,7 +321,7 @@ class _PythonReader:
                     self.refused = True
             file = _File(path, os.open(path, flags), False) if fd is None else _File(path, fd, True)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened: {os.strerror(error.errno)}") from None
+            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from None
         # Some file systems accept the flag and refuse the read: find out now, so that `direct` is true.
         if file.direct:
             try:
@@ -370,7 +371,7 @@ class _PythonReader:
                 if file.direct and error.errno in _REFUSALS:
                     self._use_plain_reads(file)
                     continue
-                cause = f"cannot be read at byte {position}: {os.strerror(error.errno)}"
+                cause = f"cannot be read at byte {position}: {error.strerror}"
                 return self._fail(request, position, cause)
             with self._lock:
                 self.bytes_read += got

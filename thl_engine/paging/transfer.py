@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,7 @@ from thl_engine.paging.reader import Arena, Reader
 try:
     from thl_engine import _native
 except ImportError:  # installed without a compiler
-    _native = None
+    _native = None  # type: ignore[assignment]
 
 # Longest pages between disk and device: four being read, as many as it takes to keep the reader's threads busy, one on
 # the link, and one behind it so that the link never waits. With pages of 8 MiB, 48 MiB of page-locked memory.
@@ -154,15 +154,24 @@ class NativeTransfer:
         self._compute = compute or (lambda: torch.cuda.current_stream(device).cuda_stream)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             copies = copies or cuda.copy_device(self.memory.device.index)
-            make = [reader.native, copies, self.memory, list(places), slot_bytes, STAGING_SLOTS, self._compute()]
-            self._engine = self._with_direct_storage(make, cufile, reader, kept_bytes) if direct_storage else None
-            self._engine = self._engine or _native.CopyEngine(*make, kept_bytes=kept_bytes)
+            make = partial(
+                _native.CopyEngine,
+                reader.native,
+                copies,
+                self.memory,
+                list(places),
+                slot_bytes,
+                STAGING_SLOTS,
+                self._compute(),
+            )
+            direct = self._with_direct_storage(make, cufile, reader, kept_bytes) if direct_storage else None
+            self._engine: _native.CopyEngine = direct or make(kept_bytes=kept_bytes)
 
     def _with_direct_storage(
-        self, make: list[Any], cufile: str, reader: Reader, kept_bytes: int
+        self, make: Callable[..., Any], cufile: str, reader: Reader, kept_bytes: int
     ) -> "_native.CopyEngine | None":
         try:
-            engine = _native.CopyEngine(*make, cufile, list(reader.paths), kept_bytes)
+            engine = make(cufile, list(reader.paths), kept_bytes)
         except OSError as error:
             _log.info("GPUDirect Storage is not used: %s", error)
             return None
@@ -244,7 +253,7 @@ class TorchTransfer:
             for _, copied in self._free:
                 self._streams.wait_on_host(copied)
             self._streams.unlock(self._host)
-            self._host = None
+            self._host = None  # type: ignore[assignment]  # closed: nothing is copied any more
 
     def _advance(self, block: bool = False) -> None:
         """Copies pages that have been read and starts further reads, in order; waits for one read if `block`."""

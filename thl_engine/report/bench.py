@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def product_bandwidth(ops: ReferenceOps, device: torch.device, like: StoredTenso
             ops.linear(x, matrix)
 
     products()
-    passes, started = [], time.perf_counter()
+    passes: list[float] = []
+    started = time.perf_counter()
     while time.perf_counter() - started < PRODUCT_SECONDS or len(passes) < 3:
         passes.append(_seconds(products, device))
     return BUFFER_BYTES / statistics.median(passes)
@@ -206,7 +208,7 @@ def _decode(
         engine.step(ids[i], state)
     before = engine.stats()
     for i in range(tokens):
-        latencies.append(_seconds(lambda i=i: engine.step(ids[warmup + i], state), engine.device))
+        latencies.append(_seconds(partial(engine.step, ids[warmup + i], state), engine.device))
         if i == tokens // 4:
             resident = resident_bytes()
     after = engine.stats()

@@ -31,7 +31,7 @@ def summarise(store: Store) -> dict[str, Any]:
         entry["bytes"] += tensor.nbytes
         entry["pages"] += len(tensor.pages)
     matrix_pages = [page for tensor in tensors.values() if tensor.kind == "matrix" for page in tensor.pages]
-    reads = [
+    reads: list[dict[str, Any]] = [
         {
             "name": name,
             "clock": clock,
@@ -118,8 +118,10 @@ def describe(summary: dict[str, Any]) -> str:
             ]
         ),
         _table(
-            [("config", "")]
-            + [(f"  {name}", str(value)) for name, value in summary["config"].items() if name != "model_type"]
+            [
+                ("config", ""),
+                *((f"  {name}", str(value)) for name, value in summary["config"].items() if name != "model_type"),
+            ]
         ),
         _table(
             [("kind", "dtype", "tensors", "elements", "size", "pages")]

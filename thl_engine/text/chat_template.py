@@ -77,7 +77,7 @@ def end_ids(files: Mapping[str, str], ids: Mapping[str, int]) -> list[int]:
             raise TokenizerError(f"generation_config.json: eos_token_id is {found!r}; it must be one id or a list")
         return found
     named = _tokens(_object(files, "tokenizer_config.json")).get("eos_token")
-    return [ids[named]] if named in ids else []
+    return [ids[named]] if named is not None and named in ids else []
 
 
 def _tokens(config: Mapping[str, Any]) -> dict[str, str]:

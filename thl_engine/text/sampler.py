@@ -106,23 +106,21 @@ class Sampler:
         if len(histories) != len(rows):
             raise EngineError(f"{len(histories)} histories for {len(rows)} rows of logits; give one for each")
         if choose is not None:
-            ids, logprobs = zip(
-                *(
-                    self._choose_there(choose, row, seen, generator)
-                    for row, seen, generator in zip(rows, histories, self._generators, strict=True)
-                ),
-                strict=True,
-            )
-            return torch.tensor(ids).reshape(logits.shape[:-1]), torch.tensor(logprobs).reshape(logits.shape[:-1])
+            pairs = [
+                self._choose_there(choose, row, seen, generator)
+                for row, seen, generator in zip(rows, histories, self._generators, strict=True)
+            ]
+            ids, found = torch.tensor([pair[0] for pair in pairs]), torch.tensor([pair[1] for pair in pairs])
+            return ids.reshape(logits.shape[:-1]), found.reshape(logits.shape[:-1])
         _check_finite(rows)
-        ids = torch.tensor(
+        chosen = torch.tensor(
             [
                 self._choose(row, seen, generator)
                 for row, seen, generator in zip(rows, histories, self._generators, strict=True)
             ]
         )
-        logprobs = rows.gather(1, ids[:, None])[:, 0] - torch.logsumexp(rows, dim=1)
-        return ids.reshape(logits.shape[:-1]), logprobs.reshape(logits.shape[:-1])
+        logprobs = rows.gather(1, chosen[:, None])[:, 0] - torch.logsumexp(rows, dim=1)
+        return chosen.reshape(logits.shape[:-1]), logprobs.reshape(logits.shape[:-1])
 
     def _choose_there(
         self, choose: Choose, row: torch.Tensor, history: Sequence[int], generator: torch.Generator

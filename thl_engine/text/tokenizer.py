@@ -80,7 +80,7 @@ class HFTokenizer(Tokenizer):
         named = next((special[name] for name in _HF_END if name in special), None)
         ends = end_ids(companions or {}, inner.get_vocab(with_added_tokens=True))
         self._end_ids = frozenset(ends)
-        self.eos_id = (ends or [named])[0] if eos_id is None else eos_id
+        self.eos_id = eos_id if eos_id is not None else ends[0] if ends else named
         self._template = chat_template(companions or {})
         self._special = frozenset(special.values())
         # The decoder as the library understood it: it accepts several spellings of one thing.
@@ -126,7 +126,7 @@ class HFTokenizer(Tokenizer):
     def _bytes_of(self, token: int, first: bool) -> bytes | None:
         if not self.visible(token):
             return None
-        text = self._inner.id_to_token(token)
+        text = self._inner.id_to_token(token) or ""
         for step in self._steps or ():
             match step["type"]:
                 case "ByteLevel":

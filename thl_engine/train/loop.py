@@ -92,12 +92,9 @@ def prepare(options: TrainOptions) -> Run:
         )
     model = TrainableModel(config, options.seed, options.dropout, options.weight_dropout, options.precision)
     matrices, others = model.decayed()
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
-        lr=options.learning_rate,
-        betas=BETAS,
-        weight_decay=options.weight_decay,
-        fused=True,
+        groups, lr=options.learning_rate, betas=BETAS, weight_decay=options.weight_decay, fused=True
     )
     origin = {
         "config": config.to_dict(),

@@ -15,7 +15,7 @@ from torch.nn import functional
 from thl_engine.kernels import slot_memory
 from thl_engine.models import architecture
 from thl_engine.ops.reference import ReferenceOps
-from thl_engine.ops.weights import Matrix, trainable
+from thl_engine.ops.weights import Matrix, Trainable, trainable
 from thl_engine.schedule import Block
 
 
@@ -24,7 +24,7 @@ class TrainingOps(ReferenceOps):
 
     name = "training"
 
-    def __init__(self, generator: torch.Generator | None = None) -> None:
+    def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
 
     def slot_topk(self, scores: Tensor, k: int, capacity: int | None = None) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ class DroppingOps(TrainingOps):
         self.head: Tensor | None = None
 
     def product(self, x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
-        if self.share and matrix.tensor is self.head:
+        if self.share and isinstance(matrix, Trainable) and matrix.tensor is self.head:
             x = x * mask(x.shape, self.share, self.generator)
         return super().product(x, matrix, bias)
 
@@ -69,7 +69,7 @@ class MixedOps(DroppingOps):
     def linear_transposed_heads(self, x: Tensor, matrix: Matrix) -> Tensor:
         return super().linear_transposed_heads(x, matrix).float()
 
-    def window_mix(self, query: Tensor, buffer: Tensor, valid: int, scale: float) -> Tensor:
+    def window_mix(self, query: Tensor, buffer: Tensor, valid: int | Tensor, scale: float) -> Tensor:
         return super().window_mix(query, buffer, valid, scale).float()
 
 
@@ -171,5 +171,5 @@ def _insert(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     for part in path:
         if part not in root._modules:
             root.add_module(part, nn.Module())
-        root = root._modules[part]
+        root = root.get_submodule(part)
     root.register_parameter(last, parameter)

@@ -118,9 +118,12 @@ class Equilibrium(Objective):
         )
         name, phase = self.schedule.phase(epoch)
         exploration = name == "exploration"
-        weight = "exploration_lambda_mean" if exploration else "lambda_mean_init"
         last = f"layer{model.config.num_layers - 1}."
-        losses = replace(IntegratorLoss(), **{weight: phase.lambda_mean})(
+        plain, mean = IntegratorLoss(), phase.lambda_mean
+        weighted = (
+            replace(plain, exploration_lambda_mean=mean) if exploration else replace(plain, lambda_mean_init=mean)
+        )
+        losses = weighted(
             logits.flatten(0, 1),
             targets.flatten(),
             seen[f"{last}x_trajectory"],
@@ -150,7 +153,7 @@ class SimpleSegment(Objective):
 
     name = "simple"
     tokenizer_type = "char"
-    character_vocabulary = staticmethod(lambda text: vocabulary_of_texts([text]).text)
+    character_vocabulary: ClassVar[Callable[[str], str]] = staticmethod(lambda text: vocabulary_of_texts([text]).text)
 
     def __init__(self, config: Any, chunk: int) -> None:
         super().__init__(config, chunk)
