@@ -17,13 +17,13 @@ from thl_engine.cli import interrupt
 from thl_engine.cli.modes import mode_options
 from thl_engine.cli.options import engine_options
 from thl_engine.cli.progress import progress_bar
-from thl_engine.cli.reports import on_device
 from thl_engine.engine import him_batch, hrm_chat
 from thl_engine.engine.engine import Engine, Piece
 from thl_engine.errors import ConfigError, TokenizerError
 from thl_engine.memory import size
 from thl_engine.models.state import State
 from thl_engine.ops import native
+from thl_engine.report.table import on_device
 from thl_engine.text.sampler import Sampling
 
 
