@@ -22,8 +22,7 @@ from thl_engine.engine.resources import (
 )
 from thl_engine.errors import ConfigError
 from thl_engine.memory import peak_bytes, reset_peak, resident_bytes, size
-from thl_engine.ops import native
-from thl_engine.ops.backends import load_ops
+from thl_engine.ops.backends import isa, load_ops, threads
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.paging.plan import NOMINAL, Bandwidths
 from thl_engine.paging.transfer import link_bandwidth
@@ -104,9 +103,9 @@ def benchmark(
         "pinned_bytes": plan.pinned_bytes,
         "ring_slots": plan.slots,
         "backend": ops.name,
-        "isa": native.isa() if ops.name == "native" else None,
+        "isa": isa(ops),
         "device": str(chosen),
-        "threads": native.threads() if ops.name == "native" else torch.get_num_threads(),
+        "threads": threads(ops),
         "model_type": store.model_type,
         "path": str(path),
     }
