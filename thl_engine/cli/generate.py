@@ -44,7 +44,7 @@ def run(arguments: Namespace) -> None:
         with engine.trace(*names) if names else nullcontext() as trace:
             written = Written(engine, _stream(engine, prompts, state, arguments), len(prompts))
             _print(written, prompts, arguments.json)
-        if arguments.save_state:
+        if arguments.save_state and state is not None:
             written.read_rest(state)
             engine.save_state(state, arguments.save_state)
         worked = effort.summary(trace.values()) if effort and trace and trace.steps else {}
