@@ -18,7 +18,7 @@ import torch
 from thl_engine import Engine
 from thl_engine.checkpoint.convert import init_checkpoint
 from thl_engine.ops import native
-from thl_engine.report.bench import read_bandwidth
+from thl_engine.report.bandwidth import read_bandwidth
 
 TOKENS = 256  # four periods of the default clocks, 1, 8 and 64
 CPU = torch.device("cpu")

@@ -37,7 +37,7 @@ from thl_engine.ops.backends import load_ops
 from thl_engine.paging.paged_weights import load_vectors
 from thl_engine.paging.pager import Pager
 from thl_engine.paging.reader import Reader
-from thl_engine.report import bench
+from thl_engine.report import bandwidth, bench
 
 PAGER_MODEL = {"vocab_size": 8192, "embedding_dim": 8192, "tier_dims": [8192] * 3, "value_dim": 8192}  # 2 GB
 PAGER_SLOTS, PAGER_PASSES = 16, 5
@@ -54,8 +54,8 @@ class Run:
         self.options = {"device": self.device, "backend": "triton"}
         self.rows, self.timer = Rows(given.rows, given.rehearse), Timer(self.device)
         if given.rehearse:
-            bench.BUFFER_BYTES, bench.PRODUCT_SHAPE, bench.PRODUCT_SECONDS = 1 << 16, (64, 128), 0.0
-            bench.DISK_BYTES, bench.DISK_SECONDS = 1 << 20, 0.1
+            bandwidth.BUFFER_BYTES, bandwidth.PRODUCT_SHAPE, bandwidth.PRODUCT_SECONDS = 1 << 16, (64, 128), 0.0
+            bandwidth.DISK_BYTES, bandwidth.DISK_SECONDS = 1 << 20, 0.1
 
     def checkpoint(self, name: str, model_type: str, config: dict, folder: Path | None = None) -> Path:
         """A random int8 checkpoint, written where it is not there yet."""
@@ -110,7 +110,7 @@ def pager(run: Run) -> None:
         with open_store(path) as store:
             link = run.timer.link_bandwidth()
             run.rows.add(row("page-locked host memory to the device", link / 1e9, "GB/s"))
-            source = bench.disk_bandwidth(store)
+            source = bandwidth.disk_bandwidth(store)
             run.rows.add(
                 row(f"reading the file alone, from {'memory' if inside else 'the disk'}", source / 1e9, "GB/s")
             )

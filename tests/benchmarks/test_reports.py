@@ -1,4 +1,4 @@
-"""The reports among the benchmarks: stopping rules of INL, and errors of int8 weights."""
+"""The reports among the benchmarks: stopping rules of INL, errors of int8 weights, and the commands' start."""
 
 import json
 from pathlib import Path
@@ -65,3 +65,17 @@ def test_int8_error(tmp_path, capsys):
     for row in found["thl"]["batch3"].values():
         assert 0 < row["before other slots"] < 0.02 and row["positions before other slots"] >= 3
     assert "thl, warm, groups of 128" in capsys.readouterr().out
+
+
+def test_bench_start(tmp_path, capsys, monkeypatch):
+    import bench_start
+
+    usual = bench_start.cases()
+    kept = ("python -c pass", "python -c 'import torch'", "thl train --help")
+    monkeypatch.setattr(bench_start, "cases", lambda: {name: usual[name] for name in kept})
+    monkeypatch.setattr(bench_start, "LIMIT", 30.0)  # the figures of a busy machine are no failure here
+    bench_start.main(["--rounds", "1", "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found.keys() == WHERE | {"rounds", "CPU seconds"} and tuple(found["CPU seconds"]) == kept
+    assert found["CPU seconds"]["thl train --help"] < found["CPU seconds"]["python -c 'import torch'"]
+    assert "of torch's import" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from thl_engine import Engine
 from thl_engine.cli import main, options, progress, run_main
 from thl_engine.engine.engine import Piece
 from thl_engine.ops import native
-from thl_engine.report import bench
+from thl_engine.report import bandwidth, forecast
 
 BYTES = replace(SMALL, vocab_size=300)  # enough for the byte tokenizer
 
@@ -89,19 +89,6 @@ def test_wrong_usage(argv, capsys):
     assert stop.value.code == 2 and found.out == "" and found.err.startswith("usage: thl")
 
 
-def test_help_does_not_wait_for_torch():
-    code = (
-        "import sys\nfrom thl_engine.cli import main, run_main\n"
-        "for command, argv in ((main, ['--help']), (main, ['bench', '--tokens', 'x']), (run_main, [])):\n"
-        "    try:\n        command(argv)\n    except SystemExit: pass\n"
-        "print('torch' in sys.modules)"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    )
-    assert found.stdout.splitlines()[-1] == "False"
-
-
 def test_run_writes_what_the_engine_generates(packed, succeeds, capsys):
     with Engine.from_pretrained(packed) as engine:
         expected = list(
@@ -159,8 +146,8 @@ def with_cache(tmp_path_factory) -> Path:
 
 
 def test_options_of_the_cache(with_cache, packed, succeeds, fails, monkeypatch):
-    monkeypatch.setattr(bench, "BUFFER_BYTES", 64 << 20)
-    monkeypatch.setattr(bench, "PRODUCT_SECONDS", 0.02)
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 64 << 20)
+    monkeypatch.setattr(bandwidth, "PRODUCT_SECONDS", 0.02)
     plan = ["plan", with_cache, "--disk-bandwidth", 2, "--memory-bandwidth", 20, "--json"]
     whole, short, int8, window, four = (
         json.loads(succeeds(*plan, *options))
@@ -379,7 +366,7 @@ def test_plan(packed, succeeds, fails, monkeypatch):
 
     with monkeypatch.context() as patch:
         for name in ("disk_bandwidth", "product_bandwidth"):
-            patch.setattr(bench, name, unwanted)
+            patch.setattr(forecast, name, unwanted)
         given = ["plan", packed, "--disk-bandwidth", 2, "--memory-bandwidth", 20]
         found = json.loads(succeeds(*given, "--memory-budget", "1GiB", "--json"))
         assert found["disk_bandwidth"] == 2e9 and found["streamed_pages"] == 0 and found["limited_by"] == "memory"
@@ -391,9 +378,9 @@ def test_plan(packed, succeeds, fails, monkeypatch):
         for word in ("memory budget", "pinned", "streamed", "bytes per token", "predicted tokens/s", "limited by"):
             assert word in table
         assert str(least) in fails(*given, "--memory-budget", least - 1)
-    monkeypatch.setattr(bench, "BUFFER_BYTES", 16 << 20)
-    monkeypatch.setattr(bench, "PRODUCT_SECONDS", 0.02)
-    monkeypatch.setattr(bench, "DISK_SECONDS", 0.05)
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 16 << 20)
+    monkeypatch.setattr(bandwidth, "PRODUCT_SECONDS", 0.02)
+    monkeypatch.setattr(bandwidth, "DISK_SECONDS", 0.05)
     measured = json.loads(succeeds("plan", packed, "--memory-budget", least, "--json"))
     assert measured["disk_bandwidth"] > 0 and measured["memory_bandwidth"] > 0
 

@@ -152,15 +152,15 @@ def test_effort_is_reported(models, succeeds):
 
 
 def test_modes_of_plan_and_bench(models, succeeds, monkeypatch):
-    from thl_engine.report import bench
+    from thl_engine.report import bandwidth
 
     given = ["plan", models["hrm"], "--disk-bandwidth", 2, "--memory-bandwidth", 20, "--json"]
     normal, fast, deep = (
         json.loads(succeeds(*given, *mode))["bytes_per_token"] for mode in ([], ["--mode", "fast"], ["--mode", "deep"])
     )
     assert fast < normal < deep
-    monkeypatch.setattr(bench, "BUFFER_BYTES", 32 << 20)
-    monkeypatch.setattr(bench, "PRODUCT_SECONDS", 0.02)
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 32 << 20)
+    monkeypatch.setattr(bandwidth, "PRODUCT_SECONDS", 0.02)
     found = json.loads(succeeds("bench", models["hrm"], "--mode", "fast", "--tokens", 3, "--warmup", 1, "--json"))
     assert found["bytes_per_token"] == fast
 

@@ -14,7 +14,7 @@ from thl_engine.checkpoint.store import open_store
 from thl_engine.cli import main
 from thl_engine.engine.options import EngineOptions
 from thl_engine.ops.backends import load_ops
-from thl_engine.report import bench
+from thl_engine.report import bandwidth, bench
 
 PROMISED = {
     "tokens_per_second",
@@ -32,9 +32,9 @@ PROMISED = {
 
 @pytest.fixture(autouse=True)
 def small_amounts(monkeypatch):
-    monkeypatch.setattr(bench, "BUFFER_BYTES", 32 << 20)
-    monkeypatch.setattr(bench, "DISK_BYTES", 4 << 20)
-    monkeypatch.setattr(bench, "PRODUCT_SECONDS", 0.02)
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 32 << 20)
+    monkeypatch.setattr(bandwidth, "DISK_BYTES", 4 << 20)
+    monkeypatch.setattr(bandwidth, "PRODUCT_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def checkpoint(tmp_path_factory):
 def test_bandwidths(checkpoint, name, backend):
     device = torch.device("cpu")
     with open_store(checkpoint / name if name else checkpoint) as store:
-        like = bench.largest_matrix(store)
+        like = bandwidth.largest_matrix(store)
         assert like.name == "output_head.weight"
         for rate in (
-            bench.read_bandwidth(device),
-            bench.disk_bandwidth(store),
-            bench.product_bandwidth(load_ops(backend, "cpu"), device, like),
+            bandwidth.read_bandwidth(device),
+            bandwidth.disk_bandwidth(store),
+            bandwidth.product_bandwidth(load_ops(backend, "cpu"), device, like),
         ):
             assert 1e6 < rate < 1e13
     assert bench.link_bandwidth(device) is None

@@ -1,4 +1,4 @@
-"""The options of every command: argparse alone, so that help and wrong usage answer at once."""
+"""The options of every command. Nothing here imports torch, so that help and wrong usage answer at once."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 from thl_engine import __doc__ as PURPOSE
 from thl_engine import __version__
+from thl_engine.cli import training
 
 STEPS = 256  # a multiple of common clock periods, so that a benchmark reads what an average token reads
 
@@ -23,8 +24,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (fill, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=_sentence(about), allow_abbrev=False)
-        if name != "train" or name in argv[:1]:
-            fill(command)
+        fill(command)
     return _checked(parser.parse_args(argv))
 
 
@@ -308,7 +308,7 @@ def _check_growth(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command="reports.plan")
+    parser.set_defaults(command="plan.run")
     parser.add_argument("path", metavar="PATH", help="a checkpoint: file or folder")
     parser.add_argument("--memory-budget", metavar="SIZE", help="for example 4GiB (default: what is free)")
     parser.add_argument(
@@ -353,14 +353,14 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command="reports.inspect")
+    parser.set_defaults(command="inspect.run")
     parser.add_argument("path", metavar="PATH", help="a checkpoint: file or folder")
     parser.add_argument("--verify", action="store_true", help="read every page and check its checksum")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command="reports.bench")
+    parser.set_defaults(command="bench.run")
     parser.add_argument("path", metavar="PATH", help="a checkpoint: file or folder")
     parser.add_argument(
         "--tokens", type=int, default=STEPS, metavar="N", help="tokens to decode, timed (default: %(default)s)"
@@ -387,11 +387,8 @@ def _batch(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    # Defaults come from TrainOptions, which imports torch: only where they are asked for.
-    from thl_engine.cli.training import add_options
-
     parser.set_defaults(command="training.run")
-    add_options(parser)
+    training.add_options(parser)
 
 
 def _rate(text: str) -> float:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import MISSING, Field, fields
 from typing import Any, get_args
 
-from thl_engine.train import TrainOptions, train
+from thl_engine.train import TrainOptions
 
 # Field of TrainOptions -> (placeholder, help). Types and defaults are those of the field.
 HELP = {
@@ -63,6 +63,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from thl_engine.train import train  # here, since it brings torch, which --help does not need
+
     options = TrainOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainOptions)})
     best = train(options)
     print(f"{options.out}: held-out perplexity {best.perplexity:.3f}, {best.bits_per_character:.4f} bits per character")

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable
 from functools import cache
 
+import torch
+
 from thl_engine.errors import ConfigError
 from thl_engine.ops import native
 from thl_engine.ops.native_ops import NativeOps
@@ -51,3 +53,13 @@ def load_ops(backend: str, device: str) -> ReferenceOps:
     if device not in ops.devices():
         raise ConfigError(f"backend 'triton' computes on CUDA devices, not on {device!r}; use backend 'auto'")
     return ops
+
+
+def isa(ops: ReferenceOps) -> str | None:
+    """The instruction set that native kernels use; None of other backends."""
+    return native.isa() if ops.name == "native" else None
+
+
+def threads(ops: ReferenceOps) -> int:
+    """CPU threads that the backend computes with."""
+    return native.threads() if ops.name == "native" else torch.get_num_threads()

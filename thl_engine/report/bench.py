@@ -1,11 +1,8 @@
-"""Bandwidths as this machine has them, and decoding measured against them."""
+"""Decoding, measured against the bandwidths that this machine has."""
 
 import gc
-import itertools
 import statistics
-import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,8 +10,7 @@ from typing import Any
 
 import torch
 
-from thl_engine.checkpoint.page import extent
-from thl_engine.checkpoint.store import Store, StoredTensor, open_store
+from thl_engine.checkpoint.store import Store, open_store
 from thl_engine.engine.engine import Engine
 from thl_engine.engine.options import EngineOptions
 from thl_engine.engine.resources import (
@@ -26,83 +22,15 @@ from thl_engine.engine.resources import (
     walked_schedule,
 )
 from thl_engine.errors import ConfigError
-from thl_engine.memory import peak_bytes, reset_peak, resident_bytes
-from thl_engine.ops import native
-from thl_engine.ops.backends import load_ops
+from thl_engine.memory import peak_bytes, reset_peak, resident_bytes, size
+from thl_engine.ops.backends import isa, load_ops, threads
 from thl_engine.ops.reference import ReferenceOps
-from thl_engine.ops.weights import Held
 from thl_engine.paging.plan import NOMINAL, Bandwidths
-from thl_engine.paging.reader import Arena, Reader
 from thl_engine.paging.transfer import link_bandwidth
+from thl_engine.report.bandwidth import disk_bandwidth, largest_matrix, product_bandwidth, read_bandwidth, seconds
+from thl_engine.report.table import on_device, table
 
-# Eight times the largest last-level cache met so far (32 MiB); more would only raise the process's peak memory.
-BUFFER_BYTES = 256 << 20
-DISK_BYTES = 1 << 30
-DISK_SECONDS = 1.5
-DISK_SLOTS = 8
-PRODUCT_SHAPE = (2048, 4096)  # of synthetic matrices: as int8, a page
-PRODUCT_SECONDS = 1.0
 ROUNDS = 3  # of the read bandwidth, before decoding and after it
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second at which all threads, or the device, read memory: a sum without products."""
-    if device.type == "cpu" and native.available():
-        return native.memory_bandwidth(BUFFER_BYTES, 5)
-    buffer = _filled(BUFFER_BYTES, torch.float32).to(device)
-    buffer.sum()
-    return BUFFER_BYTES / statistics.median(_seconds(buffer.sum, device) for _ in range(5))
-
-
-def product_bandwidth(ops: ReferenceOps, device: torch.device, like: StoredTensor, rows_of_x: int = 1) -> float:
-    """Bytes of weights per second that products with so many rows achieve, for weights stored like those of `like`."""
-    rows, columns = PRODUCT_SHAPE
-    count = BUFFER_BYTES // (rows * columns * like.dtype.itemsize)
-    data = _filled(BUFFER_BYTES, like.dtype).to(device).view(count, rows, columns)
-    scales = None
-    if like.scales is not None:
-        groups = () if like.group is None else (-(-columns // like.group),)
-        scales = torch.full((rows, *groups), 1e-3, device=device)
-    matrices = [Held(data[i], scales, like.group) for i in range(count)]
-    x = torch.linspace(-1.0, 1.0, columns, device=device).repeat(rows_of_x, 1)
-
-    def products() -> None:
-        for matrix in matrices:
-            ops.linear(x, matrix)
-
-    products()
-    passes: list[float] = []
-    started = time.perf_counter()
-    while time.perf_counter() - started < PRODUCT_SECONDS or len(passes) < 3:
-        passes.append(_seconds(products, device))
-    return BUFFER_BYTES / statistics.median(passes)
-
-
-def disk_bandwidth(store: Store) -> float:
-    """Bytes per second at which the reader brings in matrix pages, taken evenly from the whole checkpoint."""
-    pages = [page for tensor in store.tensors.values() if tensor.kind == "matrix" for page in tensor.pages]
-    slot = max(extent(page)[1] for page in pages)
-    every = max(1, sum(page.nbytes for page in pages) // DISK_BYTES)
-    arena = Arena(DISK_SLOTS * slot)
-    arena.tensor().fill_(0)  # memory exists before the clock starts
-    flying: deque[int] = deque()
-    with Reader(store.files) as reader:
-        started, done = time.perf_counter(), 0
-        for number, page in enumerate(itertools.cycle(pages[::every])):
-            if len(flying) == DISK_SLOTS:
-                reader.wait(flying.popleft())
-                if done >= DISK_BYTES or time.perf_counter() - started > DISK_SECONDS:
-                    break
-            flying.append(reader.submit(page.file, page.offset, page.nbytes, arena, number % DISK_SLOTS * slot))
-            done += page.nbytes
-        while flying:
-            reader.wait(flying.popleft())
-        return done / (time.perf_counter() - started)
-
-
-def largest_matrix(store: Store) -> StoredTensor:
-    """The matrix whose storage stands for the others'."""
-    return max((t for t in store.tensors.values() if t.kind == "matrix"), key=lambda t: t.nbytes)
 
 
 def benchmark(
@@ -176,12 +104,53 @@ def benchmark(
         "pinned_bytes": plan.pinned_bytes,
         "ring_slots": plan.slots,
         "backend": ops.name,
-        "isa": native.isa() if ops.name == "native" else None,
+        "isa": isa(ops),
         "device": str(chosen),
-        "threads": native.threads() if ops.name == "native" else torch.get_num_threads(),
+        "threads": threads(ops),
         "model_type": store.model_type,
         "path": str(path),
     }
+
+
+def describe(found: Mapping[str, Any]) -> str:
+    """What `benchmark` found, for people."""
+
+    def rate(value: float | None) -> str:
+        return "not measured" if value is None else f"{value / 1e9:.2f} GB/s"
+
+    isa = f" ({found['isa']})" if found["isa"] else ""
+    rows = [
+        ("backend", f"{found['backend']}{isa} on {found['device']}, {found['threads']} threads"),
+        (
+            "tokens/s",
+            f"{found['tokens_per_second']:.2f} over {found['tokens']} tokens, after {found['warmup']}"
+            + (f", of {found['batch_size']} sequences each" if found["batch_size"] > 1 else ""),
+        ),
+        ("latency", f"{1e3 * found['latency_median']:.2f} ms median, {1e3 * found['latency_p95']:.2f} ms at 95 %"),
+        (
+            "bytes per token",
+            f"{found['bytes_per_token'] / 1e6:.1f} MB, "
+            f"{found['bytes_streamed_per_token'] / 1e6:.1f} MB of them streamed",
+        ),
+        ("achieved bandwidth", rate(found["achieved_bandwidth"])),
+        ("measured bandwidth", f"{rate(found['measured_bandwidth'])} of plain reading"),
+        ("ratio", f"{found['bandwidth_ratio']:.3f}"),
+        (
+            "predicted tokens/s",
+            f"{found['predicted_tokens_per_second']:.2f} from products at "
+            f"{rate(found['product_bandwidth'])}, disk {rate(found['disk_bandwidth'])}",
+        ),
+        ("waiting for pages", f"{100 * found['stall_share']:.1f} % of the time"),
+        ("memory budget", "none" if found["memory_budget"] is None else size(found["memory_budget"])),
+        ("peak memory", f"{size(found['planned_peak_bytes'])} planned, {size(found['peak_rss_bytes'])} of the process"),
+        (
+            "memory over time",
+            f"{size(found['rss_quarter_bytes'])} after a quarter, {size(found['rss_end_bytes'])} at the end",
+        ),
+    ]
+    if found["peak_device_bytes"]:
+        rows.append(("on the device", on_device(found)))
+    return table(rows)
 
 
 @dataclass
@@ -208,7 +177,7 @@ def _decode(
         engine.step(ids[i], state)
     before = engine.stats()
     for i in range(tokens):
-        latencies.append(_seconds(partial(engine.step, ids[warmup + i], state), engine.device))
+        latencies.append(seconds(partial(engine.step, ids[warmup + i], state), engine.device))
         if i == tokens // 4:
             resident = resident_bytes()
     after = engine.stats()
@@ -232,17 +201,3 @@ def _decode(
         "rss_quarter_bytes": resident,
         "rss_end_bytes": resident_bytes(),
     }
-
-
-def _filled(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory of its own for each page: what was never written is one shared page of zeros, always in the cache."""
-    return Arena(nbytes).tensor().view(dtype).fill_(1)
-
-
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Time that a call takes, with what it started on the device."""
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

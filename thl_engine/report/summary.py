@@ -9,6 +9,7 @@ from thl_engine.checkpoint.store import Store
 from thl_engine.files import ALIGNMENT
 from thl_engine.memory import size
 from thl_engine.paging.reader import Arena, Reader
+from thl_engine.report.table import table
 
 SLOTS = 4  # pages in flight while verifying
 
@@ -94,7 +95,7 @@ def describe(summary: dict[str, Any]) -> str:
     unused = f", {summary['unused_parameters']:,} of them unused" if summary["unused_parameters"] else ""
     checked = "all with checksums" if pages["checksums"] == pages["count"] else f"{pages['checksums']} with checksums"
     sections = [
-        _table(
+        table(
             [
                 ("checkpoint", summary["path"]),
                 ("model", f"{summary['model_type']}, {summary['parameters']:,} parameters{unused}"),
@@ -117,20 +118,20 @@ def describe(summary: dict[str, Any]) -> str:
                 ),
             ]
         ),
-        _table(
+        table(
             [
                 ("config", ""),
                 *((f"  {name}", str(value)) for name, value in summary["config"].items() if name != "model_type"),
             ]
         ),
-        _table(
+        table(
             [("kind", "dtype", "tensors", "elements", "size", "pages")]
             + [
                 (e["kind"], e["dtype"], str(e["tensors"]), f"{e['elements']:,}", size(e["bytes"]), str(e["pages"]))
                 for e in summary["kinds"]
             ]
         ),
-        _table(
+        table(
             [("schedule, in order", "every", "size", "pages", "")]
             + [
                 (
@@ -143,7 +144,7 @@ def describe(summary: dict[str, Any]) -> str:
                 for e in schedule["reads"]
             ]
         ),
-        _table(
+        table(
             [
                 (
                     "bytes per token",
@@ -195,10 +196,3 @@ def _landed(reader: Reader, flying: deque[tuple[int, int]]) -> int:
     nbytes, ticket = flying.popleft()
     reader.wait(ticket)
     return nbytes
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

@@ -1,0 +1,62 @@
+"""Texts that go on from prompts, or answers to them: what a model writes unless told otherwise."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from thl_engine.engine import hrm_chat
+from thl_engine.engine.engine import Engine, Piece
+from thl_engine.errors import ConfigError, TokenizerError
+from thl_engine.models.state import State
+
+
+def chats_by_rules(engine: Engine, chat: bool | None = None) -> bool:
+    """Whether prompts are answered by the rules of a published chat (HRM's): unless `chat` is False, where the model
+    has one."""
+    return engine.architecture.answering == "chat" and chat is not False
+
+
+def write(
+    engine: Engine,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    chat: bool | None = None,
+    stop: Sequence[str] = (),
+    sampling: Mapping[str, Any] | None = None,
+    state: State | None = None,
+    state_options: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[int, Piece]]:
+    """Pieces of the texts that follow the prompts, each with its prompt's index.
+
+    chat: True answers the prompts, by the checkpoint's chat template or the model's own rules; False continues them;
+    None does as the model was published: answers where its chat is the only way in which it writes (HRM). sampling:
+    of temperature, top_k, top_p, repetition_penalty and seed those that are not to be as usual there. One prompt goes
+    on in `state`, by default a new one; several take a new state with `state_options`. Raises ConfigError for several
+    prompts to a model that chats by its own rules, TokenizerError where there is no template to ask with.
+    """
+    given = dict(sampling or {})
+    if chats_by_rules(engine, chat):
+        if len(prompts) > 1:
+            raise ConfigError(f"{len(prompts)} prompts: an {engine.model_type} model's chat takes one")
+        pieces = hrm_chat.chat(
+            engine,
+            prompts[0],
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            state=state,
+            sampling=replace(hrm_chat.SAMPLING, **given),
+        )
+        return ((0, piece) for piece in pieces)
+    starts: list[str | list[int]] = [_asked(engine, prompt) if chat else prompt for prompt in prompts]
+    given.update(max_new_tokens=max_new_tokens, stop=stop)
+    if len(starts) > 1:
+        return engine.generate_batch(starts, state_options=state_options, **given)
+    return ((0, piece) for piece in engine.generate(starts[0], state=state, **given))
+
+
+def _asked(engine: Engine, text: str) -> list[int]:
+    """The prompt that asks a chat model for an answer to `text`."""
+    if engine.tokenizer is None:
+        raise TokenizerError("chat: no tokenizer in or beside the checkpoint; put its tokenizer.json there")
+    return engine.tokenizer.chat([{"role": "user", "content": text}])
