@@ -27,6 +27,7 @@ test: dev lint
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: dev
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only

@@ -85,7 +85,7 @@ setup(
         "thl_engine.kernels.triton": "kernels/triton",
         "thl_engine.kernels.tuned": "kernels/tuned",
     },
-    package_data={"thl_engine": ["*.pyi"], "thl_engine.kernels.tuned": ["*.json"]},
+    package_data={"thl_engine": ["*.pyi", "py.typed"], "thl_engine.kernels.tuned": ["*.json"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
 )

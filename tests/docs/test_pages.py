@@ -54,3 +54,10 @@ def test_the_page_of_the_architecture_has_every_hook():
     section = text.split("## What an architecture provides")[1].split("\n## ")[0]
     named = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
     assert named == {field.name for field in fields(Architecture)} - {"model_type"}
+
+
+def test_types_ship_with_the_package():
+    """A type checker follows the package where it is installed."""
+    assert (ROOT / "thl_engine" / "py.typed").is_file()
+    setup = (ROOT / "setup.py").read_text()
+    assert '"py.typed"' in setup and '"*.pyi"' in setup

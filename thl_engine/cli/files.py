@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from thl_engine.checkpoint.convert import convert_checkpoint, init_adapters, init_checkpoint, quantize_checkpoint
-from thl_engine.checkpoint.growth import grow_checkpoint
+from thl_engine.checkpoint.growth import grow_checkpoint, growth_of
 from thl_engine.cli.progress import progress_bar
 from thl_engine.errors import ConfigError
 from thl_engine.files import read_text
@@ -53,5 +53,7 @@ def grow(arguments: Namespace) -> None:
             seed=arguments.seed,
             progress=progress,
         )
-    print(f"thl: {config.vocab_size} tokens, {config.L_layers} + {config.H_layers} layers", file=sys.stderr)
+    counts = config.to_dict()
+    layers = " + ".join(str(counts[name]) for name in growth_of(config).layers)
+    print(f"thl: {config.vocab_size} tokens, {layers} layers", file=sys.stderr)
     print(arguments.target)

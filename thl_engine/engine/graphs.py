@@ -92,7 +92,7 @@ class CudaCaptures:
     def begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
         # Other threads read and copy pages meanwhile.
-        self._graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
+        self._graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
 
     def end(self) -> Callable[[], None] | None:
         with warnings.catch_warnings(record=True) as found:
@@ -183,6 +183,7 @@ class Rehearsal:
 
 
 @dataclass
+@dataclass
 class Fed:
     """Tokens of the step being replayed, as they were given."""
 
@@ -195,7 +196,7 @@ class Recorder:
     def __init__(self, captures: Captures, ports: Ports, timestep: int, tokens: Tensor) -> None:
         self.entries: list[Callable[[], None]] = []
         self.uses = 0  # of pinned pages
-        self.fed = Fed()  # apart, so that entries do not hold the recorder that holds them
+        self.fed = Fed(tokens)  # apart, so that entries do not hold the recorder that holds them
         self._captures, self._ports, self._timestep, self._tokens = captures, ports, timestep, tokens
 
     def counter(self, value: int) -> Tensor:

@@ -182,6 +182,7 @@ class IntegratorNeuronLayer:
         base, beta, gate, candidate = self.control(weights, ops, h, x, v)
         error = x - weights["mu"]
         alpha = self.damping(base, error)
+        assert candidate is not None  # this module's controller has one
         v = alpha * v + (1.0 - alpha) * candidate - beta * error
         if weights["excitation_amplitude"] > 0:
             v = v + _excitation(weights, "", t)

@@ -256,7 +256,7 @@ class NativeOps(ReferenceOps):
 
     def window_mix(self, query: Tensor, buffer: Tensor, valid: int | Tensor, scale: float) -> Tensor:
         out = torch.empty_like(query)
-        native.window_scores_mix(query, buffer, valid, scale, out)
+        native.window_scores_mix(query, buffer, int(valid), scale, out)
         return out
 
     def slot_scores(self, query: Tensor, memory: Tensor, read_ema: Tensor, scale: float, load_penalty: float) -> Tensor:
@@ -283,7 +283,7 @@ class NativeOps(ReferenceOps):
     def read_metadata(
         self, alpha: Tensor, indices: Tensor, read_ema: Tensor, last_read: Tensor, t: int | Tensor, decay: float
     ) -> tuple[Tensor, Tensor]:
-        native.read_metadata(alpha, indices, read_ema, last_read, decay, t)
+        native.read_metadata(alpha, indices, read_ema, last_read, decay, int(t))
         return read_ema, last_read
 
     def novelty_write(
@@ -304,7 +304,19 @@ class NativeOps(ReferenceOps):
         branch = torch.empty(batch, dtype=torch.int64)
         indices = torch.empty(batch, slots, dtype=torch.int64)
         native.novelty_write(
-            candidate, memory, norms, read_ema, write_ema, last_write, t, vector, gate, novelty, branch, indices, **rule
+            candidate,
+            memory,
+            norms,
+            read_ema,
+            write_ema,
+            last_write,
+            int(t),
+            vector,
+            gate,
+            novelty,
+            branch,
+            indices,
+            **rule,
         )
         return slot_memory.Write(memory, norms, write_ema, last_write, vector, gate, novelty, branch, indices)
 

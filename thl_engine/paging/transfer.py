@@ -154,6 +154,7 @@ class NativeTransfer:
         self._compute = compute or (lambda: torch.cuda.current_stream(device).cuda_stream)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             copies = copies or cuda.copy_device(self.memory.device.index)
+            assert reader.native is not None  # built together with the engine
             make = partial(
                 _native.CopyEngine,
                 reader.native,

@@ -53,7 +53,8 @@ def product_bandwidth(ops: ReferenceOps, device: torch.device, like: StoredTenso
             ops.linear(x, matrix)
 
     products()
-    passes, started = [], time.perf_counter()
+    passes: list[float] = []
+    started = time.perf_counter()
     while time.perf_counter() - started < PRODUCT_SECONDS or len(passes) < 3:
         passes.append(seconds(products, device))
     return BUFFER_BYTES / statistics.median(passes)
