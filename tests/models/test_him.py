@@ -81,7 +81,7 @@ class OnePass:
     """The part of an engine that `answer` calls, which keeps the logits of the last pass."""
 
     def __init__(self, config, tensors, backend):
-        self.config = config
+        self.config, self.architecture = config, him.ARCHITECTURE
         self._weights, self._ops = as_weights(config, tensors), load_ops(backend, "cpu")
 
     def new_state(self, batch_size=1):

@@ -312,7 +312,7 @@ def test_states_are_independent_and_restart_bit_for_bit(backend):
     kept, fork = state.to_dict(), state.clone()
     for t in range(62, 66):
         hidden, state = hrm.advance(ODD, weights, ops, tokens[:, t : t + 1], state)
-    restored = hrm.state_from_dict(ODD, kept)
+    restored = hrm.state_from_dict(ODD, kept, ReferenceOps())
     for t in range(62, 66):
         again, restored = hrm.advance(ODD, weights, ops, tokens[:, t : t + 1], restored)
     assert torch.equal(again, hidden)
@@ -340,7 +340,7 @@ def test_states_are_independent_and_restart_bit_for_bit(backend):
 def test_a_damaged_state_is_one_clear_line(change, message):
     fields = {**hrm.init_state(ODD, 2).to_dict(), **change}
     with pytest.raises(CheckpointError, match=message) as caught:
-        hrm.state_from_dict(ODD, {name: value for name, value in fields.items() if value is not None})
+        hrm.state_from_dict(ODD, {name: v for name, v in fields.items() if v is not None}, ReferenceOps())
     assert "\n" not in str(caught.value)
 
 
