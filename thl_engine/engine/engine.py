@@ -1,35 +1,29 @@
 """The engine: a checkpoint, a budget and a backend brought together, and the token loop over them."""
 
-import json
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import wraps
-from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from thl_engine.checkpoint.spool import spool_store, spool_tensors
 from thl_engine.checkpoint.store import Store, open_store
-from thl_engine.checkpoint.tensors import save_tensors
 from thl_engine.device.device_memory import DeviceMemory
-from thl_engine.engine.generation import Piece, Row, generate
+from thl_engine.engine.generation import Piece, Row, generate, prompt_ids
 from thl_engine.engine.options import EngineOptions, check_count
 from thl_engine.engine.passes import Passes
 from thl_engine.engine.resources import choose_device, divide_memory, for_graphs, needs, nominal, set_threads
+from thl_engine.engine.stored_state import read_state, write_state
 from thl_engine.engine.trace import Trace
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, EngineError, TokenizerError, shown
-from thl_engine.files import parse_json
 from thl_engine.memory import peak_bytes, return_large_blocks, size
 from thl_engine.models.state import State
 from thl_engine.ops.backends import load_ops
@@ -41,7 +35,6 @@ from thl_engine.text.sampler import Sampler, Sampling, StopStrings
 from thl_engine.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 _log = logging.getLogger("thl_engine")
-STATE_KEY, CONFIG_KEY = "thl_engine.state", "thl_engine.config"  # metadata of a stored context
 
 
 def _computing(method: Callable) -> Callable:
@@ -356,7 +349,7 @@ class Engine:
             tokenizer = self._text_tokenizer()
             ids = tokenizer.encode(prompt)
         else:
-            ids = _ids(prompt)
+            ids = prompt_ids(prompt)
         if not ids:
             raise TokenizerError("the prompt is empty; give at least one token to start from")
         return Row(ids, count, tokenizer, sampler, StopStrings(list(stop)))
@@ -419,10 +412,9 @@ class Engine:
 
     def save_state(self, state: State, path: str | os.PathLike[str]) -> None:
         """Writes a context to a safetensors file; `load_state` continues it bit for bit."""
-        metadata = {STATE_KEY: self.model_type, CONFIG_KEY: json.dumps(self.config.to_dict())}
         self._check_usable()
         self._check_state(state)
-        save_tensors(Path(path), state.to_dict(), metadata)
+        write_state(path, state, self.config)
 
     def load_state(self, path: str | os.PathLike[str], **options: Any) -> State:
         """Reads a context that `save_state` wrote for a model of the same configuration.
@@ -431,32 +423,14 @@ class Engine:
         """
         if options:
             self._refuse_unknown("load_state", "option", options, self.architecture.state_options)
+        fields = read_state(path, self.config)
         try:
-            self._check_made_here(path)
-            state = self.state_from_dict(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a readable state file: {error}") from None
+            state = self.state_from_dict(fields)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         if options and self.architecture.with_options is not None:
             state = self.architecture.with_options(self.config, state, **options)
         return state
-
-    def _check_made_here(self, path: str | os.PathLike) -> None:
-        """Refuses the context of a model of another kind or configuration, whatever the shapes."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        kind, config = metadata.get(STATE_KEY), metadata.get(CONFIG_KEY)
-        if kind not in (None, self.model_type):
-            raise CheckpointError(f"the context of a model of type {shown(kind)}; this is a {self.model_type} model")
-        if config is None:
-            return
-        theirs, own = parse_json(config, f"metadata {CONFIG_KEY!r}"), self.config.to_dict()
-        for name in own:
-            if theirs.get(name) != own[name]:
-                raise CheckpointError(
-                    f"the context of a model with {name} {shown(theirs.get(name))}; this one has {shown(own[name])}"
-                )
 
     @_computing
     def state_from_dict(self, values: Mapping[str, Tensor]) -> State:
@@ -486,17 +460,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _ids(prompt: Any) -> list[int]:
-    """A prompt given as token ids: a list, or a tensor or array of one dimension. Raises ConfigError."""
-    values: Any = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-    ids = list(values) if isinstance(values, Iterable) else [values]
-    if not isinstance(prompt, Iterable) or not all(isinstance(token, Integral) for token in ids):
-        raise ConfigError(
-            f"the prompt is {shown(prompt)}; it must be a text, or token ids as whole numbers in one list"
-        )
-    return [int(token) for token in ids]
 
 
 def _release(pager: Pager, store: Store) -> None:

@@ -1,12 +1,14 @@
 """The token loop: prompts in, pieces of text out, for one sequence or several that share each pass over the weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from thl_engine.errors import ConfigError, shown
 from thl_engine.text.sampler import Sampler, StopStrings
 from thl_engine.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -18,6 +20,17 @@ class Piece:
     id: int
     text: str
     logprob: float
+
+
+def prompt_ids(prompt: Any) -> list[int]:
+    """A prompt given as token ids: a list, or a tensor or array of one dimension. Raises ConfigError."""
+    values: Any = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    ids = list(values) if isinstance(values, Iterable) else [values]
+    if not isinstance(prompt, Iterable) or not all(isinstance(token, Integral) for token in ids):
+        raise ConfigError(
+            f"the prompt is {shown(prompt)}; it must be a text, or token ids as whole numbers in one list"
+        )
+    return [int(token) for token in ids]
 
 
 class Steps(Protocol):

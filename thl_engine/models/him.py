@@ -23,9 +23,8 @@ from torch import Tensor
 from thl_engine.config import HIM_POSITIONS, HIMConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.kernels.sinusoid import sinusoid
+from thl_engine.models import state as states
 from thl_engine.models.contract import Architecture, Ops, Record, Weights
-from thl_engine.models.state import State as BaseState
-from thl_engine.models.state import taken_fields
 from thl_engine.schedule import Block, Walk
 
 REASONING_WIDTH = 64  # features of a reasoning token that are read
@@ -38,7 +37,7 @@ TIED = "embedding.weight"  # also the projection to the vocabulary
 
 
 @dataclass
-class State(BaseState):
+class State(states.State):
     """What passes leave behind, and what the token loop needs to serve answers.
 
     memory [1 or B, m, D], reasoning_embeddings [R, D], of all sequences together: the published mutable buffers.
@@ -258,7 +257,7 @@ def state_from_dict(
     memory = values.get("memory")
     if memory is not None and memory.dim() == 3 and memory.shape[0] == batch:  # of each row, after the first pass
         expected["memory"] = expected["memory"].expand(batch, -1, -1)
-    taken = taken_fields(values, expected, device)
+    taken = states.taken_fields(values, expected, device)
     timestep, valid = int(taken.pop("timestep")), int(taken.pop("context_valid"))
     if timestep < 0 or not 0 <= valid <= config.max_seq_len:
         raise CheckpointError(
