@@ -29,3 +29,12 @@ def shown(name: object) -> str:
     """A name out of a file, quoted and shortened, so that no message spans lines or pages."""
     text = repr(name)
     return text if len(text) <= 120 else text[:100] + "..." + text[-10:]
+
+
+def said(reason: object) -> str:
+    """What a library or a foreign file says of a failure: its first line, shortened, with escapes for what no terminal
+    should be sent."""
+    lines = str(reason)[:1000].strip().splitlines()
+    text = lines[0] if lines else type(reason).__name__
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return text if len(text) <= 160 else text[:150] + "..." + text[-7:]

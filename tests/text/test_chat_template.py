@@ -9,7 +9,8 @@ from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from thl_engine import Engine, TokenizerError
 from thl_engine.checkpoint.convert import quantize_checkpoint
-from thl_engine.text.chat_template import COMPANIONS, ChatTemplate, join_files
+from thl_engine.text.chat_rendering import ChatTemplate
+from thl_engine.text.chat_template import COMPANIONS, join_files
 from thl_engine.text.tokenizer import load_tokenizer
 
 TEMPLATE = """{{ bos_token }}
@@ -78,13 +79,19 @@ def test_tokens_that_end_a_text():
         ({"generation_config.json": '{"eos_token_id": ["<eos>"]}'}, "eos_token_id is .* one id or a list"),
         ({"generation_config.json": "[]"}, "expected a JSON object"),
         ({"tokenizer_config.json": "{"}, "tokenizer_config.json: not valid JSON"),
-        ({"chat_template.jinja": "{% for %}"}, "no Jinja template"),
         ({"other.json": "{}"}, "found .*'other.json'"),
     ],
 )
 def test_files_that_cannot_be_used(more, message):
     with pytest.raises(TokenizerError, match=f"here: .*{message}"):
         load({**files(), **more})
+
+
+def test_a_template_is_only_compiled_when_it_is_used():
+    tokenizer = load(files(**{"chat_template.jinja": "{% for %}"}))
+    assert tokenizer.encode("hello world") == [1, 6, 7]
+    with pytest.raises(TokenizerError, match="no Jinja template"):
+        tokenizer.chat(MESSAGES)
 
 
 def test_messages_that_cannot_be_used():
@@ -119,6 +126,7 @@ def test_all_files_travel_with_the_checkpoint(small, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     contents = {
         "config.json": json.dumps(config),
+        "special_tokens_map.json": "{}",
         "chat_template.jinja": TEMPLATE,
         **files(**{"generation_config.json": '{"eos_token_id": [2, 5]}'}),
     }

@@ -356,7 +356,7 @@ def test_a_character_may_itself_stand_for_the_unknown():
         ('{"stoi": {"a": 1}, "unc": 3}', "unknown field 'unc'"),
         ('{"vocab": {"a": 1}, "level": "word"}', "level is 'word'"),
         ('{"model": {}}', "`tokenizers`"),
-        ('{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": {"type": "None"}}', "`tokenizers`"),
+        ('{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": {"type": "None"}}', "unknown kind of step"),
         (HF["llama"].to_str(), r"\d+ ids, the model only 10"),
     ],
 )

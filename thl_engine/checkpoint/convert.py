@@ -94,6 +94,7 @@ def convert_checkpoint(
         for name, text in {"config.json": json.dumps(parsed.to_dict(), indent=1) + "\n", **files}.items():
             if (dst / name).exists() and (file.parent / name).exists() and (dst / name).samefile(file.parent / name):
                 continue  # converted in place
+            (dst / name).parent.mkdir(exist_ok=True)
             write_file(dst / name, text.encode())
     except BaseException as error:
         if created and dst.is_dir() and not os.listdir(dst):

@@ -46,7 +46,7 @@ from thl_engine.kernels.int8 import dequantize
 from thl_engine.models import architecture
 from thl_engine.models.contract import AnyArchitecture
 from thl_engine.schedule import Block
-from thl_engine.text.chat_template import COMPANIONS, join_files
+from thl_engine.text.chat_template import companions_beside, join_files
 
 TOKENIZER_FILES = ("tokenizer.json", "continual_tokenizer.json", "vocab.json")
 
@@ -214,8 +214,8 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
     """Name -> text of the tokenizer's file in a folder, if there is one, and of what a tokenizer.json has beside it."""
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
-            beside = COMPANIONS if name == "tokenizer.json" else ()
-            return {file: read_text(folder / file) for file in (name, *beside) if (folder / file).is_file()}
+            beside = companions_beside(folder) if name == "tokenizer.json" else {}
+            return {name: read_text(folder / name), **beside}
     return {}
 
 

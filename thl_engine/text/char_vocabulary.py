@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from thl_engine.errors import TokenizerError
+from thl_engine.errors import TokenizerError, shown
 from thl_engine.text.token_stream import ByteStream, Tokenizer, TokenStream, table_bytes, utf8
 
 _MAP_KEYS = ("char_to_id", "stoi", "vocab")
@@ -27,6 +27,7 @@ class CharTokenizer(Tokenizer):
         self, ids: dict[str, int], special: dict[str, int], unk_id: int | None, eos_id: int | None, id_limit: int
     ):
         self.vocab_size = 1 + max([*ids.values(), *special.values()])
+        self._needed = 1 + max([*ids.values(), -1 if unk_id is None else unk_id])
         self.id_limit = id_limit
         self.eos_id = eos_id
         self.unk_id = unk_id
@@ -35,7 +36,7 @@ class CharTokenizer(Tokenizer):
             {token: char.encode() for char, token in ids.items()}, frozenset(special.values()) - {unk_id}
         )
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, begins: bool = True) -> list[int]:
         ids = self._ids
         try:
             return [ids[char] for char in text]
@@ -48,6 +49,10 @@ class CharTokenizer(Tokenizer):
             f"character {char!r} (U+{ord(char):04X}) at position {position} is not in the model's character "
             f"vocabulary of {len(ids)} characters, which has no unknown token; leave it out of the text"
         )
+
+    @property
+    def needed_size(self) -> int:
+        return self._needed
 
     def stream(self) -> TokenStream:
         return ByteStream(self._bytes_of)
@@ -72,7 +77,7 @@ def char_tokenizer(data: Any, id_limit: int, eos_id: int | None) -> CharTokenize
     for char in chars:
         if len(char) != 1:
             raise TokenizerError(
-                f"entry {char!r} has {len(char)} characters; a character vocabulary maps single characters, "
+                f"entry {shown(char)} has {len(char)} characters; a character vocabulary maps single characters, "
                 "and special tokens written <name> or [name], to ids"
             )
         utf8(char)
@@ -98,16 +103,16 @@ def _entries(data: Any) -> tuple[dict[str, int], dict[str, Any]]:
     unknown = sorted(set(extra) - set(_ROLE_KEYS) - _OTHER_KEYS)
     if unknown:
         raise TokenizerError(
-            f"unknown field {unknown[0]!r} beside the character vocabulary; known are "
+            f"unknown field {shown(unknown[0])} beside the character vocabulary; known are "
             + ", ".join([*_ROLES, *sorted(_OTHER_KEYS)])
         )
     if extra.get("level", "char") != "char":
-        raise TokenizerError(f"level is {extra['level']!r}; expected 'char', a character vocabulary")
+        raise TokenizerError(f"level is {shown(extra['level'])}; expected 'char', a character vocabulary")
     if isinstance(data, list) and all(isinstance(char, str) for char in data):
         entries = {char: token for token, char in enumerate(data)}
         if len(entries) != len(data):
             twice = next(char for token, char in enumerate(data) if entries[char] != token)
-            raise TokenizerError(f"the list has the character {twice!r} twice")
+            raise TokenizerError(f"the list has the character {shown(twice)} twice")
     elif isinstance(data, dict):
         entries = {char: _checked_id(char, token) for char, token in data.items()}
     else:
@@ -120,7 +125,7 @@ def _entries(data: Any) -> tuple[dict[str, int], dict[str, Any]]:
     owner: dict[int, str] = {}
     for char, token in entries.items():
         if owner.setdefault(token, char) != char:
-            raise TokenizerError(f"id {token} belongs to both {owner[token]!r} and {char!r}")
+            raise TokenizerError(f"id {shown(token)} belongs to both {shown(owner[token])} and {shown(char)}")
     return entries, extra
 
 
@@ -128,12 +133,12 @@ def _entry_id(key: str, value: Any, entries: dict[str, int]) -> int:
     """The id that a field such as "unk" names, by number or by entry."""
     if isinstance(value, str):
         if value not in entries:
-            raise TokenizerError(f"{key} names {value!r}, which is not in the character vocabulary")
+            raise TokenizerError(f"{key} names {shown(value)}, which is not in the character vocabulary")
         return entries[value]
     return _checked_id(key, value)
 
 
 def _checked_id(name: str, token: Any) -> int:
     if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-        raise TokenizerError(f"{name!r} has {token!r} for an id; ids are integers from 0")
+        raise TokenizerError(f"{shown(name)} has {shown(token)} for an id; ids are integers from 0")
     return token

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from thl_engine.errors import TokenizerError, shown
+from thl_engine.errors import TokenizerError, said, shown
 from thl_engine.files import read_text
 from thl_engine.text.char_vocabulary import INVERSE_KEYS, entries_key
 from thl_engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -58,7 +58,7 @@ def vocabulary_inside(loaded: Any, where: str) -> Vocabulary | None:
     try:
         text = json.dumps(entries)
     except (TypeError, ValueError) as error:
-        raise TokenizerError(f"{where}: not a character vocabulary: {error}") from None
+        raise TokenizerError(f"{where}: not a character vocabulary: {said(error)}") from None
     return _vocabulary(text, where)
 
 

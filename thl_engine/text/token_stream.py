@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from thl_engine.errors import TokenizerError
+from thl_engine.errors import TokenizerError, shown
+from thl_engine.text.sampler import Sampling
 
 REPLACEMENT = "\ufffd"
 
@@ -23,15 +24,24 @@ class Tokenizer(ABC):
     id_limit:   the size of the model's vocabulary. Ids below it may be decoded, also those that the tokenizer
                 does not define (models pad their tables); others are refused.
     eos_id:     the token that ends a text, or None.
+    bos_id:     the token that begins a text, where the tokenizer has one.
     """
 
     vocab_size: int
     id_limit: int
     eos_id: int | None
+    bos_id: int | None = None
+    sampling: Sampling | None = None  # how the checkpoint's author has answers chosen, where that is said
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. TokenizerError where the text has no ids."""
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Token ids of `text`. begins: with the special tokens around a whole text, where the tokenizer has such;
+        without, it goes on with what was read before. TokenizerError where the text has no ids."""
+
+    @property
+    def needed_size(self) -> int:
+        """Ids that a model must have for this tokenizer: of `vocab_size` those that texts encode to."""
+        return self.vocab_size
 
     @abstractmethod
     def stream(self) -> "TokenStream":
@@ -42,8 +52,14 @@ class Tokenizer(ABC):
         """All tokens that end a text: `eos_id`, and others where a checkpoint has several."""
         return frozenset() if self.eos_id is None else frozenset({self.eos_id})
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a prompt that asks for an answer to messages, each with "role" and "content".
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        **values: Any,
+    ) -> list[int]:
+        """Token ids of a prompt that asks for an answer to messages, as `ChatTemplate.render` takes them.
 
         TokenizerError where the checkpoint has no chat template, or its template refuses the messages.
         """
@@ -62,9 +78,9 @@ class Tokenizer(ABC):
         try:
             token = operator.index(token)
         except TypeError:
-            raise TokenizerError(f"token id {token!r} is not an integer") from None
+            raise TokenizerError(f"token id {shown(token)} is not an integer") from None
         if not 0 <= token < self.id_limit:
-            raise TokenizerError(f"token id {token} is outside the vocabulary of {self.id_limit} ids")
+            raise TokenizerError(f"token id {shown(token)} is outside the vocabulary of {self.id_limit} ids")
         return token
 
 

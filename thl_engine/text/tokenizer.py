@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from thl_engine.errors import TokenizerError
+from thl_engine.errors import TokenizerError, said, shown
 from thl_engine.text.char_vocabulary import CharTokenizer, char_tokenizer
-from thl_engine.text.chat_template import chat_template, end_ids, split_files
+from thl_engine.text.chat_template import begin_token, chat_template, end_ids, published_sampling, split_files
+from thl_engine.text.sampler import Sampling
 from thl_engine.text.token_stream import (
     REPLACEMENT,
     ByteStream,
@@ -18,6 +19,7 @@ from thl_engine.text.token_stream import (
     table_bytes,
     utf8,
 )
+from thl_engine.text.tokenizer_limits import check_tokenizer
 
 __all__ = ["ByteTokenizer", "CharTokenizer", "HFTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer"]
 
@@ -43,7 +45,7 @@ class ByteTokenizer(Tokenizer):
         table = {byte + self.OFFSET: bytes([byte]) for byte in range(256)}
         self._bytes_of = table_bytes(table, frozenset(range(self.OFFSET)))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, begins: bool = True) -> list[int]:
         return [byte + self.OFFSET for byte in utf8(text)]
 
     def stream(self) -> TokenStream:
@@ -53,8 +55,10 @@ class ByteTokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`, encoded by the `tokenizers` library.
 
-    `encode` adds the special tokens that the file's post-processor adds (a leading <bos>, say). Truncation
-    and padding settings that a file may carry are for training batches and are switched off.
+    `encode` adds the special tokens that the file's post-processor adds (a leading <bos>, say), but none that the text
+    begins with already. Tokens that were added without growing the model (a [PAD]) are known, and a text with one of
+    them is refused. The file is checked before the library reads it, see `tokenizer_limits`. Truncation and padding
+    settings that a file may carry are for training batches and are switched off.
     Decoding differs from the library in one place: in a run of byte-fallback tokens with an invalid byte the
     library replaces the whole run, here the valid characters around it are kept, since they are out already.
     """
@@ -69,19 +73,27 @@ class HFTokenizer(Tokenizer):
             raise TokenizerError(
                 "reading a tokenizer.json needs the package `tokenizers`: pip install tokenizers"
             ) from None
+        self._files = companions or {}
+        data = _parsed(text)
+        self._growth = check_tokenizer(data)
         with _library_errors("not a tokenizer.json that `tokenizers` reads"):
             inner = tokenizers.Tokenizer.from_str(text)
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
-        self.vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
+        ids = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(ids.values(), default=-1)
+        self._own_size = 1 + max(inner.get_vocab(with_added_tokens=False).values(), default=-1)
         self.id_limit = id_limit
-        special = {added.content: token for token, added in inner.get_added_tokens_decoder().items() if added.special}
-        named = next((special[name] for name in _HF_END if name in special), None)
-        ends = end_ids(companions or {}, inner.get_vocab(with_added_tokens=True))
+        added = inner.get_added_tokens_decoder()
+        special = {token.content: number for number, token in added.items() if token.special}
+        named = next((special[name] for name in _HF_END if special.get(name, id_limit) < id_limit), None)
+        ends = end_ids(self._files, ids)
         self._end_ids = frozenset(ends)
         self.eos_id = eos_id if eos_id is not None else ends[0] if ends else named
-        self._template = chat_template(companions or {})
+        begin = begin_token(self._files)
+        self.bos_id = ids.get(begin) if begin else next((ids[name] for name in _HF_BEGIN if name in special), None)
+        self._template = chat_template(self._files)
         self._special = frozenset(special.values())
         # The decoder as the library understood it: it accepts several spellings of one thing.
         decoder = inner.decoder
@@ -91,18 +103,59 @@ class HFTokenizer(Tokenizer):
     def end_ids(self) -> frozenset[int]:
         return self._end_ids | super().end_ids
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    @property
+    def needed_size(self) -> int:
+        return self._own_size
+
+    @property
+    def sampling(self) -> Sampling | None:
+        return published_sampling(self._files)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        **values: Any,
+    ) -> list[int]:
         if self._template is None:
             return super().chat(messages)
-        text = self._template.render(messages)  # with the special tokens that belong to it
-        utf8(text)
-        with _library_errors("the messages cannot be encoded"):
-            return self._inner.encode(text, add_special_tokens=False).ids
+        # With the special tokens that belong to it.
+        return self._encoded(self._template.render(messages, tools, template, **values), False)
 
-    def encode(self, text: str) -> list[int]:
-        utf8(text)
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        ids = self._encoded(text, begins)
+        # Only a text that itself begins with the token can have it twice.
+        if begins and self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
+            if len(ids) > len(own := self._encoded(text, False)) and own[:1] == ids[:1]:
+                return ids[1:]
+        return ids
+
+    def _encoded(self, text: str, specials: bool) -> list[int]:
+        self._check_growth(utf8(text), text)
         with _library_errors("the text cannot be encoded"):
-            return self._inner.encode(text).ids
+            ids = self._inner.encode(text, add_special_tokens=specials).ids
+        if ids and self.vocab_size > self.id_limit and max(ids) >= self.id_limit:
+            token = max(ids)
+            raise TokenizerError(
+                f"the text has the token {shown(self._inner.id_to_token(token))}, id {token}, of which the model, with "
+                f"{self.id_limit} ids, has no row; leave it out of the text"
+            )
+        return ids
+
+    def _check_growth(self, encoded: bytes, text: str) -> None:
+        """Refuses a text that the normalizer makes many times as long, by normalizing it in parts."""
+        if len(encoded) * self._growth <= NORMALIZED_LIMIT or self._inner.normalizer is None:
+            return
+        part, total = max(1, int(NORMALIZED_LIMIT / 4 / self._growth)), 0
+        limit = NORMALIZED_LIMIT + NORMALIZED_GROWTH * len(encoded)
+        for start in range(0, len(text), part):
+            with _library_errors("the text cannot be normalized"):
+                total += len(self._inner.normalizer.normalize_str(text[start : start + part]).encode())
+            if total > limit:
+                raise TokenizerError(
+                    f"the tokenizer's normalizer makes over {limit} bytes of a text of {len(encoded)}; give less text"
+                )
 
     def decode(self, ids: Iterable[int]) -> str:
         if self._steps is not None:
@@ -153,7 +206,23 @@ def _library_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise TokenizerError(f"{what}: {_first_line(error)}") from None
+        raise TokenizerError(f"{what}: {said(error)}") from None
+
+
+def _parsed(text: str) -> Any:
+    """JSON in which no name stands twice in one object: readers differ in which of them counts."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise TokenizerError(f"{shown(next(name for name in fields if names.count(name) > 1))} occurs twice")
+        return fields
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"not valid JSON: {said(error)}") from None
 
 
 def _byte_steps(decoder: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -216,6 +285,11 @@ _STEP_LETTERS = {"ByteLevel": "L", "Replace": "R", "Metaspace": "M", "ByteFallba
 
 # Names under which tokenizer.json files keep the token that ends a text, likeliest first.
 _HF_END = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "[EOS]")
+_HF_BEGIN = ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
+
+# Bytes that a normalizer may make of any text, and times a text's own length besides: published ones make 3 of a space.
+NORMALIZED_LIMIT = 16 << 20
+NORMALIZED_GROWTH = 16
 
 
 def load_tokenizer(text: str, vocab_size: int, where: str, eos_id: int | None = None) -> Tokenizer:
@@ -228,13 +302,11 @@ def load_tokenizer(text: str, vocab_size: int, where: str, eos_id: int | None = 
       one text, as `chat_template.join_files` writes them.
     vocab_size: the model's vocabulary. where: the file's name, for messages.
     eos_id: the id that ends a text, where the model's configuration gives one; else it is looked up by name.
-    Errors: TokenizerError for malformed JSON, a file of neither kind, and ids that the model does not have.
+    Errors: TokenizerError for malformed JSON, a file of neither kind, ids that the model does not have, and what would
+      take memory or time without bounds.
     """
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{where}: not valid JSON: {_first_line(error)}") from None
-    try:
+        data = _parsed(text)
         files = split_files(data)
         if files is not None:
             tokenizer: Tokenizer = HFTokenizer(files["tokenizer.json"], vocab_size, eos_id, files)
@@ -244,16 +316,12 @@ def load_tokenizer(text: str, vocab_size: int, where: str, eos_id: int | None = 
             tokenizer = char_tokenizer(data, vocab_size, eos_id)
     except TokenizerError as error:
         raise TokenizerError(f"{where}: {error}") from None
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer.needed_size > vocab_size:
         raise TokenizerError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model only {vocab_size}; "
+            f"{where}: the tokenizer has {tokenizer.needed_size} ids, the model only {vocab_size}; "
             "use the tokenizer that was saved with this checkpoint"
         )
     for end in tokenizer.end_ids:
         if not 0 <= end < vocab_size:
             raise TokenizerError(f"{where}: the end-of-text id {end} is outside the model's {vocab_size} ids")
     return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
