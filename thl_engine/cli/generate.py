@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from thl_engine.cli import interrupt
@@ -19,7 +20,8 @@ from thl_engine.engine import him_batch
 from thl_engine.engine.answering import chats_by_rules, write
 from thl_engine.engine.engine import Engine, Piece
 from thl_engine.engine.written import Written
-from thl_engine.errors import ConfigError, TokenizerError
+from thl_engine.errors import ConfigError, TokenizerError, shown
+from thl_engine.files import read_text
 from thl_engine.models.state import State
 from thl_engine.ops import native
 from thl_engine.ops.backends import isa, threads
@@ -27,7 +29,11 @@ from thl_engine.report.statistics import backend, describe
 
 
 def run(arguments: Namespace) -> None:
-    prompts = [_prompt(given) for given in arguments.prompt or [None]] if arguments.input is None else [""]
+    prompts: list[str | list[int]] = [""]
+    if arguments.prompt_ids is not None:
+        prompts = [_prompt_ids(given) for given in arguments.prompt_ids]
+    elif arguments.input is None:
+        prompts = [_prompt(given) for given in arguments.prompt or [None]]
     if len(prompts) > 1 and (arguments.state or arguments.save_state):
         raise ConfigError(f"--state and --save-state go with one prompt, not with {len(prompts)}")
     if not native.available() and arguments.backend != "reference" and not arguments.device.startswith("cuda"):
@@ -94,7 +100,7 @@ def _sampling(arguments: Namespace) -> dict[str, Any]:
 
 
 def _stream(
-    engine: Engine, prompts: list[str], state: State | None, arguments: Namespace
+    engine: Engine, prompts: list[str | list[int]], state: State | None, arguments: Namespace
 ) -> Iterator[tuple[int, Piece]]:
     """Pieces of the texts asked for. What --chat and --no-chat would mend is refused in their terms."""
     by_rules = chats_by_rules(engine, arguments.chat)
@@ -116,7 +122,7 @@ def _stream(
     )
 
 
-def _print(written: Written, prompts: list[str], silent: bool) -> None:
+def _print(written: Written, prompts: list[str | list[int]], silent: bool) -> None:
     """Lets the engine write, printing as it goes unless `silent`."""
     printed = _Printer(prompts) if not silent else None
     try:
@@ -135,7 +141,7 @@ class _Printer:
     Each of several stands under its number and its prompt.
     """
 
-    def __init__(self, prompts: list[str]) -> None:
+    def __init__(self, prompts: list[str | list[int]]) -> None:
         self._names = [f"[{i}] {json.dumps(prompt, ensure_ascii=False)}" for i, prompt in enumerate(prompts, 1)]
         self._texts = [""] * len(prompts)
         self.begun = False  # whether a text has
@@ -172,12 +178,26 @@ def _prompt(given: str | None) -> str:
         ) from None
 
 
+def _prompt_ids(given: str) -> list[int]:
+    """Token ids between commas or blanks: as given, or from a file or stdin."""
+    text = given
+    if given == "-":
+        text = sys.stdin.buffer.read().decode("ascii", "replace")
+    elif given.startswith("@"):
+        text = read_text(Path(given[1:]), TokenizerError)
+    words = text.replace(",", " ").replace("[", " ").replace("]", " ").split()
+    for word in words:
+        if not (word.isascii() and word.isdigit() and len(word) < 19):
+            raise TokenizerError(f"--prompt-ids: {shown(word)} is no token id; give whole numbers such as 1,2,3")
+    return [int(word) for word in words]
+
+
 def _argument(text: str) -> str:
     """An argument's text: UTF-8 also where the locale says that arguments are ASCII."""
     try:
         return os.fsencode(text).decode() if any("\udc80" <= char <= "\udcff" for char in text) else text
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"the argument {ascii(text)} is not UTF-8 text (byte {error.start})") from None
+        raise TokenizerError(f"the argument {shown(text)} is not UTF-8 text (byte {error.start})") from None
 
 
 def _piped() -> bool:

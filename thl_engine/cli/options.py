@@ -62,14 +62,24 @@ def _run(parser: argparse.ArgumentParser) -> None:
         "several times, all are continued with one pass over the weights for each token",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to write at most (default: %(default)s)"
+        "--prompt-ids",
+        action="append",
+        metavar="IDS",
+        help="the prompt as token ids instead, such as 1,2,3; @FILE reads them from a file; - from stdin",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="tokens to write at most (default: 128, or what the context has room for)",
     )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
     sampling = parser.add_argument_group(
         "sampling",
-        "Defaults are 1, all, all and 1; with --input 1, 50, 0.9 and with --chat 0.8, 50, all, as published.",
+        "Defaults are 1, all, all and 1; with --input 1, 50, 0.9 as published; with --chat what the model's "
+        "generation_config.json says, or 0.8, 50, all.",
     )
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time")
     sampling.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens; 0 for all")
@@ -112,7 +122,8 @@ def _run(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="follow the rules of the published chat, the only way in which the published model "
         "writes: the last 60 tokens of the prompt; an end at <PAD>, <EOS> or the 11th "
-        "repetition of a token (default: for hrm models, yes)",
+        "repetition of a token (default: for hrm models, yes); of other models: ask for an answer to the prompt by the "
+        "chat template of the checkpoint, which needs jinja2",
     )
     report = parser.add_argument_group("output")
     report.add_argument("--stats", action="store_true", help="end with speed, traffic and memory on stderr")
@@ -125,9 +136,11 @@ def _run(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_files(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.prompt_ids is not None and (arguments.prompt is not None or arguments.chat):
+        parser.error("--prompt-ids goes without --prompt and --chat")
     if (arguments.input is None) != (arguments.output is None):
         parser.error("--input and --output go together")
-    excluded = ("prompt", "stop", "state", "save_state", "json", "mode", "chat", "repetition_penalty")
+    excluded = ("prompt", "prompt_ids", "stop", "state", "save_state", "json", "mode", "chat", "repetition_penalty")
     for name in excluded if arguments.input is not None else ():
         if getattr(arguments, name) not in (None, [], False):
             parser.error(f"--{name.replace('_', '-')} does not go with --input")

@@ -8,6 +8,9 @@ from thl_engine.engine import hrm_chat
 from thl_engine.engine.engine import Engine, Piece
 from thl_engine.errors import ConfigError, TokenizerError
 from thl_engine.models.state import State
+from thl_engine.text.sampler import Sampling
+
+CHOICES = ("temperature", "top_k", "top_p", "repetition_penalty")  # of a chat's author
 
 
 def chats_by_rules(engine: Engine, chat: bool | None = None) -> bool:
@@ -18,9 +21,9 @@ def chats_by_rules(engine: Engine, chat: bool | None = None) -> bool:
 
 def write(
     engine: Engine,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     chat: bool | None = None,
     stop: Sequence[str] = (),
     sampling: Mapping[str, Any] | None = None,
@@ -48,15 +51,27 @@ def write(
             sampling=replace(hrm_chat.SAMPLING, **given),
         )
         return ((0, piece) for piece in pieces)
-    starts: list[str | list[int]] = [_asked(engine, prompt) if chat else prompt for prompt in prompts]
+    starts: list[str | list[int]] = [
+        _asked(engine, prompt, state) if chat and isinstance(prompt, str) else prompt for prompt in prompts
+    ]
+    if chat:
+        given = {name: getattr(_chat_sampling(engine), name) for name in CHOICES} | given
     given.update(max_new_tokens=max_new_tokens, stop=stop)
     if len(starts) > 1:
         return engine.generate_batch(starts, state_options=state_options, **given)
     return ((0, piece) for piece in engine.generate(starts[0], state=state, **given))
 
 
-def _asked(engine: Engine, text: str) -> list[int]:
-    """The prompt that asks a chat model for an answer to `text`."""
+def _chat_sampling(engine: Engine) -> Sampling:
+    """How a chat model's answers are chosen: as its author says, else as chats usually are."""
+    return (engine.tokenizer and engine.tokenizer.sampling) or hrm_chat.SAMPLING
+
+
+def _asked(engine: Engine, text: str, state: State | None) -> list[int]:
+    """The prompt that asks a chat model for an answer to `text`, after what the state has read."""
     if engine.tokenizer is None:
         raise TokenizerError("chat: no tokenizer in or beside the checkpoint; put its tokenizer.json there")
-    return engine.tokenizer.chat([{"role": "user", "content": text}])
+    ids = engine.tokenizer.chat([{"role": "user", "content": text}])
+    if state is not None and state.timestep and ids[:1] == [engine.tokenizer.bos_id]:
+        return ids[1:]  # templates begin every prompt with it, a context has it once
+    return ids

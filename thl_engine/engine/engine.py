@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from thl_engine.device.device_memory import DeviceMemory
 from thl_engine.engine.generation import Piece, Row, generate, prompt_ids
 from thl_engine.engine.options import EngineOptions, check_count
 from thl_engine.engine.passes import Passes
+from thl_engine.engine.prompts import NEW_TOKENS, bytes_as_text, check_new_tokens, new_tokens
 from thl_engine.engine.resources import choose_device, divide_memory, for_graphs, needs, nominal, set_threads
 from thl_engine.engine.stored_state import read_state, write_state
 from thl_engine.engine.trace import Trace
@@ -32,7 +33,7 @@ from thl_engine.paging.pager import Pager
 from thl_engine.paging.plan import Bandwidths, Plan
 from thl_engine.paging.transfer import link_bandwidth
 from thl_engine.text.sampler import Sampler, Sampling, StopStrings
-from thl_engine.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from thl_engine.text.tokenizer import Tokenizer, load_tokenizer
 
 _log = logging.getLogger("thl_engine")
 
@@ -268,12 +269,8 @@ class Engine:
         """Refuses more tokens than the state has room for, before anything is computed."""
         self.architecture.check_room(self.config, state, count)
 
-    def _check_prompt(self, state: State, length: int, count: int) -> None:
-        """The same for a prompt of `length` tokens and `count` new ones, the last of which is not read."""
-        try:
-            self._check_room(state, length + max(count - 1, 0))
-        except ConfigError as error:
-            raise ConfigError(f"a prompt of {length} tokens and {count} new ones: {error}") from None
+    def _new_tokens(self, state: State, length: int, asked: int | None) -> int:
+        return new_tokens(partial(self._check_room, state), length, asked)
 
     def _count(self, tokens: int, started: float) -> None:
         self._tokens += tokens
@@ -283,7 +280,7 @@ class Engine:
         self,
         prompt: str | Sequence[int],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -296,19 +293,21 @@ class Engine:
 
         `stop` strings end the text before they appear. A `state` carries an earlier context on and follows along: after
         n pieces it has read the prompt and the first n - 1 of them. A character comes with the piece that completes
-        it. Joined, the texts are the text of the ids. Raises ConfigError if the context has no room for all of it.
+        it. Joined, the texts are the text of the ids. Without max_new_tokens 128 are written, or what the context has
+        room for; raises ConfigError if it has no room for a number that is given.
         """
         self._check_usable()
-        row = self._row(prompt, max_new_tokens, Sampling(temperature, top_k, top_p, repetition_penalty, seed), stop)
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        row = self._row(prompt, max_new_tokens, sampling, stop, begins=state is None or not state.timestep)
         state = self.new_state() if state is None else state
-        self._check_prompt(state, len(row.prompt), max_new_tokens)
+        row.limit(self._new_tokens(state, len(row.prompt), max_new_tokens))
         return (piece for _, piece in generate(self, [row], state))
 
     def generate_batch(
         self,
         prompts: Sequence[str | Sequence[int]],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -330,43 +329,38 @@ class Engine:
         sampling, options = Sampling(temperature, top_k, top_p, repetition_penalty, seed), dict(state_options or {})
         rows = [self._row(prompt, max_new_tokens, sampling, stop) for prompt in prompts]
         if self.architecture.rows_meet:
+            for row in rows:
+                row.limit(NEW_TOKENS if max_new_tokens is None else max_new_tokens)
             return (
                 (i, piece)
                 for i, row in enumerate(rows)
                 for _, piece in generate(self, [row], self.new_state(**options))
             )
         state = self.new_state(len(rows), **options)
-        self._check_prompt(state, max(len(row.prompt) for row in rows), max_new_tokens)
+        count = self._new_tokens(state, max(len(row.prompt) for row in rows), max_new_tokens)
+        for row in rows:
+            row.limit(count)
         return generate(self, rows, state)
 
-    def _row(self, prompt: str | Sequence[int], count: int, sampling: Sampling, stop: Sequence[str]) -> Row:
-        """A prompt with what it takes to continue it by `count` tokens."""
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ConfigError(f"max_new_tokens is {count!r}; it must be a whole number, 0 or more")
-        sampler = Sampler(sampling)
-        tokenizer = self.tokenizer
+    def _row(
+        self,
+        prompt: str | Sequence[int],
+        count: int | None,
+        sampling: Sampling,
+        stop: Sequence[str],
+        begins: bool = True,
+    ) -> Row:
+        """A prompt with what it takes to continue it. begins: nothing was read before it."""
+        check_new_tokens(count)
+        sampler, tokenizer = Sampler(sampling), self.tokenizer
         if isinstance(prompt, str):
-            tokenizer = self._text_tokenizer()
-            ids = tokenizer.encode(prompt)
+            tokenizer = tokenizer or bytes_as_text(self.architecture, self.config, str(self._store.path))
+            ids = tokenizer.encode(prompt, begins)
         else:
             ids = prompt_ids(prompt)
         if not ids:
             raise TokenizerError("the prompt is empty; give at least one token to start from")
-        return Row(ids, count, tokenizer, sampler, StopStrings(list(stop)))
-
-    def _text_tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer, or bytes as the published THL does without one."""
-        if self.tokenizer is not None:
-            return self.tokenizer
-        try:
-            tokenizer = ByteTokenizer(self.config.vocab_size)
-        except TokenizerError:
-            raise TokenizerError(
-                f"{self._store.path}: no tokenizer in or beside the checkpoint; put its "
-                "tokenizer.json there, or give the prompt as token ids"
-            ) from None
-        _log.warning("%s: no tokenizer in or beside the checkpoint; text is taken as bytes", self._store.path)
-        return tokenizer
+        return Row(ids, tokenizer, sampler, StopStrings(list(stop)))
 
     @_computing
     def sample(self, sampler: Sampler, logits: Tensor, history: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -46,20 +46,23 @@ class Steps(Protocol):
 class Row:
     """One sequence: its prompt, and the text that is made of what follows."""
 
-    def __init__(
-        self, prompt: list[int], count: int, tokenizer: Tokenizer | None, sampler: Sampler, stops: StopStrings
-    ) -> None:
-        """count: tokens to generate at most."""
+    def __init__(self, prompt: list[int], tokenizer: Tokenizer | None, sampler: Sampler, stops: StopStrings) -> None:
+        """`limit` is to follow."""
         self.prompt = prompt
-        self.done = count == 0
+        self.done = True
         self._history = list(prompt)
-        self._last = len(prompt) + count
+        self._last = len(prompt)
         self._sampler, self._stops = sampler, stops
         self._end = frozenset() if tokenizer is None else tokenizer.end_ids
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
         if self._decoder is not None:
             for token in prompt:  # the text goes on where the prompt ends: spaces and half characters included
                 self._decoder.push(token)
+
+    def limit(self, count: int) -> None:
+        """Generates `count` tokens at most."""
+        self.done = count == 0
+        self._last = len(self.prompt) + count
 
     def choose(self, engine: Steps, logits: Tensor) -> Piece:
         """The next token, chosen from its logits [V]."""

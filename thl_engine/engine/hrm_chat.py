@@ -52,7 +52,7 @@ def chat(
     engine: Engine,
     prompt: str | Sequence[int],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     sampling: Sampling = SAMPLING,
     stop: Sequence[str] = (),
     state: Any = None,
@@ -64,7 +64,7 @@ def chat(
     tokenizer = engine.tokenizer
     if isinstance(prompt, str) and tokenizer is not None:
         prompt = tokenizer.encode(prompt)
-    if not isinstance(prompt, str):  # without a tokenizer text is taken as bytes, whose numbering is not the chat's
+    if not isinstance(prompt, str):  # a text without a tokenizer is for the engine to refuse
         prompt = chat_prompt(prompt)
     pieces = engine.generate(
         prompt,

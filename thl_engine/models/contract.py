@@ -236,6 +236,7 @@ class Architecture(Generic[C, S]):
     answering: Literal["text", "chat", "block"] = (
         "text"  # goes on with a text; follows HRM's chat rules; a pass, a block
     )
+    byte_text: bool = False  # without a tokenizer, a text is its bytes, as `ByteTokenizer` numbers them
     effort: Effort[C] | None = None
     growth: Growth | None = None
     adapters: Adapters[C] | None = None

@@ -337,4 +337,5 @@ ARCHITECTURE: Architecture[THLConfig, State] = Architecture(
     advance=advance,
     logits=logits,
     graph_key=graph_key,
+    byte_text=True,
 )
