@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 MEMORY_LIMIT = 512 << 20  # bytes of address space
-CPU_LIMIT = 5  # seconds
+CPU_LIMIT = 3  # seconds
 
 
 def main() -> None:

@@ -1,0 +1,178 @@
+"""What a tokenizer.json may ask for: growth, patterns, maps, repetition; and what published files ask stays allowed."""
+
+import base64
+import json
+import time
+
+import pytest
+import tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
+
+from thl_engine.errors import TokenizerError
+from thl_engine.text import tokenizer as tokenizer_module
+from thl_engine.text.pattern_limits import check_pattern
+from thl_engine.text.tokenizer import load_tokenizer
+
+BASE = {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "b"},
+}
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+def load(**parts):
+    return load_tokenizer(json.dumps(BASE | parts), 10, "here")
+
+
+def sequence(*steps, inner="normalizers"):
+    return {"type": "Sequence", inner: list(steps)}
+
+
+def charsmap(data):
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+
+
+def nested(depth):
+    return sequence(nested(depth - 1)) if depth else {"type": "NFC"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"normalizer": sequence(*[DOUBLE] * 20)}, "normalizer: its steps together may make 1048576 bytes of one"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "a" * 5000}}, "together may make"),
+        ({"normalizer": {"type": "Replace", "pattern": {"Regex": "a?"}, "content": "a" * 5000}}, "together may make"),
+        ({"normalizer": sequence(*[{"type": "Prepend", "prepend": "a" * 99}] * 3)}, "together may make"),
+        ({"normalizer": sequence(*[{"type": "NFKD"}, DOUBLE] * 4)}, "together may make"),
+        ({"normalizer": sequence(*[{"type": "NFC"}] * 65)}, "more than 64 steps"),
+        ({"normalizer": nested(20)}, "more than 8 sequences"),
+        ({"decoder": sequence(*[DOUBLE] * 20, inner="decoders")}, "decoder: its steps together"),
+        ({"normalizer": charsmap(b"\xff\xff\xff\xff\x00")}, "says 4294967295 bytes and has 1"),
+        ({"normalizer": charsmap(b"\xff")}, "has 1 bytes, too few"),
+        ({"normalizer": charsmap(b"\0\0\0\0" + b"a" * 5000)}, "together may make"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "?"}}, "not base64"),
+        ({"normalizer": {"type": "Precompiled"}}, "without a precompiled_charsmap"),
+        ({"normalizer": {"pattern": {"String": "a"}, "content": "aa"}}, "unknown kind of step None"),
+        ({"normalizer": {"type": ["x"]}}, "unknown kind of step"),
+        ({"normalizer": [1]}, "expected an object, found list"),
+        ({"normalizer": {"type": "Sequence"}}, "needs a list of normalizers"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "must be 1 or more"),
+        ({"pre_tokenizer": {"type": "Metaspace", "replacement": "ab"}}, "one character"),
+        (
+            {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}},
+            "repeats a repetition",
+        ),
+        (
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 5000,
+                }
+            },
+            "post_processor: its steps together",
+        ),
+        ({"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**6}}, "allowed are 1000"),
+        (
+            {
+                "added_tokens": [{"id": 2, "content": "a" * 10**6, "normalized": True}],
+                "normalizer": sequence(*[DOUBLE] * 8),
+            },
+            "added_tokens: 1000000 bytes",
+        ),
+    ],
+)
+def test_files_that_ask_for_too_much(parts, message):
+    started = time.monotonic()
+    with pytest.raises(TokenizerError, match=f"here: .*{message}") as error:
+        load(**parts)
+    assert time.monotonic() - started < 2
+    assert len(str(error.value)) < 300 and str(error.value).isprintable()
+
+
+def test_a_name_that_stands_twice():
+    text = json.dumps(BASE)[:-1] + ', "normalizer": {"type": "NFC"}, "normalizer": null}'
+    with pytest.raises(TokenizerError, match="here: 'normalizer' occurs twice"):
+        load_tokenizer(text, 10, "here")
+
+
+def test_a_long_text_that_becomes_much_longer(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "NORMALIZED_LIMIT", 10_000)
+    tokenizer = load(normalizer=sequence(*[DOUBLE] * 8))
+    assert tokenizer.encode("c" * 9000) == [1]
+    with pytest.raises(TokenizerError, match="normalizer makes over 154000 bytes of a text of 9000"):
+        tokenizer.encode("a" * 9000)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+",
+        "(a*)*",
+        "(?:a|b+)*c",
+        "((a+))+",
+        "(a{2,5})*",
+        "(?:x(?:a+)?)+",
+        "([ab]*c?)+",
+        "a{1001}",
+        "(a+){5}",
+        "x" * 10_001,
+    ],
+)
+def test_patterns_without_bounds(pattern):
+    with pytest.raises(TokenizerError, match="here"):
+        check_pattern("here", pattern)
+
+
+# Of GPT-2, GPT-4, GPT-4o, Qwen, DeepSeek, Llama-3 and CLIP.
+PUBLISHED = [
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s+",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))",
+    r"a++b*?c??d{2}[]a]+[^]a]*[a[bc]&&[^d]]+\(+",
+]
+
+
+@pytest.mark.parametrize("pattern", PUBLISHED)
+def test_patterns_of_published_tokenizers(pattern):
+    check_pattern("here", pattern)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer"),
+    [
+        (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None),
+        (normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()),
+        (
+            normalizers.Sequence(
+                [
+                    normalizers.Replace("``", '"'),
+                    normalizers.NFKD(),
+                    normalizers.StripAccents(),
+                    normalizers.Lowercase(),
+                    normalizers.Replace(Regex(" {2,}"), " "),
+                ]
+            ),
+            pre_tokenizers.Metaspace(),
+        ),
+        (normalizers.NFC(), pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PUBLISHED[1]), "isolated"),
+                                                     pre_tokenizers.ByteLevel(use_regex=False)])),
+        (
+            normalizers.Sequence([normalizers.Nmt(), normalizers.Strip(), normalizers.ByteLevel()]),
+            pre_tokenizers.Sequence([
+                pre_tokenizers.Digits(), pre_tokenizers.Punctuation(), pre_tokenizers.UnicodeScripts(),
+                pre_tokenizers.WhitespaceSplit(), pre_tokenizers.CharDelimiterSplit("x"), pre_tokenizers.FixedLength(3),
+            ]),
+        ),
+    ],
+)  # fmt: skip
+def test_chains_of_published_tokenizers(normalizer, pre_tokenizer):
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="b"))
+    inner.normalizer, inner.pre_tokenizer = normalizer, pre_tokenizer
+    assert load_tokenizer(inner.to_str(), 10, "here").encode("a Café é") == inner.encode("a Café é").ids
