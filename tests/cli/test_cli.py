@@ -138,7 +138,7 @@ def test_run_with_several_prompts(packed, succeeds, fails):
 
 @pytest.fixture(scope="module")
 def with_cache(tmp_path_factory) -> Path:
-    """An INL model that takes text as bytes."""
+    """An INL model, without a tokenizer."""
     path, config = tmp_path_factory.mktemp("inl"), replace(INL, vocab_size=300)
     save_file(inl_tensors(config), path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config.to_dict()))

@@ -10,7 +10,6 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from thl_engine.errors import TokenizerError
 from thl_engine.text import tokenizer as tokenizer_module
-from thl_engine.text.pattern_limits import check_pattern
 from thl_engine.text.tokenizer import load_tokenizer
 
 BASE = {
@@ -60,10 +59,6 @@ def nested(depth):
         ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "must be 1 or more"),
         ({"pre_tokenizer": {"type": "Metaspace", "replacement": "ab"}}, "one character"),
         (
-            {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}},
-            "repeats a repetition",
-        ),
-        (
             {
                 "post_processor": {
                     "type": "TemplateProcessing",
@@ -104,44 +99,24 @@ def test_a_long_text_that_becomes_much_longer(monkeypatch):
         tokenizer.encode("a" * 9000)
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "(a+)+",
-        "(a*)*",
-        "(?:a|b+)*c",
-        "((a+))+",
-        "(a{2,5})*",
-        "(?:x(?:a+)?)+",
-        "([ab]*c?)+",
-        "a{1001}",
-        "(a+){5}",
-        "x" * 10_001,
-    ],
-)
-def test_patterns_without_bounds(pattern):
-    with pytest.raises(TokenizerError, match="here"):
-        check_pattern("here", pattern)
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*$", "((a*)*)*b", "(a{0,1000}){0,1000}$"])
+def test_patterns_that_take_for_ever(pattern):
+    """The library gives up by itself; that it goes on doing so is what this holds."""
+    tokenizer = load(
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    )
+    started = time.monotonic()
+    try:
+        tokenizer.encode("a" * 2000 + "!")
+    except TokenizerError as error:
+        assert len(str(error)) < 300
+    assert time.monotonic() - started < 5
 
 
-# Of GPT-2, GPT-4, GPT-4o, Qwen, DeepSeek, Llama-3 and CLIP.
-PUBLISHED = [
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s+",
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-    r"[一-龥぀-ゟ゠-ヿ]+",
-    r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))",
-    r"a++b*?c??d{2}[]a]+[^]a]*[a[bc]&&[^d]]+\(+",
-]
-
-
-@pytest.mark.parametrize("pattern", PUBLISHED)
-def test_patterns_of_published_tokenizers(pattern):
-    check_pattern("here", pattern)
+    r"|\s+(?!\S)|\s+"
+)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +136,7 @@ def test_patterns_of_published_tokenizers(pattern):
             ),
             pre_tokenizers.Metaspace(),
         ),
-        (normalizers.NFC(), pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PUBLISHED[1]), "isolated"),
+        (normalizers.NFC(), pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(GPT4), "isolated"),
                                                      pre_tokenizers.ByteLevel(use_regex=False)])),
         (
             normalizers.Sequence([normalizers.Nmt(), normalizers.Strip(), normalizers.ByteLevel()]),
