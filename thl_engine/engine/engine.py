@@ -1,6 +1,5 @@
 """The engine: a checkpoint, a budget and a backend brought together, and the token loop over them."""
 
-import logging
 import os
 import threading
 import time
@@ -34,8 +33,6 @@ from thl_engine.paging.plan import Bandwidths, Plan
 from thl_engine.paging.transfer import link_bandwidth
 from thl_engine.text.sampler import Sampler, Sampling, StopStrings
 from thl_engine.text.tokenizer import Tokenizer, load_tokenizer
-
-_log = logging.getLogger("thl_engine")
 
 
 def _computing(method: Callable) -> Callable:
