@@ -32,7 +32,7 @@ from thl_engine.text.hrm_tokenizer import CONTINUAL_FILE, find_vocabulary
 
 _log = logging.getLogger("thl_engine")
 CONFIGS_INSIDE = ("config", "model_config", "model_args")  # keys under which they keep the configuration
-TORCH_NEEDED = (2, 10)  # versions before have known holes in weights_only
+TORCH_NEEDED = "2.10"  # versions before have known holes in weights_only
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training scripts keep the weights
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 DRAW_ELEMENTS = 1 << 20  # drawn from one random stream; part of what `thl init --seed` means
@@ -256,9 +256,9 @@ def _pickled_checkpoint(src: Path) -> Path:
 
 
 def _load(file: Path) -> object:
-    if torch.__version__ < TORCH_NEEDED:
+    if torch.torch_version.TorchVersion(torch.__version__) < TORCH_NEEDED:
         raise CheckpointError(
-            f"{file}: torch {torch.__version__} may run code from such a file; install torch 2.10 or newer"
+            f"{file}: torch {torch.__version__} may run code from such a file; install torch {TORCH_NEEDED} or newer"
         )
     try:
         with open(file, "rb") as opened:

@@ -31,7 +31,6 @@ class Tokenizer(ABC):
     id_limit: int
     eos_id: int | None
     bos_id: int | None = None
-    sampling: Sampling | None = None  # how the checkpoint's author has answers chosen, where that is said
 
     @abstractmethod
     def encode(self, text: str, begins: bool = True) -> list[int]:
@@ -51,6 +50,11 @@ class Tokenizer(ABC):
     def end_ids(self) -> frozenset[int]:
         """All tokens that end a text: `eos_id`, and others where a checkpoint has several."""
         return frozenset() if self.eos_id is None else frozenset({self.eos_id})
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How the checkpoint's author has answers chosen, where that is said. TokenizerError if it cannot work."""
+        return None
 
     def chat(
         self,
