@@ -6,7 +6,7 @@ import resource
 
 import torch
 
-from thl_engine.errors import ConfigError
+from thl_engine.errors import ConfigError, shown
 from thl_engine.limits import free_memory
 
 _UNITS = {
@@ -36,11 +36,13 @@ def parse_bytes(amount: str | int) -> int:
     else:
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(amount))
         if match is None or match[2].upper() not in _UNITS:
-            raise ConfigError(f"memory budget {amount!r} is not an amount of memory; write for example 4GiB or 512MiB")
+            raise ConfigError(
+                f"memory budget {shown(amount)} is not an amount of memory; write for example 4GiB or 512MiB"
+            )
         number = float(match[1])  # infinite beyond 308 digits
-        count = int(min(number, 1e300) * _UNITS[match[2].upper()])
+        count = int(min(number, 1e30) * _UNITS[match[2].upper()])
     if not 0 < count < 1 << 62:
-        raise ConfigError(f"memory budget {amount!r} must be more than 0 and less than 2^62 bytes")
+        raise ConfigError(f"memory budget {shown(amount)} must be more than 0 and less than 2^62 bytes")
     return count
 
 

@@ -23,6 +23,7 @@ from thl_engine.checkpoint.pack import Progress, Source, write_store
 from thl_engine.checkpoint.spool import tensor_sources
 from thl_engine.checkpoint.store import open_store, tokenizer_files
 from thl_engine.config import named_config, parse_config
+from thl_engine.config.base import check_seed
 from thl_engine.errors import CheckpointError, ConfigError, shown
 from thl_engine.files import write_file
 from thl_engine.models import architecture
@@ -158,6 +159,7 @@ def _fresh_sources(config: Any, blocks: Iterable[Block], seed: int) -> Iterator[
     Stretches are drawn side by side, so torch shares none of its operations among threads meanwhile: those that wait
     for work take the processors from those that draw.
     """
+    check_seed(seed)
     module = architecture(config.model_type)
     with ThreadPoolExecutor(os.cpu_count() or 1, "init") as pool, _one_thread():
         sources = {}

@@ -17,6 +17,7 @@ from thl_engine.checkpoint.pack import Progress, write_store
 from thl_engine.checkpoint.spool import tensor_sources
 from thl_engine.checkpoint.store import Store, open_store
 from thl_engine.config import Config
+from thl_engine.config.base import check_seed
 from thl_engine.errors import CheckpointError, ConfigError, TokenizerError
 from thl_engine.models import ARCHITECTURES, architecture
 from thl_engine.models.contract import Growth
@@ -43,6 +44,7 @@ def grow_checkpoint(
     for bit. Raises ConfigError for sizes that are no growth, CheckpointError for another kind of checkpoint,
     TokenizerError where there is no character vocabulary to extend.
     """
+    check_seed(seed)
     with open_store(src) as store:
         growth = growth_of(store.config, f"{store.path}: ")
         tensors = _float_tensors(store)

@@ -16,21 +16,36 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
-from thl_engine.cli.interrupt import interruptible
+from thl_engine.cli.interrupt import INTERRUPTED, held, interruptible
 from thl_engine.cli.options import parse, parse_run
 from thl_engine.errors import EngineError
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+LONGEST_MESSAGE = 300  # characters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `thl`. Returns the exit code; wrong usage raises SystemExit(2)."""
+    _open_streams()
     return _execute(parse(sys.argv[1:] if argv is None else argv))
 
 
 def run_main(argv: Sequence[str] | None = None) -> int:
     """The command `thl-run`, which is `thl run`."""
+    _open_streams()
     return _execute(parse_run(sys.argv[1:] if argv is None else argv))
+
+
+def _open_streams() -> None:
+    """Gives a process that was started with closed streams empty ones: else the first files that it opens take their
+    places, and what is meant for stderr goes where stdout is."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
 
 
 def _execute(arguments: argparse.Namespace) -> int:
@@ -73,7 +88,8 @@ def _load(command: str) -> Callable[[argparse.Namespace], None]:
     if rests:
         gc.disable()
     try:
-        return getattr(import_module(f"thl_engine.cli.{module}"), function)
+        with held():
+            return getattr(import_module(f"thl_engine.cli.{module}"), function)
     finally:
         if rests:
             gc.freeze()

@@ -35,8 +35,14 @@ class Config:
         return {"model_type": self.model_type, **lists}
 
 
+def check_seed(seed: object, most: int = (1 << 63) - 1) -> None:
+    """Raises ConfigError for what seeds no random numbers."""
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    require(whole and 0 <= seed <= most, "seed", seed, f"a whole number from 0 to {most}")  # type: ignore[operator]
+
+
 def require(holds: bool, name: str, value: Any, needed: str) -> None:
     """Raises ConfigError that says what a field is and must be, unless it holds."""
     if not holds:
-        shown = list(value) if isinstance(value, tuple) else value
-        raise ConfigError(f"{name} is {shown}; it must be {needed}")
+        found = list(value) if isinstance(value, tuple) else value
+        raise ConfigError(f"{name} is {found}; it must be {needed}")

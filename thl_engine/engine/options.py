@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from thl_engine.errors import ConfigError
+from thl_engine.errors import ConfigError, shown
 from thl_engine.memory import parse_bytes
 from thl_engine.models.contract import AnyArchitecture
+
+MOST_THREADS = 1024  # that the native backend starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class EngineOptions:
             raise ConfigError(f"verify is {self.verify!r}; it must be 'first' or 'always'")
         check_count("batch_size", self.batch_size)
         if self.threads is not None:
-            check_count("threads", self.threads)
+            check_count("threads", self.threads, MOST_THREADS)
 
     def for_states(self, architecture: AnyArchitecture) -> dict[str, Any]:
         """Those that go to `init_state`; only what differs from the defaults. Raises ConfigError for one that the
@@ -72,7 +74,8 @@ class EngineOptions:
         return options
 
 
-def check_count(name: str, value: object) -> None:
-    """Raises ConfigError for what is no whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+def check_count(name: str, value: object, most: int | None = None) -> None:
+    """Raises ConfigError for what is no whole number of at least 1, and at most `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        limits = "of at least 1" if most is None else f"from 1 to {most}"
+        raise ConfigError(f"{name} is {shown(value)}; it must be a whole number {limits}")

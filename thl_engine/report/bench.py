@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from thl_engine.checkpoint.store import Store, open_store
+from thl_engine.config.base import check_seed
 from thl_engine.engine.engine import Engine
 from thl_engine.engine.options import EngineOptions
 from thl_engine.engine.resources import (
@@ -52,6 +53,7 @@ def benchmark(
     for name, value, least in (("tokens", tokens, 1), ("warmup", warmup, 0)):
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
+    check_seed(seed)
     given, walking = engine_options or EngineOptions(), dict(state_options or {})
     set_threads(given.threads)
     store, chosen = open_store(path), choose_device(given.device)

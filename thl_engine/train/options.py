@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thl_engine.config.base import check_seed
 from thl_engine.errors import ConfigError
+
+MOST_SEED = (1 << 40) - 1  # each pass over the text draws from a multiple of it
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class TrainOptions:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup", "sample_tokens", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        check_seed(self.seed, MOST_SEED)
         for name in ("learning_rate", "clip"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
         for name in ("dropout", "weight_dropout", "weight_decay"):
