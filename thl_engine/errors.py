@@ -17,8 +17,8 @@ DIGITS = 40  # a longer whole number is told by its length
 class EngineError(Exception):
     """Base of every error that the engine raises on purpose; commands print it and exit with code 1.
 
-    Its message is one line of at most MESSAGE_LIMIT printable characters, whatever it was made from. Of a longer one the
-    beginnings of long paths go first, then its middle, since it begins with the place and ends with what would work.
+    Its message is one line of at most MESSAGE_LIMIT printable characters, whatever it was made from. Of a longer one
+    the beginnings of long paths go first, then its middle, since it ends with what would work.
     """
 
     def __init__(self, message: object = "") -> None:

@@ -150,8 +150,8 @@ def replacing_by_name(path: Path, nbytes: int) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     needs = f"it needs about {size(nbytes)}"
     try:
-        if path.exists() and not path.is_file():  # a device, say, which root could replace
-            kind = "a folder" if path.is_dir() else "no ordinary file"
+        if os.path.exists(path) and not os.path.isfile(path):  # a device, say, which root could replace
+            kind = "a folder" if os.path.isdir(path) else "no ordinary file"
             raise CheckpointError(f"{path}: is {kind}, expected the name of the file to write")
         free = shutil.disk_usage(path.parent).free
         if free < nbytes:

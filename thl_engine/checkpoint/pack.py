@@ -53,6 +53,7 @@ PAGE_BYTES = 8 << 20
 TABLE_PAGE_BYTES = 16 << 10  # least size of a table's page: one is read for each token
 CHUNK_ELEMENTS = 8 << 20  # elements converted at a time, 32 MiB as float32, if a page is not larger
 COLUMN_CHUNKS = 4  # chunks' elements taken at a time of a matrix stored by columns, which is read anew for each time
+FEW = 64  # layers that are listed whatever the file holds, so that a message names what is missing
 NEAREST_OF = 1000  # names, and letters of one, that are compared for a hint
 PADDING = "__padding__."
 SCALE_SUFFIX = ".scale"
@@ -291,7 +292,7 @@ def without_aliases(config: Config, found: Mapping[str, T]) -> dict[str, T]:
 def check_counts(config: Config, tensors: int, where: str) -> None:
     """Refuses a configuration of more layers than there are tensors, before any of them is listed."""
     for name in config.layers:
-        if (count := getattr(config, name)) > tensors:
+        if (count := getattr(config, name)) > max(tensors, FEW):
             raise CheckpointError(f"{where}: holds {tensors} tensors, too few for the configuration's {count} {name}")
 
 

@@ -215,9 +215,9 @@ def find_config(index: CheckpointIndex) -> tuple[dict, str]:
 def tokenizer_files(folder: Path) -> dict[str, str]:
     """Name -> text of the tokenizer's file in a folder, if there is one, and of what a tokenizer.json has beside it."""
     for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             beside = COMPANIONS if name == "tokenizer.json" else ()
-            return {file: read_text(folder / file) for file in (name, *beside) if (folder / file).is_file()}
+            return {file: read_text(folder / file) for file in (name, *beside) if os.path.isfile(folder / file)}
     return {}
 
 

@@ -25,16 +25,19 @@ LONGEST = 64  # letters that are compared
 def meant(name: str, known: Collection[str]) -> list[str]:
     """The fields among `known` that `name` is likely to stand for, the likeliest first; none for a name of its own.
 
-    It may differ by a letter or two, by the spelling of its words, or leave some of them out; or be what other projects
-    call the same number.
+    It may be misspelt, be what other projects call the same number, or leave some of the words out.
     """
+    words = _words(name[:LONGEST])
+    found = misspelt(name, known) or repeated(name, known)
+    return found or [field for field in known if words and words < _words(field)]
+
+
+def misspelt(name: str, known: Collection[str]) -> list[str]:
+    """The fields among `known` that `name` differs from by a letter or two, or by the spelling of its words."""
     name = name[:LONGEST].lower()
-    words = _words(name)
-    same = [field for field in known if _words(field) == words]
+    same = [field for field in known if _words(field) == _words(name)]
     close = [field for field in difflib.get_close_matches(name, known, n=3, cutoff=_SIMILAR) if _near(name, field)]
-    if same or close:
-        return [*same, *(field for field in close if field not in same)]
-    return repeated(name, known) or [field for field in known if words < _words(field)]
+    return [*same, *(field for field in close if field not in same)]
 
 
 def repeated(name: str, known: Iterable[str]) -> list[str]:
