@@ -1,28 +1,72 @@
 """Small files read within limits, and files that are replaced as a whole or not at all."""
 
+import errno
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from thl_engine.errors import CheckpointError, shown
+from thl_engine.errors import CheckpointError, said, shown
 from thl_engine.memory import size
 
 ALIGNMENT = 4096  # of offsets, lengths and addresses of direct reads on every common device, and so of pages in files
 TEXT_LIMIT = 100_000_000  # bytes of JSON or other text; the safetensors library's cap on a header
+VALUES_LIMIT = 500_000  # in a JSON text: what describes 60,000 tensors; they take up to 64 MiB
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """An ordinary file, links followed, to be read. Raises OSError, also for what is none.
+
+    A pipe, which could make its reader wait for ever, is not even opened for waiting, and neither is a device.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError:  # a NUL, or half of a surrogate pair
+        raise OSError(errno.EINVAL, "the name holds characters that no file's has") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a folder" if stat.S_ISDIR(mode) else "it is neither a file nor a folder")
+    return open(descriptor, "rb")
+
+
+def kind_of(path: Path, what: str) -> str:
+    """ "file" or "folder"; a path that is neither, or cannot be reached, is a `CheckpointError`."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot open the {what}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot open the {what}: {said(error)}") from error
+    if stat.S_ISDIR(mode):
+        return "folder"
+    if stat.S_ISREG(mode):
+        return "file"
+    raise CheckpointError(f"{path}: the {what} is neither a file nor a folder")
+
+
+def check_fetched(path: Path, start: bytes, error_type: type[Exception] = CheckpointError) -> None:
+    """Refuses a Git LFS pointer, told by the first bytes of a file: a few lines that stand for the file itself."""
+    known = LFS_POINTER[: len(start)]
+    if len(known) >= 8 and start.startswith(known):
+        raise error_type(f"{path}: a Git LFS pointer, not the file itself; fetch that: git lfs pull")
 
 
 def read_text(path: Path, error_type: type[Exception] = CheckpointError) -> str:
     """A UTF-8 file of at most TEXT_LIMIT bytes."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             content = file.read(TEXT_LIMIT + 1)
         if len(content) > TEXT_LIMIT:
             raise error_type(f"{path}: larger than {TEXT_LIMIT} bytes, too large for this kind of file")
+        check_fetched(path, content, error_type)
         return content.decode()
     except OSError as error:
         raise error_type(f"{path}: cannot read the file: {error.strerror}") from error
@@ -31,7 +75,7 @@ def read_text(path: Path, error_type: type[Exception] = CheckpointError) -> str:
 
 
 def parse_json(text: bytes | str, what: str, error_type: type[Exception] = CheckpointError) -> dict:
-    """A JSON object without duplicate keys, or `error_type`."""
+    """A JSON object of at most VALUES_LIMIT values, without duplicate keys, or `error_type`."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         fields: dict = {}
@@ -42,13 +86,39 @@ def parse_json(text: bytes | str, what: str, error_type: type[Exception] = Check
         return fields
 
     try:
+        text = text.decode("utf-8", "surrogatepass") if isinstance(text, bytes) else text
+        if _has_more_values(text, VALUES_LIMIT):
+            raise error_type(f"{what} holds more than {VALUES_LIMIT} values, too many for this kind of file")
         value = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # ValueError: syntax, encoding, a number too long
-        reason = str(error).splitlines()[0][:120]
-        raise error_type(f"{what} is not valid JSON: {reason}") from error
+        raise error_type(f"{what} is not valid JSON: {said(error)}") from error
     if not isinstance(value, dict):
         raise error_type(f"{what} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def _has_more_values(text: str, limit: int) -> bool:
+    """Whether a JSON text opens or separates more values than `limit`, before any of them is made.
+
+    An empty list of three bytes takes 64 in memory. What stands in strings does not count, but is looked at only where
+    the whole text has too many of the characters that count.
+    """
+    if _opened(text, 0, None) <= limit:
+        return False
+    text = text.replace("\\\\", "").replace('\\"', "")
+    values = strings = at = 0
+    while (start := text.find('"', at)) >= 0:
+        values, strings = values + _opened(text, at, start), strings + 1
+        if values > limit or strings > 2 * limit:
+            return True
+        at = text.find('"', start + 1) + 1
+        if at == 0:  # no end of a string: not JSON
+            return False
+    return values + _opened(text, at, None) > limit
+
+
+def _opened(text: str, start: int, stop: int | None) -> int:
+    return sum(text.count(sign, start, stop) for sign in ",[{")
 
 
 @dataclass(frozen=True)
@@ -80,8 +150,8 @@ def replacing_by_name(path: Path, nbytes: int) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     needs = f"it needs about {size(nbytes)}"
     try:
-        if path.exists() and not path.is_file():  # a device, say, which root could replace
-            kind = "a folder" if path.is_dir() else "no ordinary file"
+        if os.path.exists(path) and not os.path.isfile(path):  # a device, say, which root could replace
+            kind = "a folder" if os.path.isdir(path) else "no ordinary file"
             raise CheckpointError(f"{path}: is {kind}, expected the name of the file to write")
         free = shutil.disk_usage(path.parent).free
         if free < nbytes:

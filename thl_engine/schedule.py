@@ -7,6 +7,7 @@ order (`walk`). Nothing here knows an architecture, a file or a device.
 from dataclasses import dataclass
 from math import lcm
 
+LARGEST_WALK = 1 << 20  # matrices read by a step, which a walk lists one by one: 64 MiB
 KINDS = ("matrix", "table", "vector", "unused")
 
 

@@ -145,7 +145,7 @@ def test_convert_refuses(tmp_path, monkeypatch):
         fails(lambda: convert_checkpoint(good, out), "pytorch_model.bin", "not a usable torch.save file")
     fails(lambda: convert_checkpoint(checkpoint(tmp_path / "plain"), out), "found none")
     fails(lambda: convert_checkpoint(tmp_path / "plain" / "model.safetensors", out), "needs no conversion")
-    fails(lambda: convert_checkpoint(tmp_path / "absent", out), "no such file")
+    fails(lambda: convert_checkpoint(tmp_path / "absent", out), "No such file")
     several = published(published(tmp_path / "several", name="a.pt"), name="b.pt")
     fails(lambda: convert_checkpoint(several, out), "found 2 ('a.pt, b.pt')")
     fails(lambda: convert_checkpoint(several / "a.pt", several / "a.pt"), "is the file being read")

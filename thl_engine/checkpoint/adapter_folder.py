@@ -7,6 +7,7 @@ hrm.safetensors              the recurrent modules
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from thl_engine.checkpoint.index import CheckpointIndex, TensorInfo, config_besi
 from thl_engine.checkpoint.pack import Progress, Source, write_tensors
 from thl_engine.config import Config, HRMGemma3nConfig, parse_config
 from thl_engine.config.published import hrm_gemma3n_fields
+from thl_engine.config.unknown import misspelt
 from thl_engine.errors import CheckpointError, ConfigError, shown
 from thl_engine.files import parse_json, read_text, write_file
 from thl_engine.models import architecture
@@ -42,6 +44,20 @@ UNSUPPORTED = (
 )
 
 
+# The rest of what PEFT writes, which changes nothing here or shows in the tensors.
+DESCRIBED = tuple(
+    """
+    arrow_config auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules
+    inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout
+    lora_ga_config megatron_config megatron_core peft_type peft_version qalora_group_size r revision runtime_config
+    target_modules task_type
+    """.split()
+)
+# How an adapter began, where that left the base as it was. Others, such as PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ, take
+# from the base what they put into the adapter: on the base as published such an adapter counts it twice.
+INITIALISATIONS = ("gaussian", "orthogonal", "eva")
+
+
 def layout() -> Adapters[HRMGemma3nConfig]:
     """Which tensors are the base's, the adapters' and the model's own."""
     adapters = architecture(MODEL_TYPE).adapters
@@ -51,11 +67,14 @@ def layout() -> Adapters[HRMGemma3nConfig]:
 
 def is_adapter_folder(path: Path) -> bool:
     """Whether any part of an HRM-Gemma is there. Raises ConfigError for a config.json that cannot be read."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return False
-    if any((path / name).exists() for name in FOLDERS.values()):
+    if any(os.path.exists(path / name) for name in FOLDERS.values()):
         return True
-    given = (config_beside(path) if (path / RECURRENT).exists() else None) or ({}, "")  # the file may be any model's
+    given = (config_beside(path) if os.path.exists(path / RECURRENT) else None) or (
+        {},
+        "",
+    )  # the file may be any model's
     return "base_model" in given[0] or given[0].get("model_type") == MODEL_TYPE
 
 
@@ -129,6 +148,16 @@ def _check_adapter(file: Path, config: HRMGemma3nConfig, side: str) -> None:
             raise CheckpointError(f"{file}: {name} is {shown(given.get(name))}; it must be {expected!r}{source}")
     if given.get("bias", "none") != "none":
         raise CheckpointError(f"{file}: bias is {shown(given['bias'])}; supported is 'none'")
+    start = given.get("init_lora_weights")
+    if not (start is None or isinstance(start, bool) or start in INITIALISATIONS):
+        raise CheckpointError(
+            f"{file}: init_lora_weights is {shown(start)}, which changes the base, or may; save the adapter for the "
+            "base as published (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    for name in given:
+        near = [] if name in DESCRIBED or name in UNSUPPORTED else misspelt(name, (*DESCRIBED, *UNSUPPORTED))
+        if near:
+            raise CheckpointError(f"{file}: unknown field {shown(name)}; did you mean {shown(near[0])}?")
     for name in UNSUPPORTED:
         if given.get(name):
             raise CheckpointError(f"{file}: {name} is {shown(given[name])}; adapters with it are not supported")

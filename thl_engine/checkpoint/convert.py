@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from thl_engine.checkpoint.adapter_folder import FOLDERS, adapted_config, layout, write_adapters
-from thl_engine.checkpoint.index import PICKLE_SUFFIXES, config_beside, read_config
+from thl_engine.checkpoint.index import config_beside, read_config
 from thl_engine.checkpoint.pack import Progress, Source, write_store
+from thl_engine.checkpoint.pickled import Omitted, pickled_checkpoint, read_pickled
 from thl_engine.checkpoint.spool import tensor_sources
 from thl_engine.checkpoint.store import open_store, tokenizer_files
 from thl_engine.config import named_config, parse_config
@@ -33,7 +34,6 @@ from thl_engine.text.hrm_tokenizer import CONTINUAL_FILE, find_vocabulary
 
 _log = logging.getLogger("thl_engine")
 CONFIGS_INSIDE = ("config", "model_config", "model_args")  # keys under which they keep the configuration
-TORCH_NEEDED = "2.10"  # versions before have known holes in weights_only
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which training scripts keep the weights
 PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 DRAW_ELEMENTS = 1 << 20  # drawn from one random stream; part of what `thl init --seed` means
@@ -79,27 +79,28 @@ def convert_checkpoint(
     in the file is run: it is read with weights_only=True. An HRM checkpoint brings the vocabulary that it holds or
     that fits it; TokenizerError where there are only others.
     """
-    file, dst = _pickled_checkpoint(Path(src)), Path(dst)
-    _refuse_overwriting(dst, (file,))
-    loaded = _load(file)
+    file, dst = pickled_checkpoint(Path(src)), Path(dst)
+    loaded, read = read_pickled(file)
+    _refuse_overwriting(dst, read)
     parsed = parse_config(*_configuration(file, loaded)) if config is None else _open_config(config, None)
     sources = tensor_sources(_adopted(file, parsed, _state_dict(file, loaded)), str(file))
     files = _tokenizer_files(file, parsed, loaded)
     tokenizer = join_files(files) if files else None
+    _check_left_over(dst, file.parent, files)
     if dst.suffix == ".safetensors":
         write_store(dst, parsed, sources, tokenizer=tokenizer, progress=progress)
         return
-    created = not dst.exists()
+    created = not os.path.exists(dst)
     try:
         dst.mkdir(exist_ok=True)
         write_store(dst / "model.safetensors", parsed, sources, tokenizer=tokenizer, progress=progress)
         for name, text in {"config.json": json.dumps(parsed.to_dict(), indent=1) + "\n", **files}.items():
-            if (dst / name).exists() and (file.parent / name).exists() and (dst / name).samefile(file.parent / name):
+            if _same(dst / name, file.parent / name):
                 continue  # converted in place
             (dst / name).parent.mkdir(exist_ok=True)
             write_file(dst / name, text.encode())
     except BaseException as error:
-        if created and dst.is_dir() and not os.listdir(dst):
+        if created and os.path.isdir(dst) and not os.listdir(dst):
             dst.rmdir()
         if isinstance(error, OSError):
             raise CheckpointError(f"{dst}: cannot write: {error.strerror}") from error
@@ -143,7 +144,7 @@ def init_adapters(
     base, dst = Path(base), Path(dst)
     with open_store(base) as store:
         parsed = adapted_config(given, store.config, where)
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+    if os.path.exists(dst) and (not os.path.isdir(dst) or os.listdir(dst)):
         raise CheckpointError(f"{dst}: exists and is not an empty folder; adapters are written to a new one")
     adapters = layout()
     blocks = [block for side in FOLDERS for block in adapters.blocks(parsed, side)] + [*adapters.own(parsed)]
@@ -229,50 +230,32 @@ class RandomRows:
         return self.draw(span, torch.Generator().manual_seed(stream))
 
 
+def _same(one: Path, other: Path) -> bool:
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
 def _refuse_overwriting(dst: Path, sources: tuple[Path, ...]) -> None:
     for file in sources:
-        if dst.exists() and dst.samefile(file):
+        if _same(dst, file):
             raise CheckpointError(f"{dst}: is the file being read; write to another name")
 
 
-def _pickled_checkpoint(src: Path) -> Path:
-    """The torch.save file that `src` is or holds."""
-    if not src.exists():
-        raise CheckpointError(f"{src}: no such file or folder")
-    if src.is_file():
-        if src.suffix == ".safetensors":
-            raise CheckpointError(f"{src}: is a safetensors file already; it needs no conversion")
-        return src
-    try:
-        names = sorted(name for name in os.listdir(src) if name.endswith(PICKLE_SUFFIXES))
-    except OSError as error:
-        raise CheckpointError(f"{src}: cannot list the folder: {error.strerror}") from error
-    if "pytorch_model.bin" in names:
-        return src / "pytorch_model.bin"
-    if len(names) == 1:
-        return src / names[0]
-    found = f"{len(names)} ({shown(', '.join(names))}); name one of them" if names else "none"
-    raise CheckpointError(
-        f"{src}: expected pytorch_model.bin or one file of {' '.join(PICKLE_SUFFIXES)}, found {found}"
-    )
+def _check_left_over(dst: Path, source: Path, files: Mapping[str, str]) -> None:
+    """The tokenizer's files that lie where the result goes and do not come with it are another model's.
 
-
-def _load(file: Path) -> object:
-    if torch.torch_version.TorchVersion(torch.__version__) < TORCH_NEEDED:
+    A folder is refused, since they would be taken for its own; a file says so.
+    """
+    folder = dst.parent if dst.suffix == ".safetensors" else dst
+    if not os.path.isdir(folder) or _same(folder, source):
+        return
+    left = [name for name in tokenizer_files(folder) if name not in files]
+    if left and folder == dst:
         raise CheckpointError(
-            f"{file}: torch {torch.__version__} may run code from such a file; install torch {TORCH_NEEDED} or newer"
+            f"{dst}: holds {shown(left[0])} of another model, and {source} has none; take it away, or convert to "
+            "a new folder"
         )
-    try:
-        with open(file, "rb") as opened:
-            archive = opened.read(4) == b"PK\x03\x04"
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot read the file: {error.strerror or error}") from error
-    except Exception as error:  # damaged files make torch.load raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        if "weights_only" in str(error) or "WeightsUnpickler" in str(error):
-            reason = "holds more than tensors and plain values, which may run code when loaded; it is refused"
-        raise CheckpointError(f"{file}: not a usable torch.save file: {reason}") from error
+    if left and not files:
+        _log.warning("%s: has no vocabulary in it; %s beside it will be used, whichever model's it is", dst, left[0])
 
 
 def _configuration(file: Path, loaded: object) -> tuple[dict, None, str]:
@@ -282,6 +265,7 @@ def _configuration(file: Path, loaded: object) -> tuple[dict, None, str]:
         return found[0], None, found[1]
     for key in CONFIGS_INSIDE:
         inside = loaded.get(key) if isinstance(loaded, dict) else None
+        inside = inside.fields if isinstance(inside, Omitted) else inside
         if isinstance(inside, dict):
             return inside, None, f"{file}: {key!r}"
     raise ConfigError(
@@ -323,6 +307,15 @@ def _state_dict(file: Path, loaded: object) -> dict[str, torch.Tensor]:
     if not values or not all(isinstance(value, torch.Tensor) for value in values):
         raise CheckpointError(f"{file}: expected a state dict of tensors, or one under {' '.join(map(repr, WRAPPERS))}")
     names = {str(name): tensor for name, tensor in weights.items()}
+    for name, tensor in names.items():
+        if (
+            tensor.layout == torch.strided
+            and not tensor.is_meta
+            and tensor.nbytes > max(tensor.untyped_storage().nbytes(), 8)
+        ):
+            raise CheckpointError(
+                f"{file}: tensor {shown(name)} repeats fewer bytes to {tensor.nbytes}; save a copy of it"
+            )
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in names)), None):
         names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
     return names

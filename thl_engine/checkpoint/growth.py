@@ -7,7 +7,6 @@ shared, not copied.
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -48,7 +47,7 @@ def grow_checkpoint(
     with open_store(src) as store:
         growth = growth_of(store.config, f"{store.path}: ")
         tensors = _float_tensors(store)
-        if Path(dst).exists() and any(Path(dst).samefile(file) for file in store.files):
+        if os.path.exists(dst) and any(os.path.samefile(dst, file) for file in store.files):
             raise CheckpointError(f"{dst}: is the file being read; write to another name")
         config, tokenizer = store.config, store.tokenizer_json
         if text is not None:

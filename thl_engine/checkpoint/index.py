@@ -8,14 +8,14 @@ checked; every failure is a `CheckpointError` of one line that names file, tenso
 """
 
 import os
-import stat
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from thl_engine.errors import CheckpointError, ConfigError, shown
-from thl_engine.files import TEXT_LIMIT, parse_json, read_text
+from thl_engine.errors import CheckpointError, ConfigError, said, shown
+from thl_engine.files import TEXT_LIMIT, check_fetched, kind_of, open_regular, parse_json, read_text
 
 ELEMENT_LIMIT = 1 << 62  # elements in a tensor; below it no size in bytes overflows a signed 64-bit number
 
@@ -33,7 +33,10 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 UNSUPPORTED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "U16", "U32", "U64", "C64")
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED_WHOLE, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+CACHED_MODEL = "models--"  # begins the name of a model's folder in a Hugging Face cache
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02")  # torch.save: a zip archive, or a bare pickle before torch 1.6
 
 
@@ -62,7 +65,7 @@ class CheckpointIndex:
 def read_index(path: str | os.PathLike[str]) -> CheckpointIndex:
     """Index of a .safetensors file, a sharded `*.index.json`, or a folder that holds one of them."""
     path = Path(path)
-    if _status(path, "checkpoint") == "folder":
+    if kind_of(path, "checkpoint") == "folder":
         path = _checkpoint_in(path)
     if path.suffix == ".json":
         return _read_sharded(path)
@@ -111,7 +114,7 @@ def read_bytes(file: Path, offset: int, nbytes: int, what: str) -> bytearray:
 def config_beside(folder: Path) -> tuple[dict, str] | None:
     """`config.json` in a folder as `read_config` gives it; None where there is none."""
     file = folder / "config.json"
-    return read_config(file) if file.exists() else None
+    return read_config(file) if os.path.lexists(file) else None
 
 
 def read_config(file: Path) -> tuple[dict, str]:
@@ -128,60 +131,66 @@ def read_config(file: Path) -> tuple[dict, str]:
     return nested, f"{file} (under 'config')"
 
 
-def _status(path: Path, what: str) -> str:
-    """ "file" or "folder"; a path that is neither, or cannot be reached, is a `CheckpointError`."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{path}: cannot open the {what}: {reason}") from error
-    if stat.S_ISDIR(mode):
-        return "folder"
-    if stat.S_ISREG(mode):
-        return "file"
-    raise CheckpointError(f"{path}: the {what} is neither a file nor a folder")
-
-
 def _checkpoint_in(folder: Path) -> Path:
-    """The checkpoint that a folder holds; which one must be beyond doubt."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot list the folder: {error.strerror}") from error
-    for preferred in ("model.safetensors.index.json", "model.safetensors"):
-        if preferred in names:
-            return folder / preferred
+    """The checkpoint that a folder holds; which one must be beyond doubt. A whole file goes before shards."""
+    names = names_in(folder)
+    if WHOLE in names:
+        return folder / WHOLE
     candidates = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+    indices = [name for name in names if name.endswith(".safetensors.index.json")]
+    index = INDEX if INDEX in indices else indices[0] if len(indices) == 1 else None
+    if index is not None and not (
+        len(candidates) == 1 and candidates[0] not in read_weight_map(folder / index).values()
+    ):
+        return folder / index
     if len(candidates) == 1:
         return folder / candidates[0]
     if candidates:
         raise CheckpointError(
             f"{folder}: holds {len(candidates)} .safetensors files, {shown(', '.join(candidates))}, and "
-            "neither model.safetensors nor model.safetensors.index.json; name the file itself"
+            f"neither {WHOLE} nor {INDEX}; name the file itself"
         )
-    pickled = next((name for name in names if name.endswith(PICKLE_SUFFIXES)), None)
+    pickled = pickled_in(names)
+    if len(pickled) == 1:
+        raise CheckpointError(
+            f"{folder}: holds {shown(pickled[0])}, no .safetensors file; convert it: thl convert {folder} OUT"
+        )
     if pickled:
         raise CheckpointError(
-            f"{folder}: holds {shown(pickled)}, no .safetensors file; convert it: thl convert {folder} OUT"
+            f"{folder}: holds {len(pickled)} torch.save files ({shown(', '.join(pickled))}), no .safetensors file; "
+            f"convert one of them: thl convert {folder}/NAME OUT"
         )
     raise CheckpointError(f"{folder}: no .safetensors file in this folder")
 
 
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted. Raises CheckpointError."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot list the folder: {error.strerror}") from error
+
+
+def pickled_in(names: Collection[str]) -> list[str]:
+    """Of a folder's names, that of the torch.save file or index of such files that it is converted from.
+
+    Several where it could be any of them; none where there is none.
+    """
+    for name in (PICKLED_WHOLE, PICKLED_INDEX):
+        if name in names:
+            return [name]
+    return [name for name in names if name.endswith(PICKLE_SUFFIXES) and not name.startswith(".")]
+
+
 def _read_sharded(path: Path) -> CheckpointIndex:
-    folder = path.parent
-    weight_map = parse_json(read_text(path), str(path)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: expected an object 'weight_map' of tensor names to file names")
+    folder, weight_map = path.parent, read_weight_map(path)
     tensors: dict[str, TensorInfo] = {}
-    files = []
-    for shard in dict.fromkeys(_shard_name(path, name, shard) for name, shard in weight_map.items()):
-        file = folder / shard
-        _check_inside(path, file)
-        files.append(file)
+    files = shard_files(path, weight_map)
+    for file in files:
         for name, info in _read_header(file)[0].items():
             if name in tensors:
                 raise CheckpointError(f"{file}: tensor {shown(name)} is in {tensors[name].file.name} as well")
-            if weight_map.get(name) != shard:
+            if weight_map.get(name) != file.name:
                 listed = f"under {shown(weight_map[name])}" if name in weight_map else "nowhere"
                 raise CheckpointError(f"{file}: holds tensor {shown(name)}, which {path.name} lists {listed}")
             tensors[name] = info
@@ -191,6 +200,22 @@ def _read_sharded(path: Path) -> CheckpointIndex:
     return CheckpointIndex(tensors, {}, tuple(files), folder)
 
 
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> name of the file that holds it, of an index of shards."""
+    weight_map = parse_json(read_text(path), str(path)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: expected an object 'weight_map' of tensor names to file names")
+    return {name: _shard_name(path, name, shard) for name, shard in weight_map.items()}
+
+
+def shard_files(path: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    """The shards of an index, each in its folder. Raises CheckpointError for those elsewhere."""
+    files = [path.parent / shard for shard in dict.fromkeys(weight_map.values())]
+    for file in files:
+        _check_inside(path, file)
+    return files
+
+
 def _shard_name(path: Path, tensor: str, shard: object) -> str:
     if not isinstance(shard, str) or not shard or shard in (".", "..") or any(c in shard for c in "/\\\0"):
         raise CheckpointError(f"{path}: lists {shown(tensor)} under {shown(shard)}, expected a file name")
@@ -198,25 +223,28 @@ def _shard_name(path: Path, tensor: str, shard: object) -> str:
 
 
 def _check_inside(path: Path, file: Path) -> None:
-    """A shard must lie in the folder of its index, also when it is a symbolic link."""
-    folder = path.parent.resolve()
-    inside = [folder]
-    if folder.parent.name == "snapshots":  # the Hugging Face cache: snapshots/<revision>/x -> blobs/<hash>
-        inside.append(folder.parent.parent / "blobs")
+    """A shard must lie in the folder of its index, also when it is a symbolic link, or in a Hugging Face cache.
+
+    The cache has a folder for each model, with snapshots/<revision>/... of links to blobs/<hash>; older versions of its
+    library filled other folders with such links.
+    """
     try:
-        target = file.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise CheckpointError(f"{file}: cannot follow the link: {error}") from error
-    if target.parent not in inside:
+        folder, target = path.parent.resolve(), file.resolve()
+        inside = [folder, *(up.parent / "blobs" for up in folder.parents if up.name == "snapshots")]
+        inside = [place.resolve() for place in inside]
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise CheckpointError(f"{file}: cannot follow the link: {said(error)}") from error
+    cached = target.parent.name == "blobs" and target.parent.parent.name.startswith(CACHED_MODEL)
+    if target.parent not in inside and not cached:
         raise CheckpointError(f"{path}: shard {shown(file.name)} is a link out of the folder, to {target}")
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of one safetensors file, every number checked."""
-    if _status(path, "checkpoint file") != "file":
+    if kind_of(path, "checkpoint file") != "file":
         raise CheckpointError(f"{path}: expected a file, found a folder")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
@@ -237,7 +265,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 def _check_prefix(path: Path, prefix: bytes, length: int, size: int) -> None:
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty")
-    if prefix.startswith(PICKLE_MAGIC) or path.suffix in PICKLE_SUFFIXES:
+    check_fetched(path, prefix)
+    if prefix.startswith(PICKLE_MAGIC):
         raise CheckpointError(f"{path}: a torch.save file, expected safetensors; convert it: thl convert {path} OUT")
     if prefix.startswith(b"GGUF"):
         raise CheckpointError(f"{path}: a GGUF file, expected safetensors")

@@ -29,6 +29,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from math import gcd, prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +53,8 @@ PAGE_BYTES = 8 << 20
 TABLE_PAGE_BYTES = 16 << 10  # least size of a table's page: one is read for each token
 CHUNK_ELEMENTS = 8 << 20  # elements converted at a time, 32 MiB as float32, if a page is not larger
 COLUMN_CHUNKS = 4  # chunks' elements taken at a time of a matrix stored by columns, which is read anew for each time
+FEW = 64  # layers that are listed whatever the file holds, so that a message names what is missing
+NEAREST_OF = 1000  # names, and letters of one, that are compared for a hint
 PADDING = "__padding__."
 SCALE_SUFFIX = ".scale"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -261,7 +264,9 @@ def plan_pack(
         raise ConfigError(f"quantize is {quantize!r}, expected 'none' or 'int8'")
     if group is not None and (group != GROUP or quantize != "int8"):
         raise ConfigError(f"group is {group!r}, expected {GROUP} together with quantize 'int8', or none")
+    check_counts(config, len(sources), where)
     blocks = architecture(config.model_type).blocks(config)
+    check_repeats(config, sources, where)
     sources = without_aliases(config, sources)
     check_tensors(blocks, sources, config.model_type, where)
     present = [block for block in blocks if block.name in sources]
@@ -284,6 +289,46 @@ def without_aliases(config: Config, found: Mapping[str, T]) -> dict[str, T]:
     return out
 
 
+def check_counts(config: Config, tensors: int, where: str) -> None:
+    """Refuses a configuration of more layers than there are tensors, before any of them is listed."""
+    for name in config.layers:
+        if (count := getattr(config, name)) > max(tensors, FEW):
+            raise CheckpointError(f"{where}: holds {tensors} tensors, too few for the configuration's {count} {name}")
+
+
+def check_repeats(config: Config, found: Mapping[str, Source], where: str) -> None:
+    """Tensors that take the place of another one must be equal to it: a head of its own is not the embedding.
+
+    Reads a chunk of rows of both at a time. Raises CheckpointError.
+    """
+    model = architecture(config.model_type)
+    used = {block.name for block in model.blocks(config) if block.kind != "unused"}
+    names = {own: name for name in found if (own := model.stored_name(config, name)) is not None}
+    for alias, name in model.aliases(config).items():
+        first = names.setdefault(name, names[alias]) if alias in names else None  # what `without_aliases` keeps
+        if first is None or first == names[alias] or name not in used:
+            continue
+        repeat, kept = found[names[alias]], found[first]
+        if repeat.shape != kept.shape or not _equal(repeat, kept):
+            raise CheckpointError(
+                f"{where}: tensor {shown(names[alias])} differs from {shown(first)}, which takes its place in this "
+                f"{config.model_type} model; models where the two differ are not supported"
+            )
+
+
+def _equal(one: Source, other: Source) -> bool:
+    """Whether two tensors of one shape hold the same numbers; NaN equals NaN."""
+    rows = one.shape[0] if one.shape else 1
+    step = max(1, CHUNK_ELEMENTS // max(1, prod(one.shape[1:])))
+    for start in range(0, rows, step):
+        a, b = (tensor.rows(start, min(start + step, rows)) for tensor in (one, other))
+        if a.dtype != b.dtype:
+            a, b = a.double(), b.double()
+        if not torch.equal(a, b) and not torch.allclose(a.double(), b.double(), rtol=0.0, atol=0.0, equal_nan=True):
+            return False
+    return True
+
+
 def check_tensors(blocks: Sequence[Block], found: Mapping[str, Any], model_type: str, where: str) -> None:
     """`found`, values with `dtype` and `shape`, must be the model's tensors; floats, where used.
 
@@ -293,7 +338,8 @@ def check_tensors(blocks: Sequence[Block], found: Mapping[str, Any], model_type:
     extra = [name for name in found if name not in expected]
     missing = [name for name, block in expected.items() if name not in found and block.kind != "unused"]
     if extra:
-        near = difflib.get_close_matches(extra[0], missing or expected, n=1, cutoff=0)
+        candidates = list(islice(missing or expected, NEAREST_OF))
+        near = difflib.get_close_matches(extra[0][:NEAREST_OF], candidates, n=1, cutoff=0)
         hint = f"; nearest expected name: {shown(near[0])}" if near else ""
         raise CheckpointError(
             f"{where}: tensor {shown(extra[0])}{_and_more(extra)} is no part of this {model_type} model{hint}"

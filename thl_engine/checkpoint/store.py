@@ -31,6 +31,8 @@ from thl_engine.checkpoint.pack import (
     SCALE_SUFFIX,
     Source,
     as_bytes,
+    check_counts,
+    check_repeats,
     check_tensors,
     may_transpose,
     metadata_checksum,
@@ -213,7 +215,7 @@ def find_config(index: CheckpointIndex) -> tuple[dict, str]:
 def tokenizer_files(folder: Path) -> dict[str, str]:
     """Name -> text of the tokenizer's file in a folder, if there is one, and of what a tokenizer.json has beside it."""
     for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             beside = companions_beside(folder) if name == "tokenizer.json" else {}
             return {name: read_text(folder / name), **beside}
     return {}
@@ -228,9 +230,17 @@ def tokenizer_beside(folder: Path) -> str | None:
 def _open_plain(path: Path, index: CheckpointIndex) -> Store:
     fields, where = find_config(index)
     config = parse_config(fields, where=where)
+    check_counts(config, len(index.tensors), str(path))
+    check_repeats(config, {name: _source(info) for name, info in index.tensors.items()}, str(path))
     index = replace(index, tensors=without_aliases(config, index.tensors))
     blocks = architecture(config.model_type).blocks(config)
     return _assemble_plain(path, index, config, blocks, tokenizer_beside(index.root))
+
+
+def _source(info: TensorInfo) -> Source:
+    return Source(
+        info.dtype, info.shape, lambda start, stop: read_tensor(info, slice(start, stop) if info.shape else None)
+    )
 
 
 def _assemble_plain(
@@ -260,6 +270,7 @@ def _open_packed(path: Path, index: CheckpointIndex) -> Store:
         raise CheckpointError(f"{file}: metadata has CRC32C {found!r}, expected {shown(expected)}; the file is damaged")
     fields, where = find_config(index)
     config = parse_config(fields, where=where)
+    check_counts(config, len(index.tensors), str(path))
     blocks = architecture(config.model_type).blocks(config)
     table = parse_json(metadata.get("thl_engine.pages", ""), f"{file}: metadata 'thl_engine.pages'")
     groups = _check_stored(path, index, blocks, config.model_type, table)

@@ -10,7 +10,7 @@ from thl_engine.config.him import HIM_POSITIONS, HIMConfig
 from thl_engine.config.hrm import HRMConfig
 from thl_engine.config.hrm_gemma3n import HRMGemma3nConfig, ReasoningConfig
 from thl_engine.config.inl import INLConfig
-from thl_engine.config.parse import CONFIGS, parse_config
+from thl_engine.config.parse import CONFIGS, parse_config, unapplied
 from thl_engine.config.presets import PRESETS, named_config
 from thl_engine.config.thl import THLConfig
 
@@ -31,4 +31,5 @@ __all__ = [
     "THLConfig",
     "named_config",
     "parse_config",
+    "unapplied",
 ]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from thl_engine.config.base import Config, require
+from thl_engine.config.base import Config, require, require_counts
 from thl_engine.config.published import gemma3n_fields
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -16,34 +16,11 @@ class Gemma3nConfig(Config):
 
     model_type: ClassVar[str] = "gemma3n"
     signature: ClassVar[frozenset[str]] = frozenset({"altup_num_inputs", "laurel_rank"})
-    # What acts in training alone, and what every published configuration repeats about the program that wrote it.
     ignored: ClassVar[frozenset[str]] = frozenset(
-        {
-            "altup_coef_clip",
-            "altup_lr_multiplier",
-            "attention_dropout",
-            "initializer_range",
-            "query_pre_attn_scalar",
-            "architectures",
-            "torch_dtype",
-            "dtype",
-            "transformers_version",
-            "use_cache",
-            "_name_or_path",
-            "auto_map",
-            "pad_token_id",
-            "bos_token_id",
-            "eos_token_id",
-            "return_dict",
-            "output_hidden_states",
-            "output_attentions",
-            "chunk_size_feed_forward",
-            "is_encoder_decoder",
-            "id2label",
-            "label2id",
-            "problem_type",
-        }
+        {"altup_coef_clip", "altup_lr_multiplier", "attention_dropout", "initializer_range", "query_pre_attn_scalar"}
     )
+    training: ClassVar[frozenset[str]] = frozenset({"altup_coef_clip", "altup_lr_multiplier", "attention_dropout"})
+    layers: ClassVar[tuple[str, ...]] = ("num_hidden_layers",)
 
     vocab_size: int = 262400
     vocab_size_per_layer_input: int = 262144
@@ -78,7 +55,6 @@ class Gemma3nConfig(Config):
             "vocab_size_per_layer_input",
             "hidden_size",
             "hidden_size_per_layer_input",
-            "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
             "head_dim",
@@ -88,6 +64,7 @@ class Gemma3nConfig(Config):
             "laurel_rank",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require_counts(self, "num_hidden_layers")
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "num_attention_heads",
@@ -139,4 +116,4 @@ class Gemma3nConfig(Config):
     def kv_source(self, i: int) -> int:
         """The layer whose keys and values layer `i` reads: itself, or the last one of its type that has its own."""
         own = self.num_hidden_layers - self.num_kv_shared_layers
-        return i if i < own else max(j for j in range(own) if self.layer_types[j] == self.layer_types[i])
+        return i if i < own else next(j for j in reversed(range(own)) if self.layer_types[j] == self.layer_types[i])

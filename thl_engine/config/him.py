@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from thl_engine.config.base import Config, require
+from thl_engine.config.base import Config, require, require_counts
 
 HIM_POSITIONS = 512  # rows of the published position table, whatever max_seq_len is
 
@@ -14,7 +14,9 @@ class HIMConfig(Config):
 
     model_type: ClassVar[str] = "him"
     signature: ClassVar[frozenset[str]] = frozenset({"mem_slots", "reasoning_tokens"})
-    ignored: ClassVar[frozenset[str]] = frozenset({"dropout"})  # acts in published training only
+    ignored: ClassVar[frozenset[str]] = frozenset({"dropout"})
+    training: ClassVar[frozenset[str]] = ignored
+    layers: ClassVar[tuple[str, ...]] = ("num_encoder_layers",)
 
     vocab_size: int = 32000
     embed_dim: int = 160
@@ -33,7 +35,6 @@ class HIMConfig(Config):
             "vocab_size",
             "num_heads",
             "num_kv_heads",
-            "num_encoder_layers",
             "dim_feedforward",
             "max_answer_len",
             "mem_slots",
@@ -42,6 +43,7 @@ class HIMConfig(Config):
             "max_seq_len",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require_counts(self, "num_encoder_layers")
         require(
             self.embed_dim >= 64 and self.embed_dim % 2 == 0,
             "embed_dim",

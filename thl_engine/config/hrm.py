@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from thl_engine.config.base import LARGEST, Config, require
+from thl_engine.config.base import LARGEST, Config, require, require_counts
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,9 @@ class HRMConfig(Config):
     ignored: ClassVar[frozenset[str]] = frozenset(
         {"max_seq_len", "halt_exploration_prob", "forward_dtype", "new_vocab_size", "new_L_layers", "new_H_layers"}
     )
+    training: ClassVar[frozenset[str]] = frozenset({"halt_exploration_prob"})
+
+    layers: ClassVar[tuple[str, ...]] = ("L_layers", "H_layers")
 
     vocab_size: int = 100
     hidden_size: int = 256
@@ -26,8 +29,9 @@ class HRMConfig(Config):
     halt_max_steps: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_heads", "L_layers", "H_layers", "halt_max_steps"):
+        for name in ("vocab_size", "hidden_size", "num_heads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require_counts(self, "L_layers", "H_layers", "halt_max_steps")
         require(
             self.hidden_size % self.num_heads == 0,
             "hidden_size",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from thl_engine.config.base import Config, require
+from thl_engine.config.base import Config, require, require_counts
 
 
 @dataclass(frozen=True)
@@ -12,8 +12,9 @@ class INLConfig(Config):
 
     model_type: ClassVar[str] = "inl"
     signature: ClassVar[frozenset[str]] = frozenset({"d_model", "num_iterations_per_layer"})
-    # Dropout and checkpointing act in published training only; the sparsity is accepted there and not used.
-    ignored: ClassVar[frozenset[str]] = frozenset({"dropout", "use_gradient_checkpointing", "excitation_sparsity"})
+    training: ClassVar[frozenset[str]] = frozenset({"dropout", "use_gradient_checkpointing"})
+    ignored: ClassVar[frozenset[str]] = training | {"excitation_sparsity"}  # which the published model does not use
+    layers: ClassVar[tuple[str, ...]] = ("num_layers",)
 
     vocab_size: int = 50000
     d_model: int = 512
@@ -30,16 +31,9 @@ class INLConfig(Config):
     hierarchical_group_size: int = 64
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "d_model",
-            "num_layers",
-            "num_heads",
-            "num_iterations_per_layer",
-            "max_seq_len",
-            "hierarchical_group_size",
-        ):
+        for name in ("vocab_size", "d_model", "num_heads", "max_seq_len", "hierarchical_group_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require_counts(self, "num_layers", "num_iterations_per_layer")
         inner = self.feedforward_dim
         require(inner is None or inner >= 1, "feedforward_dim", inner, "null (four times d_model) or at least 1")
         require(

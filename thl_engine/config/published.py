@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from thl_engine.errors import ConfigError
+from thl_engine.errors import ConfigError, shown
 
 # model_type of a part that is published by itself -> the architecture that it is.
 MODEL_TYPES = {"gemma3n_text": "gemma3n"}
@@ -35,17 +35,19 @@ def gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ConfigError(
-            f"{where}: the checkpoint was quantised by another tool (quantization_config: {method!r}); "
+            f"{where}: the checkpoint was quantised by another tool (quantization_config: {shown(method)}); "
             "supported are float checkpoints, and those of `thl quantize`, which makes int8 of them"
         )
     values.pop("quantization_config", None)
     for name, computed in _FIXED.items():
         value = values.pop(name, computed)
         if value != computed:
-            raise ConfigError(f"{where}: {name} is {value!r}; supported is {computed!r}, as in published models")
+            raise ConfigError(
+                f"{where}: {name} is {shown(value)}; supported is {shown(computed)}, as in published models"
+            )
     scaling = values.pop("rope_scaling", None)
     if scaling is not None:
-        raise ConfigError(f"{where}: rope_scaling is {scaling!r}; supported is null, as in published models")
+        raise ConfigError(f"{where}: rope_scaling is {shown(scaling)}; supported is null, as in published models")
     ropes = values.pop("rope_parameters", None)
     if ropes is not None:
         values |= _rope_bases(ropes, f"{where}: rope_parameters")
@@ -64,16 +66,18 @@ def hrm_gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _rope_bases(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} must be an object with {' and '.join(_ROPES)}, found {given!r}")
+        raise ConfigError(f"{where} must be an object with {' and '.join(_ROPES)}, found {shown(given)}")
     out = {}
     for kind, rope in given.items():
         if kind not in _ROPES or not isinstance(rope, Mapping):
-            raise ConfigError(f"{where}: {kind!r} is {rope!r}; expected an object for each of {', '.join(_ROPES)}")
+            raise ConfigError(
+                f"{where}: {shown(kind)} is {shown(rope)}; expected an object for each of {', '.join(_ROPES)}"
+            )
         for name, value in rope.items():
             if name == "rope_theta":
                 out[_ROPES[kind]] = value
             elif (name, value) != ("rope_type", "default"):
                 raise ConfigError(
-                    f"{where}: {kind}: {name} is {value!r}; supported are rope_type 'default' and rope_theta"
+                    f"{where}: {kind}: {name} is {shown(value)}; supported are rope_type 'default' and rope_theta"
                 )
     return out

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from thl_engine.config.base import Config, require
+from thl_engine.config.base import Config, require, require_counts
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,9 @@ class THLConfig(Config):
     model_type: ClassVar[str] = "thl"
     signature: ClassVar[frozenset[str]] = frozenset({"tier_dims", "tier_timescales"})
     # Published fields that change nothing at inference; accepted so that published files load unchanged.
-    ignored: ClassVar[frozenset[str]] = frozenset(
-        {"pad_token_id", "router_load_balance_lambda", "write_rate", "hidden_dim", "dtype", "device"}
-    )
+    ignored: ClassVar[frozenset[str]] = frozenset({"router_load_balance_lambda", "write_rate", "hidden_dim", "device"})
+    training: ClassVar[frozenset[str]] = frozenset({"router_load_balance_lambda"})
+    layers: ClassVar[tuple[str, ...]] = ("num_tiers",)
 
     vocab_size: int = 50257
     embedding_dim: int = 768
@@ -46,7 +46,6 @@ class THLConfig(Config):
         for name in (
             "vocab_size",
             "embedding_dim",
-            "num_tiers",
             "memory_slots",
             "memory_dim",
             "query_dim",
@@ -57,6 +56,7 @@ class THLConfig(Config):
             "write_slots",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require_counts(self, "num_tiers")
         require(self.local_window >= 0, "local_window", self.local_window, "0 or more")
         for name in ("tier_dims", "tier_timescales"):
             values = getattr(self, name)

@@ -24,7 +24,7 @@ from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.models.contract import Architecture, Effort, Growth, Ops, Record, Weights
 from thl_engine.models.state import State as BaseState
 from thl_engine.models.state import check_fields
-from thl_engine.schedule import Block, Walk
+from thl_engine.schedule import LARGEST_WALK, Block, Walk
 
 WINDOW = 64  # tokens that a step sees; positions count from the oldest of them
 RMS_EPS = 1e-5
@@ -135,6 +135,12 @@ def walk(config: HRMConfig, *, cycles: str | Sequence[int] = NORMAL) -> Walk:
         ]
         for module in "LH"
     }
+    reads = (len(of["L"]) * t + len(of["H"])) * n * config.halt_max_steps
+    if reads > LARGEST_WALK:
+        raise ConfigError(
+            f"halt_max_steps is {config.halt_max_steps}: with cycles {n} and {t} a step would read up to {reads} "
+            f"matrices; supported are {LARGEST_WALK}"
+        )
     segment_reads = (of["L"] * t + of["H"]) * n
     return Walk(tuple((name, 1) for name in segment_reads * config.halt_max_steps), may_stop=True)
 

@@ -1,6 +1,6 @@
 """The training run: update, evaluate, sample, save and resume."""
 
-import json
+import logging
 import math
 import zlib
 from pathlib import Path
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thl_engine.config import parse_config
+from thl_engine.config import parse_config, unapplied
 from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.files import parse_json, read_text
 from thl_engine.text.sampler import Sampler, Sampling
 from thl_engine.text.tokenizer import Tokenizer, load_tokenizer
 from thl_engine.train import checkpoint, data
@@ -69,7 +70,7 @@ def _train(run: Run) -> Evaluation:
 def prepare(options: TrainOptions) -> Run:
     """Reads the files, makes the tokenizer and the model, and restores the run that is to be resumed."""
     kind = objective_of(options.model_type, options.objective)
-    given = _read_config(options.config)
+    given = parse_json(read_text(options.config, ConfigError), str(options.config), ConfigError)
     text = data.read_text(options.data)
     training, held_out = data.split_text(text, options.held_out)
     resumed = options.out / RESUME_FILE
@@ -82,6 +83,10 @@ def prepare(options: TrainOptions) -> Run:
     elif "vocab_size" not in given:
         given["vocab_size"] = load_tokenizer(tokenizer_text, data.LARGEST_VOCABULARY, where).vocab_size
     config = parse_config(given, options.model_type, str(options.config))
+    if names := unapplied(given, config):
+        logging.getLogger("thl_engine").warning(
+            "%s: not applied in training here: %s; see --dropout", options.config, ", ".join(names)
+        )
     objective = kind(config, options.chunk)
     tokenizer = load_tokenizer(tokenizer_text, config.vocab_size, where)
     lanes = data.Lanes(data.encode(tokenizer, training), options.batch_size, options.chunk, options.carry, options.seed)
@@ -174,18 +179,6 @@ def _tokenizer_text(
     if isinstance(size, bool) or not isinstance(size, int):
         raise ConfigError(f"{options.config}: vocab_size must be a whole number, found {size!r}")
     return data.train_bpe(training, size), "trained tokenizer"
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        given = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}; give a JSON file") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ConfigError(f"{path}: expected a JSON object of fields, found {type(given).__name__}")
-    return given
 
 
 def _make_folder(path: Path) -> None:
