@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from thl_engine import ConfigError, Engine
-from thl_engine.checkpoint import convert
+from thl_engine.checkpoint import pickled
 from thl_engine.errors import CheckpointError
 
 NAMES = ["<unk>", "<bos>", "<eos>", "hello", "world"]
@@ -108,7 +108,7 @@ def test_a_context_has_one_bos(model, succeeds, how):
 
 
 def test_an_old_torch_does_not_read_pickles(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "TORCH_NEEDED", "99.0")
+    monkeypatch.setattr(pickled, "TORCH_NEEDED", "99.0")
     (tmp_path / "model.bin").write_bytes(b"PK\x03\x04")
     with pytest.raises(CheckpointError, match="torch .* may run code from such a file; install torch 99.0"):
         convert.convert_checkpoint(tmp_path / "model.bin", tmp_path / "out.safetensors")

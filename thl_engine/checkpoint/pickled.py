@@ -156,7 +156,7 @@ def _load(file: Path) -> object:
             named = _checked(file, opened, archive)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot read the file: {error.strerror or said(error)}") from error
-    standins = [(_STANDINS[name], name) for name in sorted(named & _STANDINS.keys())]
+    standins: list[Any] = [(_STANDINS[name], name) for name in sorted(named & _STANDINS.keys())]
     try:
         with torch.serialization.safe_globals(standins):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
