@@ -23,14 +23,15 @@ FIRST_CHECK = 3  # steps, counted from 0, before the first test for convergence
 class Integration(NamedTuple):
     """Where the rows ended.
 
-    x, v [N, D]; iterations int64 [N]: steps until a row converged, that one included; steps: those made, int.
+    x, v [N, D]; iterations int64 [N]: steps until a row converged, that one included; steps: those made, () on a
+    device where the host does not know.
     x_trajectory, v_trajectory [N, steps + 1, D] from the start on, where they were asked for.
     """
 
     x: Tensor
     v: Tensor
     iterations: Tensor
-    steps: int
+    steps: int | Tensor
     x_trajectory: Tensor | None = None
     v_trajectory: Tensor | None = None
 

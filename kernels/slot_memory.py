@@ -87,7 +87,8 @@ def read_metadata(
 
 def slot_norms(memory: Tensor) -> Tensor:
     """Euclidean norm of every slot: [B, J, d] -> [B, J]. Its gradient at an empty slot is zero."""
-    return torch.linalg.vector_norm(memory, dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(memory, dim=-1)
+    return norms
 
 
 def novelty_write(

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, DeviceError, EngineError, TokenizerError
 
 if TYPE_CHECKING:
-    from thl_engine.engine.engine import Engine, Piece
+    from thl_engine.engine.engine import Engine
+    from thl_engine.engine.generation import Piece
 
 __version__ = "0.1.0"
 __all__ = [

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from thl_engine.errors import CheckpointError, said, shown
 from thl_engine.memory import size
@@ -74,11 +74,11 @@ def read_text(path: Path, error_type: type[Exception] = CheckpointError) -> str:
         raise error_type(f"{path}: not UTF-8 text at byte {error.start}") from error
 
 
-def parse_json(text: bytes | str, what: str, error_type: type[Exception] = CheckpointError) -> dict:
+def parse_json(text: bytes | str, what: str, error_type: type[Exception] = CheckpointError) -> dict[str, Any]:
     """A JSON object of at most VALUES_LIMIT values, without duplicate keys, or `error_type`."""
 
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        fields: dict = {}
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
         for name, value in pairs:
             if name in fields:
                 raise error_type(f"{what}: {shown(name)} occurs twice")

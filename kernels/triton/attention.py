@@ -311,11 +311,14 @@ def attention(
     if not out.numel():
         return out
     ring = past is not None
-    past = past if ring else capacity - rows
+    past = capacity - rows if past is None else past
     known = not isinstance(past, Tensor)
-    if not known and (at_most is None or blocked is not None):
+    if isinstance(past, int):
+        most = past + rows
+    elif at_most is None or blocked is not None:
         raise ValueError("attention: a position on the device needs at_most, and takes no mask")
-    most = past + rows if known else at_most
+    else:
+        most = at_most
     reach = None if window is None else window + rows - 1  # keys that the rows together see, at most
     group, card = heads // key_heads, capability(query)
     few = rows * group <= FEW_ROWS and key_tables is None
@@ -329,9 +332,10 @@ def attention(
     if count > 1:
         made = query.new_empty(batch, key_heads, count, group * rows, width, dtype=torch.float32)
         highest, total = (made.new_empty(batch, key_heads, count, group * rows) for _ in range(2))
-    hidden, mask_strides = 0, (0, 0, 0, 0)
+    hidden = 0
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if blocked is not None:
-        hidden = max(past - window + 1, 0) if ring and window is not None else 0
+        hidden = max(most - rows - window + 1, 0) if ring and window is not None else 0
         blocked = blocked.expand(batch, heads, rows, most - hidden).view(torch.uint8)
         mask_strides = blocked.stride()
     weight, eps = (None, 0.0) if query_norm is None else query_norm
@@ -451,5 +455,5 @@ def attention(
     return out
 
 
-def _leading(scales: Tensor | None) -> tuple[int, int]:
+def _leading(scales: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if scales is None else scales.stride()[:2]

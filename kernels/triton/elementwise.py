@@ -87,16 +87,16 @@ def _launch(kind: str, out: Tensor, *inputs: Tensor, vector: Tensor | None = Non
     width, rows = out.shape[-1], prod(out.shape[:-1])
     flat = [x.expand(out.shape).reshape(rows, width) for x in inputs]
     flat = [x if x.stride(-1) == 1 or width == 1 else x.contiguous() for x in flat]
-    flat += [None] * (3 - len(flat))
+    given: list[Tensor | None] = [*flat, *[None] * (3 - len(flat))]
     into = out.view(rows, width)
     size = min(triton.next_power_of_2(width), ELEMENTS)
     _elementwise[rows, triton.cdiv(width, size)](
-        *flat,
+        *given,
         vector,
         into,
         scale,
         width,
-        *(0 if x is None else x.stride(0) for x in flat),
+        *(0 if x is None else x.stride(0) for x in given),
         into.stride(0),
         KIND=kind,
         WIDTH=size,

@@ -6,7 +6,7 @@ ordinary cores for few rows of activations, where reading them is all that takes
 """
 
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -163,7 +163,7 @@ def _launch(
     x_up: Tensor | None = None,
     fast: Tensor | None = None,
     residual: Tensor | None = None,
-    **rest,
+    **rest: Any,
 ) -> Tensor:
     rows, lead = w.data.shape[0], x.shape[:-1]
     batch = prod(lead)
@@ -174,11 +174,11 @@ def _launch(
         around = _Around(
             x_up=_matrix(x_up, batch), fast=_matrix(fast, batch), residual=_matrix(residual, batch), **rest
         )
-        (_stream if batch <= FEW_ROWS else _tile)(_matrix(x, batch), _contiguous(w.data), w, around, made)
+        (_stream if batch <= FEW_ROWS else _tile)(_flat(x, batch), _contiguous(w.data), w, around, made)
     return made.view(*lead, rows) if out is None else out
 
 
-def _operands(data: Tensor, w: Weights, a: _Around, out: Tensor) -> tuple[list, list[int], int]:
+def _operands(data: Tensor, w: Weights, a: _Around, out: Tensor) -> tuple[list[Tensor | float | None], list[int], int]:
     """What both kernels take after x: tensors, strides of rows, and the rank."""
     up, scales_up = (None, None) if a.w_up is None else (_contiguous(a.w_up.data), a.w_up.scales)
     tensors = [a.x_up, data, w.scales, up, scales_up, a.bias, a.low, a.lift, a.fast, a.blend, a.residual, out, a.factor]
@@ -266,8 +266,12 @@ def _contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _flat(x: Tensor, rows: int) -> Tensor:
+    return _contiguous(x if x.dim() == 2 else x.reshape(rows, x.shape[-1]))
+
+
 def _matrix(x: Tensor | None, rows: int) -> Tensor | None:
-    return None if x is None else _contiguous(x if x.dim() == 2 else x.reshape(rows, x.shape[-1]))
+    return None if x is None else _flat(x, rows)
 
 
 def _stride(x: Tensor | None) -> int:

@@ -121,13 +121,13 @@ def linear_transposed(
     data = w.data if w.data.stride(-1) == 1 else w.data.contiguous()
     batch, columns = x.shape[0], data.shape[1]
     grouped = w.scales is not None and w.scales.dim() == 2
-    blocks = triton.cdiv(columns, COLUMNS), triton.cdiv(batch, BATCH)
-    pieces = max(min(PROGRAMS // (blocks[0] * blocks[1] * heads), data.shape[0] // heads // LEAST), 1)
+    across, down = triton.cdiv(columns, COLUMNS), triton.cdiv(batch, BATCH)
+    pieces = max(min(PROGRAMS // (across * down * heads), data.shape[0] // heads // LEAST), 1)
     into = out
     if pieces > 1:
         into = out.new_empty(pieces, batch, heads, columns)
     indices, count = (None, None) if alive is None else alive
-    _transposed[(*blocks, heads * pieces)](
+    _transposed[(across, down, heads * pieces)](
         x,
         data,
         w.scales,

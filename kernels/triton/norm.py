@@ -59,7 +59,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def add_layer_norm(x: Tensor, addend: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`layer_norm` of x + addend, both [..., D], and that sum, which the residual stream goes on with."""
-    return _launch(x, addend, weight, bias, eps, True, keep=True)
+    out, total = _launch(x, addend, weight, bias, eps, True, keep=True)
+    assert total is not None  # kept
+    return out, total
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

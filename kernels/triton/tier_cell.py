@@ -239,16 +239,16 @@ def joined_layer_norm(places: Sequence[Tensor], weight: Tensor, bias: Tensor, ep
     batch, widths = places[0].shape[0], [x.shape[1] for x in places]
     out = places[0].new_empty(batch, sum(widths))
     rest = PLACES - len(places)
-    places = [_rows(x) for x in places] + [None] * rest
+    given: list[Tensor | None] = [*map(_rows, places), *[None] * rest]
     size = min(max(triton.next_power_of_2(max(widths)), 128), 2048)
     _joined_norm[(batch,)](
-        *places,
+        *given,
         weight,
         bias,
         out,
         *widths,
         *[0] * rest,
-        *map(_stride, (*places, out)),
+        *map(_stride, (*given, out)),
         eps,
         WIDTH=size,
         num_warps=max(size // 256, 1),
@@ -277,10 +277,10 @@ def joined_linear(
     rows, tile = data.shape[0], joined_tile(batch, widths)
     stages = 3 if tile.batch < 8 or capability(data) in (80, 90) else 2  # others have 99 KiB of shared memory
     grouped = w.scales is not None and w.scales.dim() == 2
-    places = [_rows(x) for x in places] + [None] * (PLACES - len(places))
+    given: list[Tensor | None] = [*map(_rows, places), *[None] * (PLACES - len(places))]
     addend = None if addend is None else _rows(addend)
     _joined[(triton.cdiv(rows, tile.rows),)](
-        *places,
+        *given,
         addend,
         data,
         w.scales,
@@ -293,7 +293,7 @@ def joined_linear(
         *widths,
         *[0] * (PLACES - len(widths)),
         w.group or 1,
-        *map(_stride, (*places, addend, data, w.scales, update, state, out)),
+        *map(_stride, (*given, addend, data, w.scales, update, state, out)),
         GROUPED=grouped,
         GATE=gate,
         BATCH=tile.batch,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from thl_engine import ConfigError, Engine
-from thl_engine.checkpoint import pickled
+from thl_engine.checkpoint import convert, pickled
 from thl_engine.errors import CheckpointError
 
 NAMES = ["<unk>", "<bos>", "<eos>", "hello", "world"]

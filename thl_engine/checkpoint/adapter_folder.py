@@ -107,6 +107,7 @@ def adapted_config(given: Mapping[str, Any], base: Config, where: str) -> HRMGem
     stated = {"model_type": given["model_type"]} if "model_type" in given else {}
     own = hrm_gemma3n_fields({name: value for name, value in given.items() if name != "model_type"}, where)
     config = parse_config({**values, "model_type": MODEL_TYPE, **own, **stated}, MODEL_TYPE, where)
+    assert isinstance(config, HRMGemma3nConfig)  # MODEL_TYPE's
     whole = config.to_dict()
     for name in values.keys() - {"model_type"}:
         if whole[name] != values[name]:

@@ -5,7 +5,7 @@ Measured on a 2-core AMD EPYC (Zen 5) over 8 MiB pages: native 24 GB/s, numpy 0.
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,12 +15,14 @@ try:
 except ImportError:  # installed without a compiler
     _native = None  # type: ignore[assignment]
 
+Bytes: TypeAlias = bytes | bytearray | memoryview | np.ndarray[Any, Any]  # a contiguous buffer
+
 _POLYNOMIAL = 0x82F63B78  # reflected: bit 31 stands for x^0
 _ONE = 0x80000000  # the polynomial 1
 _LANES = 4096  # stretches that numpy sums side by side: their states fill 16 KiB, half of a first-level cache
 
 
-def crc32c(buffer: Any, crc: int = 0) -> int:
+def crc32c(buffer: Bytes | torch.Tensor, crc: int = 0) -> int:
     """Checksum of a contiguous buffer (bytes, memoryview, numpy array, CPU tensor), continuing from `crc`.
 
     crc32c(b, crc32c(a)) is the checksum of a then b; crc32c(b"123456789") == 0xE3069283.
@@ -29,12 +31,14 @@ def crc32c(buffer: Any, crc: int = 0) -> int:
         if not buffer.is_contiguous():
             raise ValueError(f"the checksum needs a contiguous tensor, got strides {buffer.stride()}")
         buffer = buffer.detach().reshape(-1).view(torch.uint8).numpy()
-    return _native.crc32c(buffer, crc) if _native is not None else crc32c_numpy(buffer, crc)
+    view = _view(buffer)
+    return _native.crc32c(view, crc) if _native is not None else crc32c_numpy(view, crc)
 
 
-def crc32c_numpy(buffer: Any, crc: int = 0) -> int:
+def crc32c_numpy(buffer: Bytes, crc: int = 0) -> int:
     """The same checksum without native code."""
-    data = np.frombuffer(buffer, dtype=np.uint8) if memoryview(buffer).nbytes else np.empty(0, np.uint8)
+    view = _view(buffer)
+    data = np.frombuffer(view, dtype=np.uint8) if view.nbytes else np.empty(0, np.uint8)
     byte_table, low_table, high_table = _tables()
     state = ~crc & 0xFFFFFFFF
 
@@ -59,6 +63,10 @@ def crc32c_numpy(buffer: Any, crc: int = 0) -> int:
     for byte in data.tolist():
         state = (state >> 8) ^ byte_table[(state ^ byte) & 255]
     return ~state & 0xFFFFFFFF
+
+
+def _view(buffer: Bytes) -> memoryview:
+    return buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
 
 
 def _multiply(a: np.ndarray, b: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from thl_engine.checkpoint.pack import Progress, Source, write_store
 from thl_engine.checkpoint.pickled import Omitted, pickled_checkpoint, read_pickled
 from thl_engine.checkpoint.spool import tensor_sources
 from thl_engine.checkpoint.store import open_store, tokenizer_files
-from thl_engine.config import named_config, parse_config
+from thl_engine.config import Config, named_config, parse_config
 from thl_engine.config.base import check_seed
 from thl_engine.errors import CheckpointError, ConfigError, shown
 from thl_engine.files import write_file
@@ -69,7 +69,7 @@ def convert_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     progress: Progress | None = None,
-    config: str | os.PathLike[str] | Mapping | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
 ) -> None:
     """Converts a published folder (config.json + pytorch_model.bin) or a torch.save file to safetensors.
 
@@ -109,7 +109,7 @@ def convert_checkpoint(
 
 def init_checkpoint(
     model_type: str | None,
-    config: str | os.PathLike[str] | Mapping,
+    config: str | os.PathLike[str] | Mapping[str, Any],
     dst: str | os.PathLike[str],
     seed: int = 0,
     quantize: str = "none",
@@ -128,7 +128,7 @@ def init_checkpoint(
 def init_adapters(
     base: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    config: str | os.PathLike[str] | Mapping | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> None:
@@ -154,7 +154,7 @@ def init_adapters(
 
 
 @contextmanager
-def _fresh_sources(config: Any, blocks: Iterable[Block], seed: int) -> Iterator[dict[str, Source]]:
+def _fresh_sources(config: Config, blocks: Iterable[Block], seed: int) -> Iterator[dict[str, Source]]:
     """Freshly initialised tensors of a model, drawn as their rows are asked for.
 
     Stretches are drawn side by side, so torch shares none of its operations among threads meanwhile: those that wait
@@ -183,7 +183,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _open_config(config: str | os.PathLike[str] | Mapping, model_type: str | None) -> Any:
+def _open_config(config: str | os.PathLike[str] | Mapping[str, Any], model_type: str | None) -> Config:
     if isinstance(config, Mapping):
         return parse_config(config, model_type)
     name = os.fspath(config)
@@ -258,7 +258,7 @@ def _check_left_over(dst: Path, source: Path, files: Mapping[str, str]) -> None:
         _log.warning("%s: has no vocabulary in it; %s beside it will be used, whichever model's it is", dst, left[0])
 
 
-def _configuration(file: Path, loaded: object) -> tuple[dict, None, str]:
+def _configuration(file: Path, loaded: object) -> tuple[dict[str, Any], None, str]:
     """From config.json beside the checkpoint, or else from the checkpoint itself, as `parse_config` takes it."""
     found = config_beside(file.parent)
     if found is not None:
@@ -274,7 +274,7 @@ def _configuration(file: Path, loaded: object) -> tuple[dict, None, str]:
     )
 
 
-def _tokenizer_files(file: Path, config: Any, loaded: object) -> dict[str, str]:
+def _tokenizer_files(file: Path, config: Config, loaded: object) -> dict[str, str]:
     """Name -> text of the tokenizer's files that go with a checkpoint."""
     files = tokenizer_files(file.parent)
     if config.model_type != "hrm" or "tokenizer.json" in files:
@@ -288,7 +288,7 @@ def _tokenizer_files(file: Path, config: Any, loaded: object) -> dict[str, str]:
     return {CONTINUAL_FILE: found.text}
 
 
-def _adopted(file: Path, config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _adopted(file: Path, config: Config, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights as the model defines them, where published checkpoints have them otherwise."""
     adopted = architecture(config.model_type).adopt(config, tensors)
     for name in [name for name in tensors if adopted[name] is not tensors[name]][:1]:

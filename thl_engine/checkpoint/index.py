@@ -11,6 +11,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,13 +112,13 @@ def read_bytes(file: Path, offset: int, nbytes: int, what: str) -> bytearray:
     return buffer
 
 
-def config_beside(folder: Path) -> tuple[dict, str] | None:
+def config_beside(folder: Path) -> tuple[dict[str, Any], str] | None:
     """`config.json` in a folder as `read_config` gives it; None where there is none."""
     file = folder / "config.json"
     return read_config(file) if os.path.lexists(file) else None
 
 
-def read_config(file: Path) -> tuple[dict, str]:
+def read_config(file: Path) -> tuple[dict[str, Any], str]:
     """Fields of a configuration file and the text that names their place in errors.
 
     The fields stand at the top, or under "config" as in the published fixtures.

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import gcd, prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -226,7 +226,8 @@ class PackPlan:
             for entry in self.entries:
                 if entry.name in scale_entries:
                     continue  # written with the tensor that they scale
-                sums, scale_parts = [], []
+                sums: list[int] = []
+                scale_parts: list[torch.Tensor] = []
                 source = self.sources[entry.name]
                 for start, rows in _chunks(entry, _columns(source) if entry.transposed else source, ahead):
                     stored, scales = _encode(rows, entry, start, self)
@@ -329,8 +330,18 @@ def _equal(one: Source, other: Source) -> bool:
     return True
 
 
-def check_tensors(blocks: Sequence[Block], found: Mapping[str, Any], model_type: str, where: str) -> None:
-    """`found`, values with `dtype` and `shape`, must be the model's tensors; floats, where used.
+class Described(Protocol):
+    """What is known of a tensor before it is read: a dtype of safetensors and a shape."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def check_tensors(blocks: Sequence[Block], found: Mapping[str, Described], model_type: str, where: str) -> None:
+    """`found` must be the model's tensors; floats, where used.
 
     Unused ones may be missing.
     """
@@ -345,8 +356,8 @@ def check_tensors(blocks: Sequence[Block], found: Mapping[str, Any], model_type:
             f"{where}: tensor {shown(extra[0])}{_and_more(extra)} is no part of this {model_type} model{hint}"
         )
     if missing:
-        shape = list(expected[missing[0]].shape)
-        raise CheckpointError(f"{where}: tensor {shown(missing[0])} {shape}{_and_more(missing)} is missing")
+        needed = list(expected[missing[0]].shape)
+        raise CheckpointError(f"{where}: tensor {shown(missing[0])} {needed}{_and_more(missing)} is missing")
     for name, block in expected.items():
         if name not in found:
             continue
@@ -406,7 +417,9 @@ def _lay_out(
             scale = _entry(block.name + SCALE_SUFFIX, kind, "F32", scale_shape(entry.shape[0], entry.shape[1], group))
             (unused if kind == "unused" else scales).append(scale)
         section.append(entry)
-    placed, padding, position = [], [], 0
+    placed: list[Entry] = []
+    padding: list[tuple[int, int]] = []
+    position = 0
     for entry in (*vectors, *scales, *paged, *unused):
         if entry.kind != "vector" and position % ALIGNMENT:
             padding.append((position, -position % ALIGNMENT))

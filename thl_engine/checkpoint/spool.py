@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def spool_store(store: Store, quantize: str = "int8", group: int | None = None, 
 
 def spool_tensors(
     model_type: str,
-    config: Mapping,
+    config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     quantize: str = "none",
     group: int | None = None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -197,7 +198,7 @@ def _open_adapted(folder: Path) -> Store:
     )
 
 
-def find_config(index: CheckpointIndex) -> tuple[dict, str]:
+def find_config(index: CheckpointIndex) -> tuple[dict[str, Any], str]:
     """Fields of a checkpoint's configuration and where they were found."""
     embedded = index.metadata.get("thl_engine.config")
     if embedded is not None:
@@ -280,7 +281,7 @@ def _open_packed(path: Path, index: CheckpointIndex) -> Store:
 
 
 def _check_stored(
-    path: Path, index: CheckpointIndex, blocks: tuple[Block, ...], model_type: str, table: dict | None
+    path: Path, index: CheckpointIndex, blocks: tuple[Block, ...], model_type: str, table: dict[str, Any] | None
 ) -> dict[str, tuple[str, int | None, bool]]:
     """Checks tensors against the model; name -> (kind, inputs that share a scale, transposed), in file order."""
     scaled = {
@@ -323,7 +324,7 @@ def _check_stored(
     return {name: kinds[name] for name in sorted(kinds, key=where.__getitem__)}
 
 
-def _transposed(path: Path, index: CheckpointIndex, quantized: list[Block], table: dict | None) -> set[str]:
+def _transposed(path: Path, index: CheckpointIndex, quantized: list[Block], table: dict[str, Any] | None) -> set[str]:
     """Names of the int8 tensors that are stored transposed: what the metadata mark, or else what the shapes tell."""
     able = {block.name: block.shape[::-1] for block in quantized if may_transpose(block)}
     if table is None:

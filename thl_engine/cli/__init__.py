@@ -89,7 +89,8 @@ def _load(command: str) -> Callable[[argparse.Namespace], None]:
         gc.disable()
     try:
         with held():
-            return getattr(import_module(f"thl_engine.cli.{module}"), function)
+            found: Callable[[argparse.Namespace], None] = getattr(import_module(f"thl_engine.cli.{module}"), function)
+        return found
     finally:
         if rests:
             gc.freeze()

@@ -18,7 +18,8 @@ from thl_engine.cli.options import engine_options
 from thl_engine.cli.progress import progress_bar
 from thl_engine.engine import him_batch
 from thl_engine.engine.answering import chats_by_rules, write
-from thl_engine.engine.engine import Engine, Piece
+from thl_engine.engine.engine import Engine
+from thl_engine.engine.generation import Piece
 from thl_engine.engine.written import Written
 from thl_engine.errors import ConfigError, TokenizerError, shown
 from thl_engine.files import read_text

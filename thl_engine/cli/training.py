@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{options.out}: held-out perplexity {best.perplexity:.3f}, {best.bits_per_character:.4f} bits per character")
 
 
-def _type(field: Field) -> Any:
+def _type(field: Field[Any]) -> Any:
     """`int` of `int` and of `int | None`."""
     kinds = [kind for kind in get_args(field.type) if kind is not type(None)]
     return kinds[0] if kinds else field.type

@@ -26,7 +26,7 @@ CONFIGS: dict[str, type[Config]] = {
 }
 
 
-def parse_config(given: Mapping[str, Any], model_type: str | None = None, where: str = "config") -> Any:
+def parse_config(given: Mapping[str, Any], model_type: str | None = None, where: str = "config") -> Config:
     """Checks a configuration read from JSON and returns its dataclass.
 
     `model_type` overrides the field of that name; without either, the architecture is the one whose defining
@@ -45,7 +45,8 @@ def parse_config(given: Mapping[str, Any], model_type: str | None = None, where:
     if name not in CONFIGS:
         raise ConfigError(f"{where}: model_type {shown(name)} is not supported; supported: {', '.join(CONFIGS)}")
     cls = CONFIGS[name]
-    return _build(cls, cls.published(values, where), where, f"model_type {shown(name)}")
+    config: Config = _build(cls, cls.published(values, where), where, f"model_type {shown(name)}")
+    return config
 
 
 def unapplied(given: Mapping[str, Any], config: Config) -> list[str]:
@@ -110,7 +111,7 @@ def _coerce(value: Any, field: Any, where: str) -> Any:
     if is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must be an object of fields, found {shown(value)}")
-        return _build(kind, value, where, "this object")
+        return _build(field.type, value, where, "this object")
     if type(None) in get_args(kind):
         if value is None:
             return None

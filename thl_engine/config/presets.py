@@ -1,7 +1,6 @@
 """The published sizes, by name."""
 
-from typing import Any
-
+from thl_engine.config.base import Config
 from thl_engine.config.gemma3n import Gemma3nConfig
 from thl_engine.config.inl import INLConfig
 from thl_engine.errors import ConfigError
@@ -13,7 +12,7 @@ _INL_SIZES = {
     "inl-5b": (4096, 32, 32, 10),
     "inl-10b": (5120, 40, 40, 12),
 }
-PRESETS: dict[str, Any] = {
+PRESETS: dict[str, Config] = {
     name: INLConfig(
         d_model=width, num_layers=layers, num_heads=heads, num_iterations_per_layer=steps, feedforward_dim=4 * width
     )
@@ -21,7 +20,7 @@ PRESETS: dict[str, Any] = {
 } | {"gemma3n-e4b": Gemma3nConfig()}
 
 
-def named_config(name: str, model_type: str | None = None) -> Any:
+def named_config(name: str, model_type: str | None = None) -> Config:
     """A published size by its name, with or without the architecture's in front: "inl-small", or "small" of "inl".
 
     Raises ConfigError that lists the names.

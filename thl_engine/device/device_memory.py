@@ -40,7 +40,7 @@ class DeviceMemory:
     """
 
     def __init__(self, device: torch.device, budget: int | None, for_graphs: int = 0) -> None:
-        self._device, self._budget = device, budget
+        self._device, self._budget = device, budget or 0  # which only an enforced budget reads
         # Numbers of the arenas, and a pool of each, for steps and for captured ones; what closes them has them too.
         self._arenas: list[int] = []
         self._pools: list[Any] = []

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from thl_engine.engine import hrm_chat
-from thl_engine.engine.engine import Engine, Piece
+from thl_engine.engine.engine import Engine
+from thl_engine.engine.generation import Piece
 from thl_engine.errors import ConfigError, TokenizerError
 from thl_engine.models.state import State
 from thl_engine.text.sampler import Sampling

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,8 +34,11 @@ from thl_engine.paging.transfer import link_bandwidth
 from thl_engine.text.sampler import Sampler, Sampling, StopStrings
 from thl_engine.text.tokenizer import Tokenizer, load_tokenizer
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def _computing(method: Callable) -> Callable:
+
+def _computing(method: Callable[Concatenate["Engine", P], R]) -> Callable[Concatenate["Engine", P], R]:
     """Runs a method without gradients and on the engine's device, its memory included; leaves the processors to the
     backend: after an operation that torch shares among threads, those spin for milliseconds on the cores that native
     kernels need next. Without this a step of inl-small takes 5.5 ms in place of 3.7, and a prompt of 64 tokens 33 in
@@ -156,7 +159,7 @@ class Engine:
         check_count("batch_size", batch_size)
         self._refuse_unknown("new_state", "option", options, self.architecture.state_options)
         self._check_budget(batch_size)
-        state = self.architecture.init_state(
+        state: State = self.architecture.init_state(
             self.config, batch_size, self.device, self._passes.weights, **{**self._options, **options}
         )
         state.config = self.config
@@ -426,7 +429,7 @@ class Engine:
     @_computing
     def state_from_dict(self, values: Mapping[str, Tensor]) -> State:
         """The state whose `to_dict` gave `values`, in an engine with the same options of the KV cache."""
-        state = self.architecture.state_from_dict(self.config, values, self.ops, self.device, **self._options)
+        state: State = self.architecture.state_from_dict(self.config, values, self.ops, self.device, **self._options)
         self._check_budget(state.batch_size)
         state.config = self.config
         return state

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thl_engine.errors import ConfigError, shown
+from thl_engine.models.state import State
 from thl_engine.text.sampler import Sampler, StopStrings
 from thl_engine.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -36,9 +37,9 @@ def prompt_ids(prompt: Any) -> list[int]:
 class Steps(Protocol):
     """What an engine does for this loop."""
 
-    def prefill(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+    def prefill(self, tokens: Tensor, state: State) -> tuple[Tensor, State]: ...
 
-    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]: ...
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]: ...
 
     def sample(self, sampler: Sampler, logits: Tensor, history: Sequence[int]) -> tuple[Tensor, Tensor]: ...
 
@@ -82,7 +83,7 @@ class Row:
         return self._history[min(position, len(self._history) - 1)]
 
 
-def generate(engine: Steps, rows: Sequence[Row], state: Any) -> Iterator[tuple[int, Piece]]:
+def generate(engine: Steps, rows: Sequence[Row], state: State) -> Iterator[tuple[int, Piece]]:
     """Continues the rows of a state: (row, piece) in the order in which they come.
 
     All rows are at the same step at all times, so that clocks stay in phase: what all prompts have is read at once,

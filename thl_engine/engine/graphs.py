@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from thl_engine.models.contract import AnyArchitecture
+from thl_engine.models.state import State
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Held, Matrix, Part, Table
 
@@ -34,8 +35,9 @@ _log = logging.getLogger("thl_engine")
 TAPES = 32  # of an engine, at most; each holds what the uses of streamed matrices read and write, all share the rest
 IDLE = 256  # steps after which a tape gives way to another, so that many states in turn do not capture all the time
 
-Use = Callable[[Part], None]  # launches what one part of a matrix is needed for
-Compute = Callable[[Tensor, Any], tuple[Tensor, Any]]  # (tokens [B, 1], state) -> (result, the following state)
+Use = Callable[[Part], object]  # launches what one part of a matrix is needed for
+Compute = Callable[[Tensor, State], tuple[Tensor, State]]  # (tokens [B, 1], state) -> (result, the following state)
+Name = tuple[int, str, Hashable]  # of a tape: id of its state, what is computed, and key
 Leaf = tuple[Any, str, Any]  # of a state: who holds it, the field's name, and what it is
 
 
@@ -59,7 +61,10 @@ class CudaCaptures:
     """
 
     def __init__(
-        self, device: torch.device, pool: Any = None, apart: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        device: torch.device,
+        pool: torch.cuda.MemPool | None = None,
+        apart: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._apart = apart
         with torch.cuda.device(device):
@@ -95,6 +100,8 @@ class CudaCaptures:
         self._graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
 
     def end(self) -> Callable[[], None] | None:
+        graph = self._graph
+        assert graph is not None  # begun
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             graph, self._graph = self._graph, None
@@ -135,7 +142,7 @@ class Ports:
         self._device = device
         self._tokens: dict[int, Tensor] = {}  # by batch size
         self._counters: dict[int, Tensor] = {}  # by their distance from the timestep
-        self._results: dict[tuple, Tensor] = {}  # by shape and type
+        self._results: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}  # by shape and type
 
     def tokens(self, batch: int) -> Tensor:
         """int64 [B, 1]."""
@@ -194,7 +201,7 @@ class Recorder:
     """Captures a step. Entries of the tape: captured stretches, and what is done anew at each replay between them."""
 
     def __init__(self, captures: Captures, ports: Ports, timestep: int, tokens: Tensor) -> None:
-        self.entries: list[Callable[[], None]] = []
+        self.entries: list[Callable[[], object]] = []
         self.uses = 0  # of pinned pages
         self.fed = Fed(tokens)  # apart, so that entries do not hold the recorder that holds them
         self._captures, self._ports, self._timestep, self._tokens = captures, ports, timestep, tokens
@@ -229,7 +236,7 @@ class Recorder:
             self._anew(lambda: _copy(out, table.rows(ids)))
         return out
 
-    def _anew(self, act: Callable[[], None]) -> None:
+    def _anew(self, act: Callable[[], object]) -> None:
         self.end()
         self.entries.append(act)
         self.begin()
@@ -269,17 +276,19 @@ class StepGraphs:
     more tape, with those that there are.
     """
 
-    def __init__(self, ops: Any, captures: Captures, device: torch.device, count_uses: Callable[[int], None]) -> None:
+    def __init__(
+        self, ops: ReferenceOps, captures: Captures, device: torch.device, count_uses: Callable[[int], None]
+    ) -> None:
         """count_uses: is told how many uses of pinned pages a replay made."""
         self.replayed = 0
         self._ops, self._captures, self._ports, self._count_uses = ops, captures, Ports(device), count_uses
-        self._states: dict[int, weakref.ref] = {}  # by id
-        self._rehearsed: set[tuple] = set()  # (id of a state, key)
-        self._tapes: dict[tuple, Tape] = {}
+        self._states: dict[int, weakref.ref[State]] = {}  # by id
+        self._rehearsed: set[Name] = set()
+        self._tapes: dict[Name, Tape] = {}
         self._steps, self._most = 0, TAPES
         self._works = True
 
-    def step(self, key: Hashable, tokens: Tensor, state: Any, compute: Compute) -> Tensor | None:
+    def step(self, key: Hashable, tokens: Tensor, state: State, compute: Compute) -> Tensor | None:
         """What `compute` gives for int64 tokens [B, 1], whose uses of matrices the pager awaits; updates the state.
 
         key: the model's `graph_key`. None is returned, and nothing done, where steps are not captured.
@@ -305,7 +314,7 @@ class StepGraphs:
         self.replayed += 1
         return result
 
-    def _named(self, state: Any) -> int:
+    def _named(self, state: State) -> int:
         """The state's id, whose tapes go when it does."""
         own = id(state)
         if own not in self._states:
@@ -324,7 +333,7 @@ class StepGraphs:
         self._rehearsed = {name for name in self._rehearsed if name[0] != own}
         self._tapes = {name: tape for name, tape in self._tapes.items() if name[0] != own}
 
-    def _has_room(self, name: tuple) -> bool:
+    def _has_room(self, name: Name) -> bool:
         """Whether there is room for one more tape, if need be in place of one that has been idle."""
         self._tapes.pop(name, None)
         if len(self._tapes) < self._most:
@@ -334,7 +343,7 @@ class StepGraphs:
             self._tapes.pop(idle, None)
         return len(self._tapes) < self._most
 
-    def _rehearse(self, tokens: Tensor, state: Any, own: list[Leaf], compute: Compute) -> Tensor:
+    def _rehearse(self, tokens: Tensor, state: State, own: list[Leaf], compute: Compute) -> Tensor:
         with self._recorder(Rehearsal(self._ports, state.timestep)):
             result, following = compute(self._ports.tokens(tokens.shape[0]), state)
         self._ports.result(result)
@@ -345,7 +354,7 @@ class StepGraphs:
             self._give_up(error)
         return result
 
-    def _record(self, tokens: Tensor, state: Any, own: list[Leaf], compute: Compute) -> Tape | None:
+    def _record(self, tokens: Tensor, state: State, own: list[Leaf], compute: Compute) -> Tape | None:
         fed = self._ports.tokens(tokens.shape[0])
         recorder = Recorder(self._captures, self._ports, state.timestep, fed)
         try:

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from thl_engine.config import HIMConfig
 from thl_engine.engine.engine import Engine
 from thl_engine.errors import CheckpointError, ConfigError, TokenizerError, shown
 from thl_engine.files import read_text, replacing
+from thl_engine.models import him
+from thl_engine.models.state import State
 from thl_engine.text.sampler import Sampler, Sampling
 
 PAD_ID = 1  # of the published tokenizer
@@ -67,26 +70,26 @@ def answer_file(
 
 
 def answer(
-    engine: Engine, tokens: Sequence[int], state: Any, sampler: Sampler, eos_id: int | None, pad_id: int = PAD_ID
-) -> tuple[list[int], Any]:
+    engine: Engine, tokens: Sequence[int], state: State, sampler: Sampler, eos_id: int | None, pad_id: int = PAD_ID
+) -> tuple[list[int], State]:
     """The published generation: (ids up to the first `eos_id`, which is included, the state).
 
     The prompt is cut to its first max_seq_len tokens and always padded to that length, with the padding masked. Every
     answer position is drawn on its own, whatever was chosen before it.
     """
-    length = engine.architecture.longest(engine.config)
-    assert length is not None  # what answers in one pass has an end
+    assert isinstance(engine.config, HIMConfig) and isinstance(state, him.State)  # no other model answers in blocks
+    length = engine.config.max_seq_len
     padded = torch.full((1, length), pad_id)
     kept = torch.tensor(tokens[:length])
     padded[0, : len(kept)] = kept
     state.reset_memory()
-    logits, state = engine.forward(padded, state, mask=(torch.arange(length) < len(kept))[None])
+    logits, following = engine.forward(padded, state, mask=(torch.arange(length) < len(kept))[None])
     ids: list[int] = []
     for row in logits[0]:
         ids.append(int(engine.sample(sampler, row, ())[0]))
         if ids[-1] == eos_id:
             break
-    return ids, state
+    return ids, following
 
 
 def read_samples(path: Path) -> list[tuple[dict[str, Any], str]]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
-from thl_engine.engine.engine import Engine, Piece
+from thl_engine.engine.engine import Engine
+from thl_engine.engine.generation import Piece
+from thl_engine.models.state import State
 from thl_engine.text.sampler import Sampling, StopStrings
 from thl_engine.text.tokenizer import Tokenizer
 
@@ -55,7 +56,7 @@ def chat(
     max_new_tokens: int | None,
     sampling: Sampling = SAMPLING,
     stop: Sequence[str] = (),
-    state: Any = None,
+    state: State | None = None,
 ) -> Iterator[Piece]:
     """The pieces of an answer, as `Engine.generate` gives them, by the rules of the chat.
 

@@ -37,7 +37,8 @@ class Passes:
         """Reads what the plan pins; vectors, pages and what is computed lie in `memory`."""
         self.config, self.architecture, self.ops, self.device = store.config, store.architecture, ops, device
         self.trace: Trace | None = None
-        self.schedules: dict[tuple, PageSchedule] = {(): schedule}  # by the options that a state was made with
+        # By the options that a state was made with.
+        self.schedules: dict[tuple[tuple[str, Any], ...], PageSchedule] = {(): schedule}
         self._store, self._pinned = store, plan.pinned
         with memory.computing():
             vectors = load_vectors(store, device)
@@ -140,7 +141,7 @@ class Passes:
             self.schedules[key].pin(frozenset(self._pinned))
         return self.schedules[key]
 
-    def _key(self, state: State, t: int) -> tuple:
+    def _key(self, state: State, t: int) -> tuple[str, int, int]:
         schedule = self.schedule(state)
         return "decode", id(schedule), t % schedule.period
 
@@ -151,7 +152,7 @@ class Passes:
         return self.trace.record
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = self.architecture.logits(self.config, self.weights, self.ops, hidden)
+        logits: Tensor = self.architecture.logits(self.config, self.weights, self.ops, hidden)
         if self.trace is not None:
             self.trace.record("logits", logits)
         return logits

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from thl_engine.checkpoint.store import Store
+from thl_engine.config import Config
 from thl_engine.device.caching_allocator import LARGE_ROUNDING, LARGE_SEGMENT, MIB, SMALL_SEGMENT, reserved
 from thl_engine.engine.options import EngineOptions
 from thl_engine.errors import ConfigError
 from thl_engine.limits import processors
 from thl_engine.memory import available_memory
 from thl_engine.models.contract import AnyArchitecture
-from thl_engine.models.state import tensors_of
+from thl_engine.models.state import State, tensors_of
 from thl_engine.ops import native
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.paging.pager import Pager
@@ -112,7 +113,7 @@ def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int
 
 
 def workspace(
-    model: AnyArchitecture, config: Any, ops: ReferenceOps, state: Any, page_elements: int, columns: int
+    model: AnyArchitecture, config: Config, ops: ReferenceOps, state: State, page_elements: int, columns: int
 ) -> tuple[int, int]:
     """Bytes of activations and logits, and of what the ops take beside them.
 
@@ -129,7 +130,7 @@ def workspace(
     )
 
 
-def for_graphs(ops: ReferenceOps, config: Any, batch_size: int) -> int:
+def for_graphs(ops: ReferenceOps, config: Config, batch_size: int) -> int:
     """Bytes that are kept for captured steps, where ops are captured."""
     return GRAPHS_BYTES + 4 * GRAPHS_LOGITS * batch_size * config.vocab_size if ops.capturable else 0
 

@@ -17,13 +17,13 @@ from thl_engine.models.state import State
 KIND, CONFIG = "thl_engine.state", "thl_engine.config"  # metadata
 
 
-def write_state(path: str | os.PathLike, state: State, config: Config) -> None:
+def write_state(path: str | os.PathLike[str], state: State, config: Config) -> None:
     """Writes the context of a model. Raises CheckpointError; `path` is then as it was."""
     metadata = {KIND: config.model_type, CONFIG: json.dumps(config.to_dict())}
     save_tensors(Path(path), state.to_dict(), metadata)
 
 
-def read_state(path: str | os.PathLike, config: Config) -> dict[str, Tensor]:
+def read_state(path: str | os.PathLike[str], config: Config) -> dict[str, Tensor]:
     """The fields of a context that `write_state` wrote, or that has no metadata.
 
     Raises CheckpointError for a file that is none, and for the context of a model of another kind or configuration,

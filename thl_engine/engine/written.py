@@ -66,4 +66,5 @@ class Written:
         self._read, self._prompted = time.perf_counter(), self._tokens() - self._before
 
     def _tokens(self) -> int:
-        return self._engine.stats()["tokens"]
+        count: int = self._engine.stats()["tokens"]
+        return count

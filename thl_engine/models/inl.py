@@ -351,7 +351,8 @@ def _embed(c: INLConfig, weights: Weights, ops: Ops, tokens: Tensor) -> Tensor:
     x = ops.gather(weights[name], tokens.reshape(-1))
     if c.use_lowrank_embeddings:
         x = ops.linear(x, weights["token_embedding.project_up.weight"])
-    return x.unflatten(0, tokens.shape)
+    out: Tensor = x.unflatten(0, tokens.shape)
+    return out
 
 
 def _attend(

@@ -6,12 +6,13 @@ Options that only choose initial weights (target_value, init_beta, learnable_mu,
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from thl_engine.models.contract import Ops, Weights
 from thl_engine.schedule import Block
 
 CONTROLLER = 64  # hidden features of a two-layer controller, in the language model too
@@ -44,7 +45,7 @@ class SharedController:
             Block("layer_biases", layers, "vector"),
         )
 
-    def control(self, weights: Any, ops: Any, h: Tensor, x: Tensor, v: Tensor, layer: int) -> Control:
+    def control(self, weights: Weights, ops: Ops, h: Tensor, x: Tensor, v: Tensor, layer: int) -> Control:
         """What the controller sets in one layer, counted from 0."""
         scales, shifts = weights["layer_scalers"][layer], weights["layer_biases"][layer]
         alpha, beta, gate, candidate = (
@@ -74,12 +75,12 @@ class SparseHarmonicINL:
             Block("excitation_phi", driven, "vector"),
         )
 
-    def control(self, weights: Any, ops: Any, h: Tensor, x: Tensor, v: Tensor) -> Control:
+    def control(self, weights: Weights, ops: Ops, h: Tensor, x: Tensor, v: Tensor) -> Control:
         """What the controller sets."""
         return _stacked(weights, ops, "controller.", h, x, v)
 
     def step(
-        self, weights: Any, ops: Any, h: Tensor, x: Tensor, v: Tensor, t: int, training: bool = False
+        self, weights: Weights, ops: Ops, h: Tensor, x: Tensor, v: Tensor, t: int, training: bool = False
     ) -> tuple[Tensor, Tensor]:
         """x and v after step `t`, counted from 0."""
         alpha, beta, gate, _ = self.control(weights, ops, h, x, v)
@@ -113,13 +114,13 @@ class MixtureOfIntegrators:
             *experts,
         )
 
-    def route(self, weights: Any, ops: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def route(self, weights: Weights, ops: Ops, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(probabilities [N, experts], experts chosen int64 [N, top_k], their weights [N, top_k], which sum to 1)."""
         probabilities = torch.softmax(ops.linear(h, weights["router.weight"], weights["router.bias"]), dim=-1)
         chosen, experts = probabilities.topk(self.top_k, dim=-1)
         return probabilities, experts, chosen / chosen.sum(dim=-1, keepdim=True)
 
-    def step(self, weights: Any, ops: Any, h: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, weights: Weights, ops: Ops, h: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """x and v after a step. An expert computes only the rows that chose it."""
         _, experts, shares = self.route(weights, ops, h)
         next_x, next_v = torch.zeros_like(x), torch.zeros_like(v)
@@ -161,12 +162,12 @@ class IntegratorNeuronLayer:
             Block("excitation_phi", width, "vector"),
         )
 
-    def start(self, weights: Any, rows: int) -> tuple[Tensor, Tensor]:
+    def start(self, weights: Weights, rows: int) -> tuple[Tensor, Tensor]:
         """x and v before the first step: at mu, at rest."""
         mu = weights["mu"]
         return mu.expand(rows, -1).clone(), mu.new_zeros(rows, self.output_dim)
 
-    def control(self, weights: Any, ops: Any, h: Tensor, x: Tensor, v: Tensor) -> Control:
+    def control(self, weights: Weights, ops: Ops, h: Tensor, x: Tensor, v: Tensor) -> Control:
         """What the controller sets, alpha before it decays with the distance from mu."""
         alpha, beta, gate, candidate = _summed(weights, ops, "", h, x, v).chunk(4, dim=-1)
         return Control(torch.sigmoid(alpha), functional.softplus(beta), torch.sigmoid(gate), candidate)
@@ -177,7 +178,7 @@ class IntegratorNeuronLayer:
             return alpha
         return alpha * torch.exp(-self.alpha_kappa * torch.linalg.vector_norm(error, dim=-1, keepdim=True))
 
-    def step(self, weights: Any, ops: Any, h: Tensor, x: Tensor, v: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    def step(self, weights: Weights, ops: Ops, h: Tensor, x: Tensor, v: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """x and v after step `t`, counted from 0."""
         base, beta, gate, candidate = self.control(weights, ops, h, x, v)
         error = x - weights["mu"]
@@ -220,7 +221,7 @@ class AdaptiveIntegratorNeuronLayer:
         inner = tuple(Block(f"inl.{block.name}", block.shape, block.kind) for block in self.layer.blocks())
         return *inner, Block("avg_iterations", (), "vector"), Block("num_forwards", (), "vector")
 
-    def run(self, weights: Any, ops: Any, h: Tensor, stopping: bool = True) -> Adapted:
+    def run(self, weights: Weights, ops: Ops, h: Tensor, stopping: bool = True) -> Adapted:
         """From mu at rest until all rows have converged, or max_iterations."""
         own = {block.name: weights[f"inl.{block.name}"] for block in self.layer.blocks()}
         x, v = self.layer.start(own, len(h))
@@ -263,7 +264,7 @@ def _summed_blocks(hidden_dim: int, output_dim: int, controller: int) -> tuple[B
     )
 
 
-def _summed(weights: Any, ops: Any, prefix: str, h: Tensor, x: Tensor, v: Tensor) -> Tensor:
+def _summed(weights: Weights, ops: Ops, prefix: str, h: Tensor, x: Tensor, v: Tensor) -> Tensor:
     """Raw outputs [N, 4 output_dim] of a controller that adds its three inputs behind a product each."""
 
     def linear(name: str, value: Tensor) -> Tensor:
@@ -280,7 +281,7 @@ def _stacked_blocks(prefix: str, hidden_dim: int, output_dim: int) -> tuple[Bloc
     )
 
 
-def _stacked(weights: Any, ops: Any, prefix: str, h: Tensor, x: Tensor, v: Tensor) -> Control:
+def _stacked(weights: Weights, ops: Ops, prefix: str, h: Tensor, x: Tensor, v: Tensor) -> Control:
     """A controller that joins its three inputs."""
     hidden = ops.linear(torch.cat([h, x, v], dim=-1), weights[f"{prefix}0.weight"], weights[f"{prefix}0.bias"])
     alpha, beta, gate = ops.linear(torch.relu(hidden), weights[f"{prefix}2.weight"], weights[f"{prefix}2.bias"]).chunk(
@@ -289,8 +290,7 @@ def _stacked(weights: Any, ops: Any, prefix: str, h: Tensor, x: Tensor, v: Tenso
     return Control(torch.sigmoid(alpha), functional.softplus(beta), torch.sigmoid(gate))
 
 
-def _excitation(weights: Any, prefix: str, t: int) -> Tensor:
+def _excitation(weights: Weights, prefix: str, t: int) -> Tensor:
     """A sine for each driven feature at step `t`."""
-    return weights[f"{prefix}excitation_amplitude"] * torch.sin(
-        weights[f"{prefix}excitation_gamma"] * t + weights[f"{prefix}excitation_phi"]
-    )
+    amplitude: Tensor = weights[f"{prefix}excitation_amplitude"]
+    return amplitude * torch.sin(weights[f"{prefix}excitation_gamma"] * t + weights[f"{prefix}excitation_phi"])

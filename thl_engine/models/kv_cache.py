@@ -113,8 +113,7 @@ class Layer:
             seen = self.append(past, *new)
             out.append((seen[0][:, :, -count:].clone(), seen[1][:, :, -count:].clone()))
             past += count
-        keys, values = zip(*out, strict=True)
-        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        return torch.cat([keys for keys, _ in out], dim=2), torch.cat([values for _, values in out], dim=2)
 
     def spans(self, first: int, stop: int) -> list[tuple[int, int]]:
         """The rows of positions [first, stop): one run of them, or in a ring two."""

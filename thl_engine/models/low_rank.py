@@ -77,7 +77,7 @@ def stored_name(config: HRMGemma3nConfig, name: str) -> str | None:
     return name
 
 
-class AdaptedWeights(Mapping):
+class AdaptedWeights(Mapping[str, Any]):
     """The base's weights by name, those that an adapter adds to as `Adapted`."""
 
     def __init__(self, config: HRMGemma3nConfig, weights: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
 Models hand over heads as projections leave them; how rows are stored and read is the backend's affair.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +22,66 @@ def bucket(length: int) -> int:
     return max(LEAST, 1 << (length - 1).bit_length())
 
 
+class Rows(Protocol):
+    """Keys or values of a layer: data [B, A, capacity, d] with, where int8, scales [B, A, capacity]."""
+
+    data: Tensor
+    scales: Tensor | None
+
+
+class Layer(Protocol):
+    """A layer of models/kv_cache.py."""
+
+    @property
+    def keys(self) -> Rows: ...
+
+    @property
+    def values(self) -> Rows: ...
+
+    @property
+    def window(self) -> int | None: ...
+
+    @property
+    def capacity(self) -> int: ...
+
+    def kept(self, past: int) -> int: ...
+
+    def read(self, first: int, stop: int) -> tuple[Tensor, Tensor]: ...
+
+    def align(self) -> None: ...
+
+
+class Cache(Protocol):
+    """`KVCache` of models/kv_cache.py, as attention sees it."""
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+
+    def append(self, layer: int, past: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Attending(Protocol):
+    """The ops that attention is made of."""
+
+    @property
+    def attention(self) -> Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]: ...
+
+    @property
+    def rms_norm(self) -> Callable[[Tensor, Tensor | None, float], Tensor]: ...
+
+    @property
+    def rotate(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]: ...
+
+    def counter(self, t: int) -> int | Tensor: ...
+
+
 class CachedAttention:
     """Of T positions behind the first `past`, by the small ops of any backend.
 
     Each layer with keys of its own is appended to once; from then on the pass may attend to it, as often as it likes.
     """
 
-    def __init__(self, ops: Any, cache: Any, past: int, rows: int, device: torch.device) -> None:
+    def __init__(self, ops: Attending, cache: Cache | None, past: int, rows: int, device: torch.device) -> None:
         """cache: a KVCache, or None where the positions see only each other; see `ReferenceOps.cached_attention`."""
         self._ops, self._cache, self._past, self._rows, self._device = ops, cache, past, rows, device
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}

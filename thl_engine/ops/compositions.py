@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from thl_engine.ops.products import Products
 from thl_engine.ops.weights import Adapted, Held, Matrix
 
 
-class Compositions:
+class Compositions(Products):
     """Part of every backend's ops, in terms of the rest."""
 
     def low_rank(self, x: Tensor, matrix: Adapted) -> Tensor:

@@ -10,10 +10,8 @@ Arguments that do not fit raise ValueError, naming argument, expected and found.
 Letters: B batch, C inputs, R outputs, H heads, J slots, d features, k entries read per head, W slots written.
 """
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]  # public, but not marked so
 
 try:
     from thl_engine import _native
@@ -23,11 +21,9 @@ except ImportError as error:
     _native = None  # type: ignore[assignment]
     _reason = f"the C++ extension is not built ({error}); reinstall where a C++20 compiler is found"
 
-if TYPE_CHECKING:
-    from thl_engine._native import KeptMatrix, PackedActivations
-else:
-    PackedActivations = None if _native is None else _native.PackedActivations
-    KeptMatrix = None if _native is None else _native.KeptMatrix
+if _native is not None:
+    PackedActivations = _native.PackedActivations
+    KeptMatrix = _native.KeptMatrix
 
 
 def available() -> bool:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 from statistics import NormalDist
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class NativeOps(ReferenceOps):
 
     def __init__(self) -> None:
         # Memory that calls leave to each other.
-        self._packings: list[Any] = []  # of `Product`: none that is in use
+        self._packings: list[native.PackedActivations] = []  # of `Product`: none that is in use
         self._controller = native.KeptMatrix(False), native.KeptMatrix(True)
 
     def scratch_bytes(

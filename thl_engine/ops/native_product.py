@@ -1,7 +1,6 @@
 """Products of the native kernels: activations times matrices that come in parts, of any stored type."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,12 @@ class Product:
     """
 
     def __init__(
-        self, packings: list[Any], x: Tensor, *, norm: tuple[Tensor, Tensor] | None = None, up: Tensor | None = None
+        self,
+        packings: "list[native.PackedActivations]",
+        x: Tensor,
+        *,
+        norm: tuple[Tensor, Tensor] | None = None,
+        up: Tensor | None = None,
     ) -> None:
         """norm: weight and bias of a layer normalisation of x; up: x is the gate of a `swiglu` with it.
 
@@ -26,7 +30,7 @@ class Product:
         """
         self._x, self._norm, self._packings = even_rows(x), norm, packings
         self._up = None if up is None else even_rows(up)
-        self._packed: Any = None
+        self._packed: native.PackedActivations | None = None
         self._floats: Tensor | None = None
 
     def with_each(
@@ -72,7 +76,7 @@ class Product:
             self._packings.append(self._packed)
             self._packed = None
 
-    def _as_packed(self) -> Any:
+    def _as_packed(self) -> "native.PackedActivations":
         if self._packed is None:
             self._packed = self._pack(self._packings.pop() if self._packings else None)
         return self._packed
@@ -82,7 +86,7 @@ class Product:
             self._floats = self._compute()
         return self._floats
 
-    def _pack(self, memory: Any) -> Any:
+    def _pack(self, memory: "native.PackedActivations | None") -> "native.PackedActivations":
         if self._up is not None:
             return native.pack_swiglu(self._x, self._up, memory)
         return native.pack_activations(self._x, memory, self._norm, LAYER_NORM_EPS)

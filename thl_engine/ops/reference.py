@@ -5,7 +5,7 @@ that they are given in place; they return the tensors to use from then on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from thl_engine.kernels import attention as attention_kernels
 from thl_engine.kernels import linear as linear_kernels
 from thl_engine.kernels.int8 import dequantize
 from thl_engine.kernels.norm import LAYER_NORM_EPS
-from thl_engine.ops.cached_attention import CachedAttention
+from thl_engine.ops.cached_attention import Cache, CachedAttention
 from thl_engine.ops.compositions import Compositions
 from thl_engine.ops.state_ops import StateOps
 from thl_engine.ops.weights import Adapted, Matrix, Part, Table
@@ -23,6 +23,16 @@ from thl_engine.ops.weights import Adapted, Matrix, Part, Table
 # Share of a gate up to which only the products that it lets through are made. With 5 % they took 0.14 of the time of
 # all for one row of activations, 0.31 for 8 and 0.34 for 64 (16384 x 2048 int8, one thread, AMD EPYC Zen 5).
 SPARSE_SHARE = 1 / 8
+
+
+class Recorder(Protocol):
+    """Does for capturable ops, while a step is captured, what they else do themselves."""
+
+    def counter(self, value: int) -> Tensor: ...
+
+    def each_part(self, matrix: Matrix, use: Callable[[Part], object]) -> None: ...
+
+    def gather(self, table: Table, ids: Tensor) -> Tensor: ...
 
 
 class ReferenceOps(StateOps, Compositions):
@@ -33,7 +43,8 @@ class ReferenceOps(StateOps, Compositions):
     sample: Callable[..., Tensor] | None = None  # the sampler's `Choose`, for logits on a device of its own
     sparse_share = 0.0  # up to which sparse products read no more of a matrix than they need
     in_place = False  # whether state tensors are updated where they lie
-    capturable = False  # whether steps may be captured as graphs; such ops have a `recorder`
+    capturable = False  # whether steps may be captured as graphs
+    recorder: Recorder | None = None  # of such ops, while a step is captured
 
     attention = staticmethod(attention_kernels.attention)
     rotary_attention = staticmethod(attention_kernels.rotary_attention)
@@ -73,7 +84,7 @@ class ReferenceOps(StateOps, Compositions):
         # The page as float32, and the product of its integers on the way there. Scores before and after each step.
         return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores + dequantized
 
-    def cached_attention(self, cache: Any, past: int, rows: int, device: torch.device) -> CachedAttention:
+    def cached_attention(self, cache: Cache | None, past: int, rows: int, device: torch.device) -> CachedAttention:
         """Attention of `rows` positions behind the first `past` to a KVCache, or without one to each other."""
         return CachedAttention(self, cache, int(self.counter(past)), rows, device)
 

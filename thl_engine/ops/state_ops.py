@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from thl_engine.kernels import slot_memory, tier_cell, window_attention
+from thl_engine.ops.products import Products
 from thl_engine.ops.weights import Matrix
 
 
-class StateOps:
-    """What backends replace, and what is made of it; `linear` and its like are `ReferenceOps`'."""
+class StateOps(Products):
+    """What backends replace, and what is made of it."""
 
     gru_reset = staticmethod(tier_cell.gru_reset)
     gru_update = staticmethod(tier_cell.gru_update)
@@ -53,7 +54,7 @@ class StateOps:
         self, query: Tensor, buffer: Tensor, valid: int | Tensor, entry: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         """`window_mix` of the first `valid` entries, at most all, and the buffer after `window_append` of a new one."""
-        valid = min(valid, buffer.shape[1])
+        valid = min(int(valid), buffer.shape[1])
         mixed = self.window_mix(query, buffer, valid, scale)
         return mixed, self.window_append(buffer, valid, entry)[0]
 

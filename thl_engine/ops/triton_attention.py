@@ -12,15 +12,16 @@ from torch import Tensor
 
 from thl_engine.kernels.triton.attention import attention
 from thl_engine.kernels.triton.cache import append
-from thl_engine.ops.cached_attention import CachedAttention, Norm, Tables, bucket
+from thl_engine.ops.cached_attention import Attending, Cache, CachedAttention, Layer, Norm, Tables, bucket
 
 
 class RingAttention(CachedAttention):
     """Of heads that the kernels hold."""
 
-    def __init__(self, ops: Any, cache: Any, past: int, rows: int, device: torch.device) -> None:
+    def __init__(self, ops: Attending, cache: Cache, past: int, rows: int, device: torch.device) -> None:
         super().__init__(ops, cache, past, rows, device)
         self._at = ops.counter(past)
+        self._layers = cache.layers
         for layer in cache.layers:
             layer.align()
 
@@ -40,7 +41,7 @@ class RingAttention(CachedAttention):
         value_eps: float | None = None,
         tables: Tables | None = None,
     ) -> None:
-        held = self._cache.layers[layer]
+        held = self._layers[layer]
         kept, room = held.kept(self._past), held.capacity
         if kept + self._rows <= room:
             self._store(held, self._at, key, value, key_norm, value_eps, tables)
@@ -74,11 +75,14 @@ class RingAttention(CachedAttention):
         blocked: Tensor | None = None,
         last: bool = False,
     ) -> Tensor:
-        held, rows = self._cache.layers[layer], query.shape[1]
-        query, shared = (
-            query.transpose(1, 2),
-            {"window": held.window, "causal": blocked is None, "query_norm": norm, "query_tables": tables},
-        )
+        held, rows = self._layers[layer], query.shape[1]
+        query = query.transpose(1, 2)
+        shared: dict[str, Any] = {
+            "window": held.window,
+            "causal": blocked is None,
+            "query_norm": norm,
+            "query_tables": tables,
+        }
         if layer in self._seen:
             mixed = attention(query, *self._seen[layer], scale, blocked, **shared)
             if last:
@@ -101,7 +105,7 @@ class RingAttention(CachedAttention):
 
     def _store(
         self,
-        held: Any,
+        held: Layer,
         past: int | Tensor,
         key: Tensor,
         value: Tensor,

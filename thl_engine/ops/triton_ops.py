@@ -3,8 +3,6 @@
 What is not overridden here is cheap in torch. Importing this module needs triton.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,14 +11,13 @@ from thl_engine.kernels.norm import LAYER_NORM_EPS
 from thl_engine.kernels.triton import altup, attention, elementwise, norm, sampling, shared_memory
 from thl_engine.kernels.triton import integrator as integrator_kernel
 from thl_engine.kernels.triton.arithmetic import INTERPRETED
-from thl_engine.ops.cached_attention import CachedAttention
+from thl_engine.ops.cached_attention import Cache, CachedAttention
 from thl_engine.ops.triton_attention import RingAttention
-from thl_engine.ops.triton_products import TritonProducts
 from thl_engine.ops.triton_state import TritonState
 from thl_engine.ops.weights import Matrix, Table
 
 
-class TritonOps(TritonState, TritonProducts):
+class TritonOps(TritonState):
     """Kernels read the stored weights; state tensors are updated in place. For inference."""
 
     name = "triton"
@@ -67,7 +64,7 @@ class TritonOps(TritonState, TritonProducts):
         entries = rows[:, None, :, :width].expand(query.shape[0], -1, -1, -1)  # one head, whose keys are its values
         return attention.attention(query[:, None], entries, entries, scale)[:, 0]
 
-    def cached_attention(self, cache: Any, past: int, rows: int, device: torch.device) -> CachedAttention:
+    def cached_attention(self, cache: Cache | None, past: int, rows: int, device: torch.device) -> CachedAttention:
         if cache is None or cache.layers[0].keys.data.shape[-1] > attention.WIDEST:
             return super().cached_attention(cache, past, rows, device)
         return RingAttention(self, cache, past, rows, device)

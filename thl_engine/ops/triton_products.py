@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +24,9 @@ class TritonProducts(ReferenceOps):
 
     sparse_share = SPARSE_SHARE
     capturable = True
-    recorder: Any = None  # of graphs.py, while a step is captured
     rounded = False  # whether products of many rows may round activations to int8: faster, and less exact
 
-    def each_part(self, matrix: Matrix, use: Callable[[Part], None]) -> None:
+    def each_part(self, matrix: Matrix, use: Callable[[Part], object]) -> None:
         """Calls `use` for each part of a matrix in row order: now, and again whenever a captured step is replayed.
 
         It launches kernels with the same operands each time, the part aside. All uses of a matrix go through here.
@@ -76,8 +74,7 @@ class TritonProducts(ReferenceOps):
         out: Tensor | None = None,
     ) -> Tensor:
         """`linear` of the kernels with all parts of a matrix; out [n, R]: where to write, for all rows of x."""
-        flat, up = _flat(x), _flat(up)
-        fast, residual = _flat(fast), _flat(residual)
+        flat, up, fast, residual = _rows(x), _flat(up), _flat(fast), _flat(residual)
         made = x.new_empty(flat.shape[0], matrix.shape[0]) if out is None else out
 
         plain = not gelu and all(t is None for t in (up, low_rank, fast))
@@ -86,7 +83,7 @@ class TritonProducts(ReferenceOps):
         def use(part: Part) -> None:
             rows = slice(part.start, part.stop)
             added, behind, into = _of(bias, rows), _of(residual, rows), made[:, rows]
-            if shape is not None and part.data.dtype == torch.int8:
+            if shape is not None and part.scales is not None:
                 cuda.gemv_int8(flat, part.data, part.scales, into, shape, bias=added, residual=behind, group=part.group)
                 return
             lift = None if low_rank is None else low_rank._replace(lift=low_rank.lift[rows])
@@ -147,18 +144,21 @@ class TritonProducts(ReferenceOps):
     def swiglu_linear(
         self, gate: Tensor, up: Tensor, matrix: Matrix, blend: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> Tensor:
+        gated: tuple[Tensor, Tensor | None] = gate, up
         if gate[..., 0].numel() <= linear.FEW_ROWS and matrix.shape[0] > FEW_PROGRAMS:
-            gate, up = elementwise.swiglu(gate, up), None
+            gated = elementwise.swiglu(gate, up), None
         if blend is None:
-            return self._product(gate, matrix, up=up)
+            return self._product(gated[0], matrix, up=gated[1])
         x, fast, share = blend
-        return self._product(gate, matrix, up=up, fast=fast, blend=share, residual=x)
+        return self._product(gated[0], matrix, up=gated[1], fast=fast, blend=share, residual=x)
 
     def geglu_linears(self, x: Tensor, gate: Matrix | Adapted, up: Matrix | Adapted) -> Tensor:
-        pairs = None if isinstance(gate, Adapted) or isinstance(up, Adapted) else _pairs(gate.resident(), up.resident())
+        if isinstance(gate, Adapted) or isinstance(up, Adapted):
+            return elementwise.geglu(*self.linears(x, [gate, up]))
+        pairs = _pairs(gate.resident(), up.resident())
         if pairs is None or x[..., 0].numel() > linear.FEW_ROWS:
             return elementwise.geglu(*self.linears(x, [gate, up]))
-        flat = _flat(x)
+        flat = _rows(x)
         out = x.new_empty(flat.shape[0], gate.shape[0])
 
         def use(part: Part) -> None:
@@ -177,7 +177,7 @@ class TritonProducts(ReferenceOps):
         self, gate: Tensor, x: Tensor, up: Matrix | Adapted, down: Matrix | Adapted, quantile: float
     ) -> Tensor:
         """What the gate lets through is found once, on the device, and serves both matrices."""
-        flat, share = _flat(x), NormalDist().cdf(-quantile)
+        flat, share = _rows(x), NormalDist().cdf(-quantile)
         base, low_rank = (up.base, self._at_hand(x, up)) if isinstance(up, Adapted) else (up, None)
         down_base = down.base if isinstance(down, Adapted) else down
         if (
@@ -188,7 +188,7 @@ class TritonProducts(ReferenceOps):
             and low_rank is None
         ):
             return super().geglu_sparse(gate, x, up, down, quantile)
-        inner, alive = sparse.survivors(_flat(gate), quantile)
+        inner, alive = sparse.survivors(_rows(gate), quantile)
 
         def multiply(part: Part) -> None:
             added = None if low_rank is None else low_rank._replace(lift=low_rank.lift[part.start : part.stop])
@@ -205,7 +205,7 @@ class TritonProducts(ReferenceOps):
             ),
         )
         made = out[:, 0]
-        if down is not down_base:
+        if isinstance(down, Adapted):
             low = self._product(inner, down.down).mul_(down.scale)
             self._product(low, down.up, residual=made, out=made)
         return made.view(*x.shape[:-1], -1)
@@ -253,7 +253,7 @@ class TritonProducts(ReferenceOps):
             data[rows].copy_(
                 part.data if part.scales is None or by_row else dequantize(part.data, part.scales, part.group)
             )
-            if scales is not None:
+            if scales is not None and part.scales is not None:
                 scales[rows].copy_(part.scales)
 
         self.each_part(matrix, use)
@@ -272,12 +272,16 @@ def _pairs(gate: Sequence[Part] | None, up: Sequence[Part] | None) -> dict[int, 
     return {part.start: part for part in up}
 
 
-def _kind(part: Part) -> tuple:
+def _kind(part: Part) -> tuple[int, int, torch.dtype, bool, int | None]:
     return part.start, part.stop, part.data.dtype, part.scales is None, part.group
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.reshape(-1, x.shape[-1])
+    return None if x is None else _rows(x)
 
 
 def _of(x: Tensor | None, rows: slice) -> Tensor | None:

@@ -8,11 +8,11 @@ from torch import Tensor
 from thl_engine.kernels.norm import LAYER_NORM_EPS
 from thl_engine.kernels.triton import elementwise, novelty_write, slot_read, tier_cell, window_attention
 from thl_engine.kernels.triton.linear import FEW_ROWS, Weights
-from thl_engine.ops.reference import ReferenceOps
+from thl_engine.ops.triton_products import TritonProducts
 from thl_engine.ops.weights import Matrix, Part
 
 
-class TritonState(ReferenceOps):
+class TritonState(TritonProducts):
     """State tensors are updated in place. Uses of matrices go through `each_part`."""
 
     gru_reset = staticmethod(elementwise.gru_reset)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from thl_engine.checkpoint.checksum import crc32c
-from thl_engine.checkpoint.page import extent, label
-from thl_engine.checkpoint.store import Page, Store, StoredTensor
+from thl_engine.checkpoint.page import Page, StoredTensor, extent, label
+from thl_engine.checkpoint.store import Store
 from thl_engine.errors import CheckpointError
 from thl_engine.files import ALIGNMENT
 from thl_engine.ops.weights import Part

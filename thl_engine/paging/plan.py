@@ -6,6 +6,7 @@ be read. Times follow from bandwidths, given or measured.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from thl_engine.checkpoint.page import extent
 from thl_engine.checkpoint.store import Store
@@ -196,7 +197,7 @@ class Plan:
         """Uses that the ring looks ahead."""
         return 2 * self.streamed_pages
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "batch_size": self.batch_size,

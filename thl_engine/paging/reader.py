@@ -194,7 +194,7 @@ class _Request:
     crc: int | None
     label: str
     data: memoryview  # the arena, from the aligned start on
-    futures: list[Future] = field(default_factory=list)
+    futures: list[Future[Any]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     chunks_left: int = 0
     missing: int | None = None  # file offset of the first byte that could not be had

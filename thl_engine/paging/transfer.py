@@ -169,7 +169,7 @@ class NativeTransfer:
             self._engine: _native.CopyEngine = direct or make(kept_bytes=kept_bytes)
 
     def _with_direct_storage(
-        self, make: Callable[..., Any], cufile: str, reader: Reader, kept_bytes: int
+        self, make: "Callable[..., _native.CopyEngine]", cufile: str, reader: Reader, kept_bytes: int
     ) -> "_native.CopyEngine | None":
         try:
             engine = make(cufile, list(reader.paths), kept_bytes)
@@ -224,6 +224,7 @@ class TorchTransfer:
         self._staging = Arena(STAGING_SLOTS * slot_bytes)
         self._host = self._staging.tensor()
         self._streams.lock(self._host)
+        self._locked = True
         self._waiting: deque[tuple[Request, int]] = deque()  # no staging slot yet
         self._reading: deque[tuple[int, int, Request, int]] = deque()  # ticket, staging slot, request, place
         self._free: deque[tuple[int, Any]] = deque((i, None) for i in range(STAGING_SLOTS))  # slot, its last copy
@@ -250,11 +251,11 @@ class TorchTransfer:
         self._advance()
 
     def close(self) -> None:
-        if self._host is not None:
+        if self._locked:
             for _, copied in self._free:
                 self._streams.wait_on_host(copied)
             self._streams.unlock(self._host)
-            self._host = None  # type: ignore[assignment]  # closed: nothing is copied any more
+            self._locked = False
 
     def _advance(self, block: bool = False) -> None:
         """Copies pages that have been read and starts further reads, in order; waits for one read if `block`."""

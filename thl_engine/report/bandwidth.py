@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from thl_engine.checkpoint.page import extent
-from thl_engine.checkpoint.store import Store, StoredTensor
+from thl_engine.checkpoint.page import StoredTensor, extent
+from thl_engine.checkpoint.store import Store
 from thl_engine.ops import native
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Held

@@ -174,7 +174,8 @@ def _decode(
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(engine.config.vocab_size, (warmup + tokens, batch_size), generator=generator)
-    state, latencies, resident = engine.new_state(batch_size, **options), [], 0
+    state, resident = engine.new_state(batch_size, **options), 0
+    latencies: list[float] = []
     for i in range(warmup):
         engine.step(ids[i], state)
     before = engine.stats()

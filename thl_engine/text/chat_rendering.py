@@ -63,7 +63,8 @@ class ChatTemplate:
             raise TokenizerError(f"messages must be plain texts, numbers, lists and maps: {said(error)}") from None
         answer = _answered(text)
         if "text" in answer:
-            return answer["text"]
+            rendered: str = answer["text"]
+            return rendered
         what = "is no Jinja template" if answer["compiling"] else "does not take these messages"
         raise TokenizerError(f"the chat template {what}: {said(answer['error'])}")
 
@@ -110,7 +111,8 @@ def _answered(request: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise TokenizerError(f"no process for the chat template: {said(error)}") from None
     if done.returncode == 0:
-        return json.loads(done.stdout)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
     if done.returncode < 0:
         limits = f"{template_worker.CPU_LIMIT} s and {template_worker.MEMORY_LIMIT >> 20} MiB"
         message = f"the chat template takes more than it may of time or memory ({limits})"

@@ -83,7 +83,7 @@ class Sampler:
                 generator.manual_seed((sampling.seed + row) % (1 << 63))
 
     def sample(
-        self, logits: torch.Tensor, history: Sequence = (), choose: Choose | None = None
+        self, logits: torch.Tensor, history: Sequence[int] | Sequence[Sequence[int]] = (), choose: Choose | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One token for each row.
 
@@ -102,7 +102,7 @@ class Sampler:
         rows = rows[None] if logits.dim() == 1 else rows
         if len(rows) != len(self._generators):
             raise EngineError(f"a sampler for {len(self._generators)} rows was given logits of {len(rows)}")
-        histories = [history] if logits.dim() == 1 else history if len(history) else [()] * len(rows)
+        histories: Sequence[Any] = [history] if logits.dim() == 1 else history if len(history) else [()] * len(rows)
         if len(histories) != len(rows):
             raise EngineError(f"{len(histories)} histories for {len(rows)} rows of logits; give one for each")
         if choose is not None:

@@ -68,15 +68,16 @@ def environment() -> Any:
             return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
 
         def _inside(self, caller: Any) -> str:
-            return caller()
+            inside: str = caller()
+            return inside
 
     class Dict:
         """`dict` without the attributes of a class."""
 
-        def __call__(self, *args: Any, **fields: Any) -> dict:
+        def __call__(self, *args: Any, **fields: Any) -> dict[Any, Any]:
             return dict(*args, **fields)
 
-        def fromkeys(self, *args: Any) -> dict:
+        def fromkeys(self, *args: Any) -> dict[Any, Any]:
             return dict.fromkeys(*args)
 
     class PlainNamespace(Namespace):

@@ -177,7 +177,8 @@ class HFTokenizer(Tokenizer):
         return token not in self._special and self._inner.id_to_token(token) is not None
 
     def _bytes_of(self, token: int, first: bool) -> bytes | None:
-        if not self.visible(token):
+        text = self._inner.id_to_token(token) if self.visible(token) else None
+        if text is None:
             return None
         text = self._inner.id_to_token(token) or ""
         for step in self._steps or ():

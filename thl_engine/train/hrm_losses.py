@@ -5,7 +5,6 @@ Both give gradients through the last update of each module only; `thl_engine.mod
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.nn import functional
 from thl_engine.config import HRMConfig
 from thl_engine.kernels.stablemax import stablemax_cross_entropy
 from thl_engine.models import hrm
+from thl_engine.models.contract import Ops, Weights
 
 IGNORED = -100  # label of positions without a target
 PADDING = 0  # target of positions without one in the simple objective
@@ -53,7 +53,12 @@ class Carry:
 
 
 def deep_supervision(
-    config: HRMConfig, weights: Any, ops: Any, tokens: Tensor, labels: Tensor, cycles: str | Sequence[int] = hrm.NORMAL
+    config: HRMConfig,
+    weights: Weights,
+    ops: Ops,
+    tokens: Tensor,
+    labels: Tensor,
+    cycles: str | Sequence[int] = hrm.NORMAL,
 ) -> Supervised:
     """Stablemax cross-entropy and halting targets after every one of `halt_max_steps` segments.
 
@@ -89,8 +94,8 @@ def _targets(halt: Tensor, proceed: Tensor, correct: Tensor, last: bool) -> tupl
 
 def simple_loss(
     config: HRMConfig,
-    weights: Any,
-    ops: Any,
+    weights: Weights,
+    ops: Ops,
     tokens: Tensor,
     targets: Tensor,
     carry: Carry | None = None,

@@ -56,7 +56,7 @@ class IntegratorLoss:
         done = min(epoch / self.annealing_epochs, 1.0)
         if self.annealing_schedule == "linear":
             return self.lambda_mean_init * (1.0 - done * (1.0 - self.annealing_factor))
-        return self.lambda_mean_init * self.annealing_factor**done
+        return float(self.lambda_mean_init * self.annealing_factor**done)
 
     def __call__(
         self,

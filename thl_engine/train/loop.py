@@ -16,7 +16,7 @@ from thl_engine.text.sampler import Sampler, Sampling
 from thl_engine.text.tokenizer import Tokenizer, load_tokenizer
 from thl_engine.train import checkpoint, data
 from thl_engine.train.modules import TrainableModel
-from thl_engine.train.objectives import Objective, objective_of
+from thl_engine.train.objectives import AnyModel, Objective, objective_of
 from thl_engine.train.options import TrainOptions
 from thl_engine.train.progress import Progress
 from thl_engine.train.run import RESUME_FILE, Evaluation, Run
@@ -95,7 +95,7 @@ def prepare(options: TrainOptions) -> Run:
         raise ConfigError(
             f"the text {options.data} is too short: its held-out part has only {len(held_out_tokens)} tokens"
         )
-    model = TrainableModel(config, options.seed, options.dropout, options.weight_dropout, options.precision)
+    model: AnyModel = TrainableModel(config, options.seed, options.dropout, options.weight_dropout, options.precision)
     matrices, others = model.decayed()
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
@@ -131,11 +131,7 @@ def prepare(options: TrainOptions) -> Run:
 
 @torch.no_grad()
 def evaluate(
-    model: TrainableModel,
-    tokens: Tensor,
-    tokens_per_character: float,
-    lanes: int = 1,
-    objective: Objective | None = None,
+    model: AnyModel, tokens: Tensor, tokens_per_character: float, lanes: int = 1, objective: Objective | None = None
 ) -> Evaluation:
     """Loss of a text without noise and dropout, as the objective measures it; None for the model's usual one.
 
@@ -149,7 +145,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def sample(model: TrainableModel, tokenizer: Tokenizer, length: int, prompt: str = "\n") -> str:
+def sample(model: AnyModel, tokenizer: Tokenizer, length: int, prompt: str = "\n") -> str:
     """`length` tokens of text that the model writes after `prompt`."""
     model.eval()
     sampler, state, weights, arch = Sampler(SAMPLING), model.init_state(1), model.weights(), model.arch

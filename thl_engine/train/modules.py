@@ -6,17 +6,22 @@ stored rows) and the ops: `TrainingOps` adds the published Gumbel noise to the r
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from thl_engine.config import Config
 from thl_engine.kernels import slot_memory
 from thl_engine.models import architecture
+from thl_engine.models.state import State
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import Matrix, Trainable, trainable
 from thl_engine.schedule import Block
+
+C = TypeVar("C", bound=Config)
+S = TypeVar("S", bound=State)
 
 
 class TrainingOps(ReferenceOps):
@@ -73,7 +78,7 @@ class MixedOps(DroppingOps):
         return super().window_mix(query, buffer, valid, scale).float()
 
 
-class TrainableModel(nn.Module):
+class TrainableModel(nn.Module, Generic[C, S]):
     """Parameters of a configuration, initialised as published; `state_dict()` is a published state dict.
 
     dropout: share of the features entering the output head that are zeroed in training.
@@ -83,7 +88,7 @@ class TrainableModel(nn.Module):
     """
 
     def __init__(
-        self, config: Any, seed: int = 0, dropout: float = 0.0, weight_dropout: float = 0.0, precision: str = "float32"
+        self, config: C, seed: int = 0, dropout: float = 0.0, weight_dropout: float = 0.0, precision: str = "float32"
     ) -> None:
         super().__init__()
         self.config = config
@@ -100,16 +105,18 @@ class TrainableModel(nn.Module):
             _insert(self, block.name, nn.Parameter(self.arch.initial(config, block, slice(None), drawn)))
         self._training_ops.head = self.get_parameter(self.arch.head(config)[0])
 
-    def init_state(self, batch_size: int) -> Any:
+    def init_state(self, batch_size: int) -> S:
         """The empty state of `batch_size` fresh sequences."""
         with torch.no_grad():
-            return self.arch.init_state(self.config, batch_size, weights=dict(self.named_parameters()))
+            state: S = self.arch.init_state(self.config, batch_size, weights=dict(self.named_parameters()))
+        return state
 
-    def state_from_dict(self, fields: Mapping[str, Tensor]) -> Any:
+    def state_from_dict(self, fields: Mapping[str, Tensor]) -> S:
         """The state that `state.to_dict()` described."""
-        return self.arch.state_from_dict(self.config, fields, self._plain_ops)
+        state: S = self.arch.state_from_dict(self.config, fields, self._plain_ops)
+        return state
 
-    def forward(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def forward(self, tokens: Tensor, state: S) -> tuple[Tensor, S]:
         """Logits after each token of a chunk, and the state behind it.
 
         tokens: int64 [B, T]. Returns float32 [B, T, vocab_size] and the next state, which is still part of
@@ -124,7 +131,7 @@ class TrainableModel(nn.Module):
             logits = self.arch.logits(self.config, weights, self.ops, features.flatten(0, 1))
             return logits.unflatten(0, tokens.shape), state
 
-    def casting(self) -> AbstractContextManager:
+    def casting(self) -> AbstractContextManager[object]:
         """Inside of it products are computed in the precision of training, while training."""
         # A cache of the cast weights would have their gradients summed over the steps in bfloat16.
         return torch.autocast("cpu", torch.bfloat16, enabled=self.training and self.mixed, cache_enabled=False)
@@ -155,7 +162,7 @@ class TrainableModel(nn.Module):
             yield block.name, value
 
 
-def mask(shape: torch.Size, share: float, generator: torch.Generator) -> Tensor:
+def mask(shape: torch.Size, share: float, generator: torch.Generator | None) -> Tensor:
     """Zeros with probability `share`, elsewhere what keeps the expectation."""
     return torch.rand(shape, generator=generator).ge_(share).div_(1.0 - share)
 

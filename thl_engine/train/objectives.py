@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from thl_engine.config import Config, HIMConfig, HRMConfig, INLConfig, THLConfig
 from thl_engine.errors import ConfigError
-from thl_engine.models import architecture, him, hrm, inl
+from thl_engine.models import architecture, him, hrm, inl, thl
 from thl_engine.text.hrm_tokenizer import vocabulary_of_texts
 from thl_engine.train import data
 from thl_engine.train.hrm_losses import Carry, deep_supervision, simple_loss
 from thl_engine.train.inl_losses import IntegratorLoss, cycle_schedule
 from thl_engine.train.modules import TrainableModel, chunk_loss
+
+AnyModel = TrainableModel[Any, Any]
 
 EVALUATION_CHUNK = 64  # tokens whose logits are in memory at a time
 EVALUATION_TOKENS = 1 << 15  # of held-out text that is read in windows, at most
@@ -32,34 +35,36 @@ class Objective(ABC):
 
     name: ClassVar[str]
     tokenizer_type: ClassVar[str] = "bpe"  # of a tokenizer that is made for it
-    character_vocabulary: ClassVar[Callable[[str], str]] = staticmethod(data.character_vocabulary)
 
-    def __init__(self, config: Any, chunk: int) -> None:
+    @staticmethod
+    def character_vocabulary(text: str) -> str:
+        """The text of a tokenizer that is made of the characters of a text."""
+        return data.character_vocabulary(text)
+
+    def __init__(self, config: Config, chunk: int) -> None:
         """Raises ConfigError for chunks that the model cannot read."""
         self.chunk = chunk
         longest = architecture(config.model_type).longest(config)
         if longest is not None and chunk > longest:
             raise ConfigError(f"chunk is {chunk}; the model takes sequences of at most {longest} tokens")
 
-    def fresh(self, model: TrainableModel, batch_size: int) -> Any:
+    def fresh(self, model: AnyModel, batch_size: int) -> Any:
         """What the first update carries over; None where updates do not depend on each other."""
         return None
 
-    def restore(self, model: TrainableModel, fields: Mapping[str, Tensor]) -> Any:
+    def restore(self, model: AnyModel, fields: Mapping[str, Tensor]) -> Any:
         """What was carried over, from the `to_dict` of it."""
         return None
 
     @abstractmethod
-    def loss(
-        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
-    ) -> tuple[Tensor, Any]:
+    def loss(self, model: AnyModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int) -> tuple[Tensor, Any]:
         """Loss () of int64 inputs and the tokens that follow them, both [B, T], and what the next update carries over.
 
         epoch: passes over the text before this one.
         """
 
     @abstractmethod
-    def measure(self, model: TrainableModel, tokens: Tensor, lanes: int) -> float:
+    def measure(self, model: AnyModel, tokens: Tensor, lanes: int) -> float:
         """Mean nats of a token of held-out text, int64 [n] with n of at least 2, read as `lanes` sequences at most."""
 
 
@@ -68,19 +73,24 @@ class NextToken(Objective):
 
     name = "next-token"
 
-    def fresh(self, model: TrainableModel, batch_size: int) -> Any:
+    def fresh(self, model: TrainableModel[THLConfig, thl.State], batch_size: int) -> thl.State:
         return model.init_state(batch_size)
 
-    def restore(self, model: TrainableModel, fields: Mapping[str, Tensor]) -> Any:
+    def restore(self, model: TrainableModel[THLConfig, thl.State], fields: Mapping[str, Tensor]) -> thl.State:
         return model.state_from_dict(fields)
 
     def loss(
-        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
-    ) -> tuple[Tensor, Any]:
+        self,
+        model: TrainableModel[THLConfig, thl.State],
+        inputs: Tensor,
+        targets: Tensor,
+        carried: thl.State,
+        epoch: int,
+    ) -> tuple[Tensor, thl.State]:
         logits, state = model(inputs, carried)
         return chunk_loss(logits, targets), state.detach()
 
-    def measure(self, model: TrainableModel, tokens: Tensor, lanes: int) -> float:
+    def measure(self, model: TrainableModel[THLConfig, thl.State], tokens: Tensor, lanes: int) -> float:
         """The state goes from a lane's beginning to its end."""
         lanes = min(lanes, len(tokens) - 1)
         length = (len(tokens) - 1) // lanes
@@ -99,13 +109,13 @@ class Equilibrium(Objective):
 
     name = "equilibrium"
 
-    def __init__(self, config: Any, chunk: int) -> None:
+    def __init__(self, config: INLConfig, chunk: int) -> None:
         super().__init__(config, chunk)
         self.schedule = cycle_schedule("balanced")
 
     def loss(
-        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
-    ) -> tuple[Tensor, Any]:
+        self, model: TrainableModel[INLConfig, inl.State], inputs: Tensor, targets: Tensor, carried: None, epoch: int
+    ) -> tuple[Tensor, None]:
         seen: dict[str, Tensor] = {}
         logits, _ = inl.forward(
             model.config,
@@ -133,7 +143,7 @@ class Equilibrium(Objective):
         )
         return losses.total, None
 
-    def measure(self, model: TrainableModel, tokens: Tensor, lanes: int) -> float:
+    def measure(self, model: TrainableModel[INLConfig, inl.State], tokens: Tensor, lanes: int) -> float:
         """In windows of a chunk, each token stopping by itself, as text is written."""
 
         def nats(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -153,22 +163,30 @@ class SimpleSegment(Objective):
 
     name = "simple"
     tokenizer_type = "char"
-    character_vocabulary: ClassVar[Callable[[str], str]] = staticmethod(lambda text: vocabulary_of_texts([text]).text)
 
-    def __init__(self, config: Any, chunk: int) -> None:
+    @staticmethod
+    def character_vocabulary(text: str) -> str:
+        return vocabulary_of_texts([text]).text
+
+    def __init__(self, config: HRMConfig, chunk: int) -> None:
         super().__init__(config, chunk)
         if chunk > hrm.WINDOW:
             raise ConfigError(f"chunk is {chunk}; an hrm model sees {hrm.WINDOW} tokens at once")
 
-    def restore(self, model: TrainableModel, fields: Mapping[str, Tensor]) -> Any:
+    def restore(self, model: TrainableModel[HRMConfig, hrm.State], fields: Mapping[str, Tensor]) -> Carry | None:
         return Carry(**fields) if fields else None
 
     def loss(
-        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
-    ) -> tuple[Tensor, Any]:
+        self,
+        model: TrainableModel[HRMConfig, hrm.State],
+        inputs: Tensor,
+        targets: Tensor,
+        carried: Carry | None,
+        epoch: int,
+    ) -> tuple[Tensor, Carry | None]:
         return simple_loss(model.config, model.weights(), model.ops, inputs, targets, carried)
 
-    def measure(self, model: TrainableModel, tokens: Tensor, lanes: int) -> float:
+    def measure(self, model: TrainableModel[HRMConfig, hrm.State], tokens: Tensor, lanes: int) -> float:
         """The token after a window, for windows of a chunk spread over the text, with all segments of inference."""
         length = min(self.chunk, len(tokens) - 1)
         starts = torch.linspace(0, len(tokens) - 1 - length, min(EVALUATION_WINDOWS, len(tokens) - length)).long()
@@ -190,8 +208,13 @@ class DeepSupervision(SimpleSegment):
     name = "deep"
 
     def loss(
-        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
-    ) -> tuple[Tensor, Any]:
+        self,
+        model: TrainableModel[HRMConfig, hrm.State],
+        inputs: Tensor,
+        targets: Tensor,
+        carried: Carry | None,
+        epoch: int,
+    ) -> tuple[Tensor, None]:
         return deep_supervision(model.config, model.weights(), model.ops, inputs, targets).loss, None
 
 
@@ -200,7 +223,7 @@ class Answers(Objective):
 
     name = "answers"
 
-    def __init__(self, config: Any, chunk: int) -> None:
+    def __init__(self, config: HIMConfig, chunk: int) -> None:
         super().__init__(config, chunk)
         if chunk < config.max_answer_len:
             raise ConfigError(
@@ -209,12 +232,12 @@ class Answers(Objective):
             )
 
     def loss(
-        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
-    ) -> tuple[Tensor, Any]:
+        self, model: TrainableModel[HIMConfig, him.State], inputs: Tensor, targets: Tensor, carried: None, epoch: int
+    ) -> tuple[Tensor, None]:
         given = inputs.shape[1] - model.config.max_answer_len + 1
         return chunk_loss(self.logits(model, inputs[:, :given]), targets[:, given - 1 :]), None
 
-    def measure(self, model: TrainableModel, tokens: Tensor, lanes: int) -> float:
+    def measure(self, model: TrainableModel[HIMConfig, him.State], tokens: Tensor, lanes: int) -> float:
         if len(tokens) <= self.chunk:
             raise ConfigError(f"chunk is {self.chunk}; the held-out text has only {len(tokens)} tokens")
 
@@ -223,7 +246,7 @@ class Answers(Objective):
 
         return _over_windows(tokens, self.chunk, nats)
 
-    def logits(self, model: TrainableModel, tokens: Tensor, **inputs: Any) -> Tensor:
+    def logits(self, model: TrainableModel[HIMConfig, him.State], tokens: Tensor, **inputs: Any) -> Tensor:
         """One pass from the checkpoint's memory and reasoning buffer, the latter as part of the graph."""
         weights = model.weights()
         state = replace(him.init_state(model.config, 1, weights=weights), reasoning_embeddings=weights[REASONING])
@@ -239,8 +262,8 @@ class Reconstruction(Answers):
     name = "reconstruction"
 
     def loss(
-        self, model: TrainableModel, inputs: Tensor, targets: Tensor, carried: Any, epoch: int
-    ) -> tuple[Tensor, Any]:
+        self, model: TrainableModel[HIMConfig, him.State], inputs: Tensor, targets: Tensor, carried: None, epoch: int
+    ) -> tuple[Tensor, None]:
         return chunk_loss(self.logits(model, inputs, reconstruction=True), inputs), None
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from thl_engine.errors import ConfigError, EngineError
 from thl_engine.text.tokenizer import Tokenizer
 from thl_engine.train import checkpoint, data
-from thl_engine.train.modules import TrainableModel
-from thl_engine.train.objectives import Objective
+from thl_engine.train.objectives import AnyModel, Objective
 from thl_engine.train.options import TrainOptions, rate
 
 RESUME_FILE = "training.safetensors"
@@ -34,7 +33,7 @@ class Run:
     """
 
     options: TrainOptions
-    model: TrainableModel
+    model: AnyModel
     objective: Objective
     optimizer: torch.optim.Optimizer
     lanes: data.Lanes
