@@ -118,7 +118,7 @@ def _has_more_values(text: str, limit: int) -> bool:
 
 
 def _opened(text: str, start: int, stop: int | None) -> int:
-    return sum(text.count(sign, start, stop) for sign in ",[{")
+    return text.count(",", start, stop) + text.count("[", start, stop) + text.count("{", start, stop)
 
 
 @dataclass(frozen=True)

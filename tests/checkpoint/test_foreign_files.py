@@ -139,11 +139,10 @@ def peak(call):
 
 @pytest.mark.parametrize("part", ["[]", "{}", '{"":0}', "0", '""', '"ab"', "[[[]]]", '"\\"["'])
 def test_json_takes_memory_in_proportion(part, tmp_path):
-    text = '{"a":[' + ",".join([part] * (6_000_000 // len(part))) + "]}"
+    text = '{"a":[' + ",".join([part] * (VALUES_LIMIT + 1)) + "]}"
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text.encode())
-    for call in (lambda: parse_json(text, "text"), lambda: read_index(file)):
-        assert peak(call) < 4 * len(text) + (64 << 20)
+    assert peak(lambda: read_index(file)) < 4 * len(text) + (64 << 20)
 
 
 def test_values_in_strings_do_not_count():
