@@ -248,7 +248,7 @@ def _check_left_over(dst: Path, source: Path, files: Mapping[str, str]) -> None:
     folder = dst.parent if dst.suffix == ".safetensors" else dst
     if not os.path.isdir(folder) or _same(folder, source):
         return
-    left = [name for name in tokenizer_files(folder) if name not in files]
+    left = [name for name in tokenizer_files(folder) if name not in files and os.path.exists(folder / name)]
     if left and folder == dst:
         raise CheckpointError(
             f"{dst}: holds {shown(left[0])} of another model, and {source} has none; take it away, or convert to "
