@@ -236,7 +236,7 @@ def test_wrong_usage_of_the_batch_mode(argv, words, capsys):
         ("hrm", {"num_heads": 7}, ["hidden_size is 24", "num_heads (7)"]),
         ("inl", {"d_model": -24}, ["d_model is -24", "at least 1"]),
         ("him", {"mem_slots": -3}, ["mem_slots is -3", "at least 1"]),
-        ("hrm", {"L_layers": -1}, ["L_layers is -1", "at least 1"]),
+        ("hrm", {"L_layers": -1}, ["L_layers is -1", "from 1 to 4096"]),
         ("hrm", {"vocab_size": "many"}, ["vocab_size must be a whole number"]),
     ],
 )

@@ -293,7 +293,7 @@ def without_aliases(config: Config, found: Mapping[str, T]) -> dict[str, T]:
 def check_counts(config: Config, tensors: int, where: str) -> None:
     """Refuses a configuration of more layers than there are tensors, before any of them is listed."""
     for name in config.layers:
-        if (count := getattr(config, name)) > max(tensors, FEW):
+        if (count := vars(config)[name]) > max(tensors, FEW):
             raise CheckpointError(f"{where}: holds {tensors} tensors, too few for the configuration's {count} {name}")
 
 

@@ -65,7 +65,7 @@ def check_seed(seed: object, most: int = (1 << 63) - 1) -> None:
 def require_counts(config: Config, *names: str) -> None:
     """Raises ConfigError unless those fields are from 1 to LARGEST_COUNT: they are listed before a file is compared."""
     for name in names:
-        value = getattr(config, name)
+        value = vars(config)[name]
         require(1 <= value <= LARGEST_COUNT, name, value, f"from 1 to {LARGEST_COUNT}")
 
 

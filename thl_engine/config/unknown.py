@@ -36,7 +36,9 @@ def misspelt(name: str, known: Collection[str]) -> list[str]:
     """The fields among `known` that `name` differs from by a letter or two, or by the spelling of its words."""
     name = name[:LONGEST].lower()
     same = [field for field in known if _words(field) == _words(name)]
-    close = [field for field in difflib.get_close_matches(name, known, n=3, cutoff=_SIMILAR) if _near(name, field)]
+    lowered = {field.lower(): field for field in known}
+    similar = difflib.get_close_matches(name, lowered, n=3, cutoff=_SIMILAR)
+    close = [lowered[field] for field in similar if _near(name, field)]
     return [*same, *(field for field in close if field not in same)]
 
 
