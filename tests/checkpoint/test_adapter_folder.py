@@ -156,6 +156,21 @@ def edited(file: Path, **changes) -> None:
             CheckpointError,
             "use_rslora is True; adapters with it",
         ),
+        *(
+            (
+                "h_adapter/adapter_config.json",
+                {"init_lora_weights": kind},
+                CheckpointError,
+                f"init_lora_weights is '{kind}'",
+            )
+            for kind in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
+        ),
+        (
+            "l_adapter/adapter_config.json",
+            {"use_doraa": True},
+            CheckpointError,
+            "unknown field 'use_doraa'; did you mean 'use_dora'",
+        ),
         ("l_adapter/adapter_config.json", {"rank_pattern": {"q_proj": 8}}, CheckpointError, "rank_pattern is"),
         ("l_adapter/adapter_config.json", {"bias": "all"}, CheckpointError, "bias is 'all'; supported is 'none'"),
     ],
@@ -163,6 +178,18 @@ def edited(file: Path, **changes) -> None:
 def test_descriptions_that_do_not_fit(folder, file, changes, error, message):
     edited(folder / file, **changes)
     with pytest.raises(error, match=message):
+        open_store(folder)
+
+
+def test_descriptions_that_other_tools_have_written(folder):
+    for start in (True, False, "gaussian", "orthogonal", "eva", None):
+        edited(
+            folder / "l_adapter" / "adapter_config.json",
+            init_lora_weights=start,
+            unsloth_fixed=True,
+            peft_version="0.18",
+        )
+        edited(folder / "config.json", unsloth_version="2025.7.1", torchscript=False)
         open_store(folder)
 
 

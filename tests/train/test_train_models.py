@@ -91,6 +91,13 @@ def test_a_model_learns_and_runs(model, options, capsys):
     assert found.bits_per_character > 0
 
 
+def test_fields_that_act_in_the_published_training_are_told(options, caplog):
+    given = options("inl")
+    given.config.write_text(json.dumps({**SIZES["inl"], "dropout": 0.1, "use_gradient_checkpointing": True}))
+    loop.prepare(given)
+    assert "not applied in training here: dropout, use_gradient_checkpointing; see --dropout" in caplog.text
+
+
 @pytest.mark.parametrize("model, objective", WAYS)
 def test_every_way_trains_every_parameter_that_it_uses(model, objective, options):
     config = parse_config({"vocab_size": 30, **SIZES[model]}, model)
