@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from thl_engine.checkpoint.contents import Source
 from thl_engine.checkpoint.index import CheckpointIndex, TensorInfo, config_beside, read_index
-from thl_engine.checkpoint.pack import Progress, Source, write_tensors
+from thl_engine.checkpoint.pack import Progress, write_tensors
 from thl_engine.config import Config, HRMGemma3nConfig, parse_config
 from thl_engine.config.published import hrm_gemma3n_fields
 from thl_engine.config.unknown import misspelt

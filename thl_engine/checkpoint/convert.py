@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from thl_engine.checkpoint.adapter_folder import FOLDERS, adapted_config, layout, write_adapters
+from thl_engine.checkpoint.contents import Source
 from thl_engine.checkpoint.index import config_beside, read_config
-from thl_engine.checkpoint.pack import Progress, Source, write_store
+from thl_engine.checkpoint.pack import Progress, write_store
 from thl_engine.checkpoint.pickled import Omitted, pickled_checkpoint, read_pickled
 from thl_engine.checkpoint.spool import tensor_sources
 from thl_engine.checkpoint.store import open_store, tokenizer_files

@@ -23,20 +23,18 @@ Metadata (strings):
 Files are written in chunks of rows under a temporary name and renamed when complete.
 """
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from math import gcd, prod
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import torch
 
 from thl_engine.checkpoint.checksum import crc32c
+from thl_engine.checkpoint.contents import FLOATS, Source, check_counts, check_repeats, check_tensors, without_aliases
 from thl_engine.checkpoint.index import DTYPES
 from thl_engine.checkpoint.quant import GROUP, quantize_rows, scale_shape
 from thl_engine.config import Config
@@ -53,25 +51,10 @@ PAGE_BYTES = 8 << 20
 TABLE_PAGE_BYTES = 16 << 10  # least size of a table's page: one is read for each token
 CHUNK_ELEMENTS = 8 << 20  # elements converted at a time, 32 MiB as float32, if a page is not larger
 COLUMN_CHUNKS = 4  # chunks' elements taken at a time of a matrix stored by columns, which is read anew for each time
-FEW = 64  # layers that are listed whatever the file holds, so that a message names what is missing
-NEAREST_OF = 1000  # names, and letters of one, that are compared for a hint
 PADDING = "__padding__."
 SCALE_SUFFIX = ".scale"
-FLOATS = ("F64", "F32", "F16", "BF16")
-INTEGERS = ("I64", "I32")  # of published counters, which are vectors like any other once loaded
-
-T = TypeVar("T")
 
 Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A tensor to be written: `rows(start, stop)` gives rows along the first axis (a scalar has one row)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    rows: Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -272,108 +255,6 @@ def plan_pack(
     check_tensors(blocks, sources, config.model_type, where)
     present = [block for block in blocks if block.name in sources]
     return _lay_out(present, sources, quantize, group, json.dumps(config.to_dict()), tokenizer, where)
-
-
-def without_aliases(config: Config, found: Mapping[str, T]) -> dict[str, T]:
-    """Tensors by the names of the model's blocks.
-
-    Published checkpoints repeat shared ones under further names, and may hold the model as one part among others.
-    """
-    model = architecture(config.model_type)
-    stored = {name: model.stored_name(config, name) for name in found}
-    found = {own: found[name] for name, own in stored.items() if own is not None}
-    aliases = model.aliases(config)
-    out = {name: value for name, value in found.items() if name not in aliases}
-    for alias, name in aliases.items():
-        if alias in found:
-            out.setdefault(name, found[alias])
-    return out
-
-
-def check_counts(config: Config, tensors: int, where: str) -> None:
-    """Refuses a configuration of more layers than there are tensors, before any of them is listed."""
-    for name in config.layers:
-        if (count := vars(config)[name]) > max(tensors, FEW):
-            raise CheckpointError(f"{where}: holds {tensors} tensors, too few for the configuration's {count} {name}")
-
-
-def check_repeats(config: Config, found: Mapping[str, Source], where: str) -> None:
-    """Tensors that take the place of another one must be equal to it: a head of its own is not the embedding.
-
-    Reads a chunk of rows of both at a time. Raises CheckpointError.
-    """
-    model = architecture(config.model_type)
-    used = {block.name for block in model.blocks(config) if block.kind != "unused"}
-    names = {own: name for name in found if (own := model.stored_name(config, name)) is not None}
-    for alias, name in model.aliases(config).items():
-        first = names.setdefault(name, names[alias]) if alias in names else None  # what `without_aliases` keeps
-        if first is None or first == names[alias] or name not in used:
-            continue
-        repeat, kept = found[names[alias]], found[first]
-        if repeat.shape != kept.shape or not _equal(repeat, kept):
-            raise CheckpointError(
-                f"{where}: tensor {shown(names[alias])} differs from {shown(first)}, which takes its place in this "
-                f"{config.model_type} model; models where the two differ are not supported"
-            )
-
-
-def _equal(one: Source, other: Source) -> bool:
-    """Whether two tensors of one shape hold the same numbers; NaN equals NaN."""
-    rows = one.shape[0] if one.shape else 1
-    step = max(1, CHUNK_ELEMENTS // max(1, prod(one.shape[1:])))
-    for start in range(0, rows, step):
-        a, b = (tensor.rows(start, min(start + step, rows)) for tensor in (one, other))
-        if a.dtype != b.dtype:
-            a, b = a.double(), b.double()
-        if not torch.equal(a, b) and not torch.allclose(a.double(), b.double(), rtol=0.0, atol=0.0, equal_nan=True):
-            return False
-    return True
-
-
-class Described(Protocol):
-    """What is known of a tensor before it is read: a dtype of safetensors and a shape."""
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-def check_tensors(blocks: Sequence[Block], found: Mapping[str, Described], model_type: str, where: str) -> None:
-    """`found` must be the model's tensors; floats, where used.
-
-    Unused ones may be missing.
-    """
-    expected = {block.name: block for block in blocks}
-    extra = [name for name in found if name not in expected]
-    missing = [name for name, block in expected.items() if name not in found and block.kind != "unused"]
-    if extra:
-        candidates = list(islice(missing or expected, NEAREST_OF))
-        near = difflib.get_close_matches(extra[0][:NEAREST_OF], candidates, n=1, cutoff=0)
-        hint = f"; nearest expected name: {shown(near[0])}" if near else ""
-        raise CheckpointError(
-            f"{where}: tensor {shown(extra[0])}{_and_more(extra)} is no part of this {model_type} model{hint}"
-        )
-    if missing:
-        needed = list(expected[missing[0]].shape)
-        raise CheckpointError(f"{where}: tensor {shown(missing[0])} {needed}{_and_more(missing)} is missing")
-    for name, block in expected.items():
-        if name not in found:
-            continue
-        dtype, stored = found[name].dtype, tuple(found[name].shape)
-        if stored != block.shape:
-            raise CheckpointError(
-                f"{where}: tensor {shown(name)} has shape {list(stored)}, the config needs {list(block.shape)}"
-            )
-        counter = block.kind == "vector" and dtype in INTEGERS
-        if dtype not in FLOATS and block.kind != "unused" and not counter:
-            expected_dtypes = " ".join(FLOATS)
-            raise CheckpointError(f"{where}: tensor {shown(name)} has dtype {dtype}, expected one of {expected_dtypes}")
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def metadata_checksum(metadata: Mapping[str, str]) -> int:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from thl_engine.checkpoint.contents import Source
 from thl_engine.checkpoint.index import DTYPE_NAMES
-from thl_engine.checkpoint.pack import Source, plan_pack
+from thl_engine.checkpoint.pack import plan_pack
 from thl_engine.checkpoint.store import Store, open_store
 from thl_engine.config import Config, parse_config
 from thl_engine.errors import CheckpointError, shown

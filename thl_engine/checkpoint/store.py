@@ -17,6 +17,7 @@ import torch
 
 from thl_engine.checkpoint.adapter_folder import adapted_config, base_of, is_adapter_folder, read_adapters
 from thl_engine.checkpoint.checksum import crc32c
+from thl_engine.checkpoint.contents import Source, check_counts, check_repeats, check_tensors, without_aliases
 from thl_engine.checkpoint.index import (
     DTYPE_NAMES,
     DTYPES,
@@ -30,15 +31,10 @@ from thl_engine.checkpoint.pack import (
     FORMAT,
     PADDING,
     SCALE_SUFFIX,
-    Source,
     as_bytes,
-    check_counts,
-    check_repeats,
-    check_tensors,
     may_transpose,
     metadata_checksum,
     page_rows,
-    without_aliases,
 )
 from thl_engine.checkpoint.page import Page, StoredTensor
 from thl_engine.checkpoint.quant import GROUP, scale_shape
