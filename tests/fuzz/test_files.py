@@ -202,7 +202,7 @@ def test_configurations(model_type):
         model.aliases(config)
         model.walk(config)
 
-    document = {"model_type": model_type, **SMALL[model_type]}
+    document = parse_config(SMALL[model_type], model_type).to_dict()  # all fields, for each to be edited
     names = [*FIELDS[model_type], "text_config", "quantization_config", "rope_parameters", "rope_scaling"]
     cases(st.one_of(edited(document, names), edited({"text_config": document}, names)), check)
 
