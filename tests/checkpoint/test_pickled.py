@@ -89,7 +89,9 @@ def test_shards_that_do_not_fit_their_index(shards, tmp_path):
     assert "a link out of the folder" in refusal(lambda: read_pickled(shards / INDEX))
     (shards / INDEX).unlink()
     message = refusal(lambda: read_index(shards))
-    assert "holds 2 torch.save files" in message and f"thl convert {shards}/NAME OUT" in message
+    # Of a long path the message may keep the end alone.
+    assert "holds 2 torch.save files" in message and "thl convert " in message
+    assert f"{shards.name}/NAME OUT" in message
 
 
 @pytest.mark.parametrize("legacy", [False, True])
