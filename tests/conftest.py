@@ -11,8 +11,10 @@ import triton_device  # noqa: F401  before anything else imports triton
 from safetensors.torch import load_file, save_file
 
 from thl_engine.checkpoint.convert import quantize_checkpoint
+from thl_engine.checkpoint.store import Store
 from thl_engine.cli import main
 from thl_engine.config import THLConfig, parse_config
+from thl_engine.kernels.int8 import dequantize
 from thl_engine.models import hrm_gemma3n, thl
 from thl_engine.ops import native
 
@@ -261,3 +263,10 @@ def entries(text: str) -> dict[str, int]:
     for char in text:
         out.setdefault(char, len(out))
     return out
+
+
+def read_float(store: Store, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Rows [start, stop) of a stored tensor as float32, int8 ones multiplied by their scales."""
+    tensor = store.tensors[name]
+    scales = None if tensor.scales is None else store.read(tensor.scales, start, stop)
+    return dequantize(store.read(name, start, stop), scales, tensor.group)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHARACTERS, FIXTURES, load_case, reasoning_case
+from conftest import CHARACTERS, FIXTURES, load_case, read_float, reasoning_case
 from safetensors.torch import load_file, save_file
 
 from thl_engine import CheckpointError, ConfigError, Engine
@@ -68,7 +68,7 @@ def test_an_int8_base_keeps_its_pages_and_the_adapters_stay_floats(folder, base,
         for name, values in WEIGHTS.items():
             if store.tensors[name].dtype == torch.float32:
                 assert torch.equal(store.read(name), values), name
-        widened = {name: store.read_float(name) for name in WEIGHTS}
+        widened = {name: read_float(store, name) for name in WEIGHTS}
         widened |= {name: widened[name].T.contiguous() for name in WEIGHTS if store.tensors[name].transposed}
     resident = Engine.from_pretrained(folder, device="cpu", backend=backend).forward(TOKENS)[0]
     with Engine.from_pretrained(folder, device="cpu", backend=backend, stream=True) as engine:

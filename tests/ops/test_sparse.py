@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FIXTURES, load_case
+from conftest import FIXTURES, load_case, read_float
 from safetensors.torch import load_file, save_file
 
 from thl_engine import CheckpointError, Engine
@@ -225,7 +225,7 @@ def test_all_layouts_give_the_same(tmp_path, monkeypatch, backend):
     for path in (new, old):
         store = open_store(path)
         floats = {
-            name: store.read_float(name).T if store.tensors[name].transposed else store.read_float(name)
+            name: read_float(store, name).T if store.tensors[name].transposed else read_float(store, name)
             for name in CASE.weights
         }
         with Engine.from_state_dict("gemma3n", CASE.config, floats, device="cpu", backend="reference") as engine:

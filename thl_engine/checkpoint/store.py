@@ -41,7 +41,6 @@ from thl_engine.checkpoint.quant import GROUP, scale_shape
 from thl_engine.config import Config, parse_config
 from thl_engine.errors import CheckpointError, ConfigError, EngineError, shown
 from thl_engine.files import FileMark, mark_of, parse_json, read_text
-from thl_engine.kernels.int8 import dequantize
 from thl_engine.models import architecture
 from thl_engine.models.contract import AnyArchitecture
 from thl_engine.schedule import Block
@@ -116,14 +115,6 @@ class Store:
                     f"byte {page.offset}: CRC32C is {found:08x}, expected {page.crc:08x}; the file is damaged"
                 )
         return rows
-
-    def read_float(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows [start, stop) as float32, int8 ones multiplied by their scales."""
-        tensor = self.tensors[name]
-        rows = self.read(name, start, stop)
-        if tensor.scales is None:
-            return rows.float()
-        return dequantize(rows, self.read(tensor.scales, start, stop), tensor.group)
 
     def sources(self) -> dict[str, Source]:
         """The float tensors for `write_store`. Raises CheckpointError if the store is quantised already."""
