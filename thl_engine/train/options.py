@@ -31,7 +31,8 @@ class TrainOptions:
     held_out: share of the text, at its end, that is kept out of training and evaluated.
     evaluate_every, save_every: updates between evaluations, and between saves for `resume`.
     sample_tokens: length of the text written after an evaluation. threads: of the CPU; None: torch's choice.
-    resume: continue the run in `out`. What is not given then, by position or name, is as that run has it.
+    resume: continue the run in `out`. What is not given then, by position or name, is as that run has it
+      (`dataclasses.replace` gives everything).
     """
 
     model_type: str
