@@ -96,7 +96,7 @@ def written(engine: Engine) -> torch.Tensor:
     return torch.stack(out)
 
 
-def sampled(count: int, most: int = 12) -> list[int]:
+def sampled(count: int, most: int = 6) -> list[int]:
     """Some of range(count), its beginning and end among them."""
     return sorted({0, 1, count // 2, count - 1, *range(0, count, max(1, count // most))} & set(range(count)))
 
@@ -159,7 +159,7 @@ def test_opening_fails_as_a_whole_or_not_at_all(implementation: str, model: Path
                 assert "Input/output error" in str(error)
                 refused += 1
             assert library.faults_done() == 1
-        assert refused > 5
+        assert refused > 2
         calm()
         assert descriptors() == before
 
@@ -168,7 +168,7 @@ def test_a_file_that_is_cut_short_meanwhile(implementation: str, model: Path) ->
     whole = model.read_bytes()
     with streaming(model) as engine:
         count = reads_of(model, lambda: written(engine))
-    for after in sampled(count, most=6):
+    for after in sampled(count):
         with streaming(model) as engine:
             inject("read", CUT, model, after)
             with pytest.raises(CheckpointError, match="truncated|changed while it was in use"):
@@ -326,7 +326,7 @@ def test_a_source_that_cannot_be_read_is_told(writer: Callable, source: Path, tm
     count = library.faults_seen()
     assert count or writer in (initialised, reported)
     new = contents(folder)
-    for after in sampled(count, most=6):
+    for after in sampled(count):
         restore(folder, {})
         inject("read", errno.EIO, source, after)
         try:  # it goes on where a read failed that finds out how to read

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -284,7 +285,7 @@ def test_a_damaged_file_goes_on_or_says_why_not(run: tuple) -> None:
         return out
 
     @settings(
-        max_examples=300,
+        max_examples=int(os.environ.get("THL_FUZZ_CASES", "300")),
         derandomize=True,
         database=None,
         deadline=None,
@@ -295,7 +296,7 @@ def test_a_damaged_file_goes_on_or_says_why_not(run: tuple) -> None:
     @given(st.one_of(st.tuples(changed(), st.just(record)), st.tuples(st.just(tensors), edited(record))))
     def check(case: tuple) -> None:
         try:
-            rewrite(run, *case)
+            rewrite(run, case[0], json.dumps(case[1]))
         except EngineError as error:
             assert len(str(error)) <= MESSAGE_LIMIT and str(error).isprintable()
 
