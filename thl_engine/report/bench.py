@@ -90,6 +90,7 @@ def benchmark(
     return {
         **found,
         "bytes_per_token": read,
+        "multiply_adds_per_token": plan.multiply_adds_per_token,
         "achieved_bandwidth": achieved,
         "measured_bandwidth": measured,
         "bandwidth_ratio": achieved / measured,
