@@ -178,7 +178,7 @@ def test_measuring_is_bounded(checkpoint, monkeypatch):
         cached = "context" in store.architecture.state_options
     assert found.plan.tokens_per_second > 0
     assert held[0].bytes_read <= limit + largest
-    assert len(steps) <= 2 * 3 * len(kinds)
+    assert len(steps) <= 2 * rehearsal.LEAST_RUNS * len(kinds)
     assert not cached or max(steps) <= 4096
 
 

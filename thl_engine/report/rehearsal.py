@@ -23,9 +23,9 @@ from thl_engine.paging.prediction import NOMINAL, StepCost
 from thl_engine.report.bandwidth import read_bandwidth
 from thl_engine.report.stand_in import Enough, StandIn
 
-SECONDS = 1.5  # for all kinds of steps together; each is made at least twice, unless that takes longer than LIMIT
+SECONDS = 1.5  # for all kinds of steps together; each is made LEAST_RUNS times, unless that takes longer than LIMIT
 LIMIT = 5.0  # seconds after which a step is broken off, and what it had yet to do is told from what it did
-MOST_RUNS = 50  # of a kind
+LEAST_RUNS, MOST_RUNS = 4, 50  # of a kind, the first of which finds cold caches
 STATE_BYTES = 256 << 20  # of a state that steps are made with; the rest of a longer context's traffic is added
 
 
@@ -127,11 +127,15 @@ def _room(store: Store, batch: int, options: Mapping[str, Any], wanted: int) -> 
 
 
 def _kinds(schedule: PageSchedule, steps: range) -> dict[tuple[str, ...], list[int]]:
-    """Of steps that read the same, the one or two in the middle; those first of which there are most."""
+    """Of steps that read the same, the one in the middle, or two if it lies between them; those first of which there
+    are most."""
     found: dict[tuple[str, ...], list[int]] = {}
     for t in steps:
         found.setdefault(schedule.reads(t), []).append(t)
-    middle = {reads: sorted({at[(len(at) - 1) // 2], at[len(at) // 2]}) for reads, at in found.items()}
+    middle = {}
+    for reads, at in found.items():
+        below, above = at[(len(at) - 1) // 2], at[len(at) // 2]
+        middle[reads] = [below, above] if above - below > 1 else [above]
     return dict(sorted(middle.items(), key=lambda own: -len(found[own[0]])))
 
 
@@ -157,10 +161,10 @@ class _Look:
         return out
 
     def _kind(self, t: int, seconds: float) -> Seen:
-        """The median of several such steps by what they took, the first of which finds cold caches."""
+        """The median of several such steps by what they took, without the first."""
         runs: list[Seen] = []
         started = time.perf_counter()
-        while len(runs) < MOST_RUNS and (len(runs) < 3 or time.perf_counter() - started < seconds):
+        while len(runs) < MOST_RUNS and (len(runs) < LEAST_RUNS or time.perf_counter() - started < seconds):
             try:
                 runs.append(self._step(t))
             except Enough:
@@ -168,7 +172,7 @@ class _Look:
                     raise
                 break
         warm = sorted(runs[1:] or runs, key=lambda run: run.seconds)
-        return warm[len(warm) // 2]
+        return warm[(len(warm) - 1) // 2]
 
     def _step(self, t: int) -> Seen:
         engine = self._engine
