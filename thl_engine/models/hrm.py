@@ -258,10 +258,18 @@ def state_from_dict(
 def workspace(config: HRMConfig, state: State) -> tuple[int, int]:
     """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
     rows = state.batch_size * WINDOW
-    # Tokens, both states before and after a segment, what rows that halted keep, their sum and one layer's residual,
-    # beside its attention or feed-forward part.
-    floats = 8 * config.hidden_size + max(8 * config.hidden_size, 4 * config.inner_size)
-    return 4 * rows * floats, rows * config.num_heads * WINDOW
+    return rows * _row_bytes(config), rows * config.num_heads * WINDOW
+
+
+def _row_bytes(config: HRMConfig) -> int:
+    """Of a position's activations: the token, both states before and after a segment, what rows that halted keep, their
+    sum and one layer's residual, beside its attention or feed-forward part."""
+    return 4 * (8 * config.hidden_size + max(8 * config.hidden_size, 4 * config.inner_size))
+
+
+def forward_kept(config: HRMConfig, state: State, tokens: int) -> int:
+    """Bytes of activations of the positions that a `forward` has beyond the window."""
+    return state.batch_size * max(0, state.valid + tokens - WINDOW) * _row_bytes(config)
 
 
 def advance(
@@ -476,6 +484,7 @@ ARCHITECTURE: Architecture[HRMConfig, State] = Architecture(
     logits=logits,
     forward=forward,
     forward_walk=forward_walk,
+    forward_kept=forward_kept,
     forward_inputs=("cycles",),
     answering="chat",
     effort=Effort(lambda config: ("num_segments",), effort_summary, effort_rows),
