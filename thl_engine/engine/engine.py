@@ -243,9 +243,10 @@ class Engine:
         self._refuse_unknown("forward", "input", inputs, self.architecture.forward_inputs)
         tokens = self._check_tokens(tokens, 2, None if whole else state.batch_size)
         self._check_room(state, tokens.shape[1])
-        kept = self.architecture.forward_kept(self.config, state, tokens.shape[1])
         logits = self._passes.sequence(tokens, state, inputs)
-        self._besides = max(self._besides, logits.nbytes + kept)
+        self._besides = max(
+            self._besides, self.architecture.forward_bytes(self.config, state, tokens.shape[1], logits.nbytes)
+        )
         self._count(tokens.numel(), started)
         return logits, state
 
@@ -395,8 +396,8 @@ class Engine:
         """Counters since the engine started; sizes in bytes, times in seconds.
 
         peak_memory_bytes: what counts against the budget and what `forward` took besides, as planned on the CPU, and as
-        seen on CUDA, where it is peak_device_bytes too; device_bytes_besides: all else on the device, the CUDA context and other programs;
-        budget_enforced: whether what does not fit is refused.
+        seen on CUDA, where it is peak_device_bytes too; device_bytes_besides: all else on the device, the CUDA context
+        and other programs; budget_enforced: whether what does not fit is refused.
         """
         return {
             "tokens": self._tokens,

@@ -267,9 +267,11 @@ def _row_bytes(config: HRMConfig) -> int:
     return 4 * (8 * config.hidden_size + max(8 * config.hidden_size, 4 * config.inner_size))
 
 
-def forward_kept(config: HRMConfig, state: State, tokens: int) -> int:
-    """Bytes of activations of the positions that a `forward` has beyond the window."""
-    return state.batch_size * max(0, state.valid + tokens - WINDOW) * _row_bytes(config)
+def forward_bytes(config: HRMConfig, state: State, tokens: int, logits: int) -> int:
+    """Of a `forward`: activations of positions beyond the window; or logits, which come when the others are gone."""
+    seen = min(state.timestep - tokens, WINDOW) + tokens
+    beyond = state.batch_size * max(0, seen - WINDOW) * _row_bytes(config)
+    return max(beyond, logits - workspace(config, state)[0])
 
 
 def advance(
@@ -484,7 +486,7 @@ ARCHITECTURE: Architecture[HRMConfig, State] = Architecture(
     logits=logits,
     forward=forward,
     forward_walk=forward_walk,
-    forward_kept=forward_kept,
+    forward_bytes=forward_bytes,
     forward_inputs=("cycles",),
     answering="chat",
     effort=Effort(lambda config: ("num_segments",), effort_summary, effort_rows),

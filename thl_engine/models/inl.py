@@ -158,8 +158,8 @@ def products(config: INLConfig) -> dict[str, float]:
 def workspace(config: INLConfig, state: State) -> tuple[int, int]:
     """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
     c, rows = config, state.batch_size * CHUNK
-    # The stream, what was attended and the position, beside one layer's attention, integrator or feed-forward part.
-    floats = 3 * c.d_model + max(12 * c.d_model, 2 * c.d_model + 3 * c.inner_size)
+    # The stream, what was attended and where it moves, beside one layer's attention, integrator or feed-forward part.
+    floats = 3 * c.d_model + max(5 * c.d_model, 2 * c.d_model + c.inner_size)
     seen = state.cache.layers[0].kept(state.context) + CHUNK
     return 4 * rows * floats + rows * seen, rows * c.num_heads * seen
 
@@ -334,9 +334,9 @@ def forward_walk(
     return Walk(tuple((name, 1) for name in (*names, *head(config) * chunks)), may_stop=again)
 
 
-def forward_kept(config: INLConfig, state: State, tokens: int) -> int:
-    """Bytes of the stream before and after the integrator and what was attended, of all tokens of a `forward`."""
-    return 4 * 3 * state.batch_size * tokens * config.d_model
+def forward_bytes(config: INLConfig, state: State, tokens: int, logits: int) -> int:
+    """Of all tokens of a `forward`: the stream before and after the integrator, what was attended, and the logits."""
+    return 4 * 3 * state.batch_size * tokens * config.d_model + logits
 
 
 def logits(config: INLConfig, weights: Weights, ops: Ops, hidden: Tensor) -> Tensor:
@@ -414,7 +414,7 @@ ARCHITECTURE: Architecture[INLConfig, State] = Architecture(
     logits=logits,
     forward=forward,
     forward_walk=forward_walk,
-    forward_kept=forward_kept,
+    forward_bytes=forward_bytes,
     forward_inputs=("attention_mask",),
     graph_key=graph_key,
     effort=Effort(

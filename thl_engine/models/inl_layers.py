@@ -4,6 +4,7 @@ Notation as in `inl.py`: B batch, T tokens, n of a chunk, D d_model.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,13 +37,13 @@ def run_layers(
     Chunks go through a layer one after the other, so that beside the stream only one chunk's activations are alive.
     """
     positions = sinusoid(tokens.shape[1], c.d_model, ops.counter(past), tokens.device)
-    xs = list((_embed(c, weights, ops, tokens) + positions).split(length, dim=1))
+    xs = _Chunks(_embed(c, weights, ops, tokens) + positions, length)
     attentions = [ops.cached_attention(cache, past + j * length, x.shape[1], tokens.device) for j, x in enumerate(xs)]
     used = []
     for i in range(c.num_layers):
-        attended = []
+        attended = xs.like()
         for j, attention in enumerate(attentions):
-            attended.append(_attend(c, weights, ops, i, xs[j], attention, blocked))
+            attended[j] = _attend(c, weights, ops, i, xs[j], attention, blocked)
             xs[j] = xs[j] + attended[j]
         xs, iterations = _integrate(c, weights, ops, i, xs, attended, together, training, record)
         del attended
@@ -50,10 +51,35 @@ def run_layers(
             xs[j] = _feed_forward(weights, ops, i, xs[j])
         used.append(iterations)
         if record is not None:
-            record(f"layer{i}.block_output", torch.cat(xs, dim=1))
+            record(f"layer{i}.block_output", torch.cat(list(xs), dim=1))
     for j in range(len(xs)):
         xs[j] = ops.layer_norm(xs[j], *_norm(weights, "final_norm"))
-    return xs, used
+    return list(xs), used
+
+
+class _Chunks(Sequence[Tensor]):
+    """A stream [B, T, D] in chunks [B, n, D] of `length` tokens. Several lie in one piece of memory, and one that is
+    set is copied there: blocks of their own, among a chunk's activations, would leave the heap in pieces."""
+
+    def __init__(self, x: Tensor, length: int) -> None:
+        self._whole, self._length = x, length
+        self._parts = list(x.split(length, dim=1))
+
+    def like(self) -> "_Chunks":
+        """Others of the same shape, to be set."""
+        return _Chunks(torch.empty_like(self._whole), self._length)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, j: Any) -> Any:
+        return self._parts[j].contiguous()  # of several sequences, a chunk's rows lie apart
+
+    def __setitem__(self, j: int, value: Tensor) -> None:
+        if len(self._parts) == 1:  # which training differentiates
+            self._parts[j] = value
+        else:
+            self._parts[j].copy_(value)
 
 
 def _embed(c: INLConfig, weights: Weights, ops: Ops, tokens: Tensor) -> Tensor:
@@ -87,12 +113,12 @@ def _integrate(
     weights: Weights,
     ops: Ops,
     i: int,
-    xs: list[Tensor],
-    contexts: list[Tensor],
+    xs: _Chunks,
+    contexts: _Chunks,
     together: bool,
     training: bool,
     record: Record | None,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[_Chunks, Tensor]:
     """Chunks [B, n, D] of x plus where the integrator takes their norm, and the iterations of each row, int64 [B * T].
 
     `together`, chunks that would stop before another are taken on to its step.
@@ -118,10 +144,10 @@ def _integrate(
             norm=_norm(weights, f"layers.{i}.norm1"),
         )
 
-    moved, used, steps, kept = [], [], [], []
+    moved, used, steps, kept = xs.like(), [], [], []
     for j, x in enumerate(xs):
         out = run(j, c.num_iterations_per_layer, c.adaptive_convergence_threshold if stops else None)
-        moved.append(x + out.x.view_as(x))
+        moved[j] = x + out.x.view_as(x)
         used.append(out.iterations.view(x.shape[:2]))
         steps.append(out.steps)
         kept.append(None if record is None else out)
