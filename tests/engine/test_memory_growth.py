@@ -29,7 +29,7 @@ MODELS = {  # by name: large enough that a term that is missing is seen, and one
         {"vocab_size": 80, "tier_dims": [64] * 3, "embedding_dim": 64, "value_dim": 64},
     ),
     "inl": (
-        {"vocab_size": 4000, "d_model": 768, "num_layers": 6, "num_heads": 12, "feedforward_dim": 3072, "max_seq_len": 999},
+        {"vocab_size": 4000, "d_model": 768, "num_layers": 6, "num_heads": 12, "max_seq_len": 512},
         {"vocab_size": 80, "d_model": 64, "num_layers": 1, "num_heads": 4, "feedforward_dim": 64, "max_seq_len": 64},
     ),
     "him": ({"vocab_size": 16000}, {"vocab_size": 300, "num_encoder_layers": 3}),

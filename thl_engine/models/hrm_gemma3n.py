@@ -177,7 +177,7 @@ def _thought_bytes(config: HRMGemma3nConfig) -> int:
 
 
 def forward_bytes(config: HRMGemma3nConfig, state: State, tokens: int, logits: int) -> int:
-    """Of a `forward`: its logits, and what is thought about a chunk's positions once the base's activations are gone."""
+    """Of a `forward`: its logits, and what is thought about a chunk once the base's activations are gone."""
     thought = state.batch_size * min(tokens, gemma3n.CHUNK) * _thought_bytes(config)
     return max(0, thought - workspace(config, state)[0]) + logits
 
