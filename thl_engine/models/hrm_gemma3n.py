@@ -172,8 +172,9 @@ def workspace(config: HRMGemma3nConfig, state: State) -> tuple[int, int]:
 
 
 def _thought_bytes(config: HRMGemma3nConfig) -> int:
-    """Of the activations of a position that is thought about."""
-    return 4 * (3 * config.hidden_size + 8 * config.hrm.L_size + 7 * config.hrm.H_size)
+    """Of the activations of a position that is thought about: in an L update, or in an H update."""
+    low, high = config.hrm.L_size, config.hrm.H_size
+    return 4 * (3 * config.hidden_size + max(11 * low + 2 * high, 3 * low + 7 * high))
 
 
 def forward_bytes(config: HRMGemma3nConfig, state: State, tokens: int, logits: int) -> int:

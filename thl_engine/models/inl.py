@@ -335,8 +335,10 @@ def forward_walk(
 
 
 def forward_bytes(config: INLConfig, state: State, tokens: int, logits: int) -> int:
-    """Of all tokens of a `forward`: the stream before and after the integrator, what was attended, and the logits."""
-    return 4 * 3 * state.batch_size * tokens * config.d_model + logits
+    """Of all tokens of a `forward`: the stream before and after the integrator and what was attended; later the stream
+    and the logits."""
+    row = 4 * state.batch_size * tokens * config.d_model
+    return max(3 * row, row + logits)
 
 
 def logits(config: INLConfig, weights: Weights, ops: Ops, hidden: Tensor) -> Tensor:
