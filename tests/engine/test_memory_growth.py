@@ -53,7 +53,7 @@ CASES = [  # model, options, sequences, tokens of each, the budget as a multiple
     ("hrm", {}, 4, 70, 1.0),
     ("gemma3n", {"context": 320}, 1, 320, 1.0),
     ("gemma3n", {"context": 128, "kv_cache": "int8"}, 4, 128, 1.2),
-    ("hrm_gemma3n", {"context": 80}, 2, 80, 1.5),
+    ("hrm_gemma3n", {"context": 24}, 2, 24, 1.5),
 ]
 
 
