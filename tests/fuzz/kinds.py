@@ -42,6 +42,20 @@ def kind(name: str, share: int = 1) -> Callable[[Callable[[Path], Cases]], Calla
     return listed
 
 
+def any_of(folder: Path, sorts: dict[str, Callable[[Path], Cases]]) -> Cases:
+    """Cases of several sorts of a kind, as many of each on average."""
+    made: dict[str, Cases] = {}
+    for name, prepare in sorts.items():
+        (folder / name).mkdir()
+        made[name] = prepare(folder / name)
+
+    def make(random: Random) -> tuple[str, Any]:
+        name = random.choice(list(made))
+        return name, made[name][0](random)
+
+    return make, lambda case: made[case[0]][1](case[1])
+
+
 THL = dict(vocab_size=40, embedding_dim=8, num_tiers=2, tier_dims=[8, 8], tier_timescales=[1, 2], local_window=2)
 THL |= dict(memory_slots=4, memory_dim=8, query_dim=4, value_dim=8, num_heads=2, head_dim=4, read_topk=2)
 GEMMA = dict(vocab_size=40, vocab_size_per_layer_input=40, hidden_size=8, hidden_size_per_layer_input=4)

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from fuzz.kinds import GEMMA, SMALL, THL, Cases, kind, open_and_read, parts, plain, whole
+from fuzz.kinds import GEMMA, SMALL, THL, Cases, any_of, kind, open_and_read, parts, plain, whole
 from fuzz.mutations import damaged, edited
 from safetensors.torch import save_file
 
@@ -69,8 +70,7 @@ def packed(folder: Path, quantize: str) -> Cases:
     return make, check
 
 
-kind("packed")(lambda folder: packed(folder, "none"))
-kind("packed int8")(lambda folder: packed(folder, "int8"))
+kind("packed")(lambda folder: any_of(folder, {name: partial(packed, quantize=name) for name in ("none", "int8")}))
 
 
 @kind("shards")
@@ -119,7 +119,7 @@ def configurations(model_type: str) -> Cases:
 
 
 for model_type in CONFIGS:
-    kind(f"configuration {model_type}")(lambda folder, model_type=model_type: configurations(model_type))
+    kind(f"configuration {model_type}", share=2)(lambda folder, model_type=model_type: configurations(model_type))
 
 
 @kind("config.json")
@@ -185,5 +185,6 @@ def pickles(folder: Path, legacy: bool) -> Cases:
     return make, check
 
 
-kind("pickles")(lambda folder: pickles(folder, False))
-kind("pickles before torch 1.6")(lambda folder: pickles(folder, True))
+kind("pickles")(
+    lambda folder: any_of(folder, {"zip": partial(pickles, legacy=False), "bare": partial(pickles, legacy=True)})
+)

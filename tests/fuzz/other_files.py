@@ -2,12 +2,13 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from fuzz.kinds import SMALL, Cases, kind, open_and_read, parts, plain, whole
+from fuzz.kinds import SMALL, Cases, any_of, kind, open_and_read, parts, plain, whole
 from fuzz.mutations import damaged, edited, text
 from safetensors.torch import load, save
 
@@ -94,8 +95,7 @@ def states(folder: Path, model_type: str) -> Cases:
     return make, check
 
 
-for model_type in CONFIGS:
-    kind(f"state {model_type}")(lambda folder, model_type=model_type: states(folder, model_type))
+kind("contexts")(lambda folder: any_of(folder, {name: partial(states, model_type=name) for name in CONFIGS}))
 
 
 @kind("folders")

@@ -1,6 +1,7 @@
 """Damaged files of every kind: an EngineError of one short line, or a model; within ten seconds and little memory.
 
-The cases are the same each time. THL_FUZZ_CASES says how many there are of a kind (2,000 if it is not set).
+The cases are the same each time. THL_FUZZ_CASES says how many there are of a kind (2,000 if it is not set; kinds that
+start a process for each have a share of that).
 """
 
 import json
