@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as the tests have it; here
 
 import fuzz.model_files
 import fuzz.other_files
-import fuzz.text_files  # noqa: F401  these list their kinds
+import fuzz.text_files
+import fuzz.training_files  # noqa: F401  these list their kinds
 import torch
 from fuzz.kinds import KINDS
 from hypothesis import HealthCheck, Phase, given, seed, settings
