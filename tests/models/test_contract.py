@@ -48,7 +48,7 @@ def options_of(hook: Callable | None) -> set[str]:
 
 
 def module_of(model: str):
-    return sys.modules[ARCHITECTURES[model].advance.__module__]
+    return sys.modules[ARCHITECTURES[model].blocks.__module__]
 
 
 def test_every_configuration_has_its_architecture():

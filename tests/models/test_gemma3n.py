@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from thl_engine import CheckpointError, ConfigError, Engine
 from thl_engine.config import Gemma3nConfig, parse_config
 from thl_engine.kernels import altup, geglu
-from thl_engine.models import gemma3n
+from thl_engine.models import gemma, gemma3n
 
 TOLERANCE = 1e-4  # relative to the largest magnitude of the tensor
 CASE = load_case(FIXTURES / "gemma3n" / "forward48")
@@ -203,7 +203,7 @@ def test_other_shapes_of_the_model(backend):
             | {"altup_num_inputs": n, "altup_active_idx": n - 1}
         )
         generator = torch.Generator().manual_seed(n)
-        weights = {b.name: gemma3n.initial(config, b, slice(0, b.shape[0]), generator) for b in gemma3n.blocks(config)}
+        weights = {b.name: gemma.initial(config, b, slice(0, b.shape[0]), generator) for b in gemma3n.blocks(config)}
         model = Engine.from_state_dict("gemma3n", config.to_dict(), weights, device="cpu", backend=backend)
         plain = Engine.from_state_dict("gemma3n", config.to_dict(), weights, device="cpu", backend="reference")
         tokens = torch.randint(110, (1, 12), generator=generator)
@@ -234,7 +234,7 @@ def test_names_of_published_checkpoints():
         "model.layers.99.self_attn.k_proj.weight": "model.layers.99.self_attn.k_proj.weight",
     }
     for name, stored in nested.items():
-        assert gemma3n.stored_name(config, name) == stored, name
+        assert gemma.stored_name(config, name) == stored, name
 
 
 def test_every_tensor_of_the_recording_is_a_block():

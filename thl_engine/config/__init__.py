@@ -5,7 +5,9 @@ field's name; nothing is guessed.
 """
 
 from thl_engine.config.base import LARGEST_CYCLES, Config
-from thl_engine.config.gemma3n import FULL, SLIDING, Gemma3nConfig
+from thl_engine.config.gemma import FULL, SLIDING, GemmaConfig
+from thl_engine.config.gemma3n import Gemma3nConfig
+from thl_engine.config.gemma4 import Gemma4Config
 from thl_engine.config.him import HIM_POSITIONS, HIMConfig
 from thl_engine.config.hrm import HRMConfig
 from thl_engine.config.hrm_gemma3n import HRMGemma3nConfig, ReasoningConfig
@@ -23,6 +25,8 @@ __all__ = [
     "SLIDING",
     "Config",
     "Gemma3nConfig",
+    "Gemma4Config",
+    "GemmaConfig",
     "HIMConfig",
     "HRMConfig",
     "HRMGemma3nConfig",

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from thl_engine.config.base import Config, require, require_counts
+from thl_engine.config.base import require
+from thl_engine.config.gemma import FULL, SLIDING, GemmaConfig
 from thl_engine.config.published import gemma3n_fields
-
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True)
-class Gemma3nConfig(Config):
+class Gemma3nConfig(GemmaConfig):
     """The text decoder of Gemma-3n (Transformers 5.23.0). The defaults are the published E4B size."""
 
     model_type: ClassVar[str] = "gemma3n"
@@ -20,7 +19,6 @@ class Gemma3nConfig(Config):
         {"altup_coef_clip", "altup_lr_multiplier", "attention_dropout", "initializer_range", "query_pre_attn_scalar"}
     )
     training: ClassVar[frozenset[str]] = frozenset({"altup_coef_clip", "altup_lr_multiplier", "attention_dropout"})
-    layers: ClassVar[tuple[str, ...]] = ("num_hidden_layers",)
 
     vocab_size: int = 262400
     vocab_size_per_layer_input: int = 262144
@@ -50,21 +48,15 @@ class Gemma3nConfig(Config):
         return gemma3n_fields(values, where)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
-            "vocab_size",
-            "vocab_size_per_layer_input",
-            "hidden_size",
             "hidden_size_per_layer_input",
-            "num_attention_heads",
             "num_key_value_heads",
             "head_dim",
-            "max_position_embeddings",
-            "sliding_window",
             "altup_num_inputs",
             "laurel_rank",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require_counts(self, "num_hidden_layers")
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "num_attention_heads",
@@ -72,21 +64,7 @@ class Gemma3nConfig(Config):
             f"a multiple of num_key_value_heads ({self.num_key_value_heads})",
         )
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even: the rotary embedding pairs features")
-        for name in ("intermediate_size", "layer_types", "activation_sparsity_pattern"):
-            values = getattr(self, name)
-            require(
-                len(values) == self.num_hidden_layers,
-                name,
-                values,
-                f"{self.num_hidden_layers} entries (num_hidden_layers)",
-            )
-        require(min(self.intermediate_size) >= 1, "intermediate_size", self.intermediate_size, "entries of at least 1")
-        require(
-            set(self.layer_types) <= {SLIDING, FULL},
-            "layer_types",
-            self.layer_types,
-            f"entries of {SLIDING!r} or {FULL!r}",
-        )
+        self.require_layers("activation_sparsity_pattern")
         require(
             all(0.0 <= share < 1.0 for share in self.activation_sparsity_pattern),
             "activation_sparsity_pattern",
@@ -100,20 +78,6 @@ class Gemma3nConfig(Config):
             self.altup_active_idx,
             f"one of the altup_num_inputs ({self.altup_num_inputs}) inputs, counted from 0",
         )
-        require(self.rms_norm_eps >= 0.0, "rms_norm_eps", self.rms_norm_eps, "0 or more")
-        for name in ("rope_theta", "rope_local_base_freq"):
-            require(getattr(self, name) > 0.0, name, getattr(self, name), "more than 0")
-        cap = self.final_logit_softcapping
-        require(cap is None or cap > 0.0, "final_logit_softcapping", cap, "null (no capping) or more than 0")
-        own = self.num_hidden_layers - self.num_kv_shared_layers
-        require(
-            0 <= self.num_kv_shared_layers and own >= 1 and set(self.layer_types[own:]) <= set(self.layer_types[:own]),
-            "num_kv_shared_layers",
-            self.num_kv_shared_layers,
-            "0 or more, with a layer of each shared type before the shared layers",
-        )
 
-    def kv_source(self, i: int) -> int:
-        """The layer whose keys and values layer `i` reads: itself, or the last one of its type that has its own."""
-        own = self.num_hidden_layers - self.num_kv_shared_layers
-        return i if i < own else next(j for j in reversed(range(own)) if self.layer_types[j] == self.layer_types[i])
+    def heads(self, i: int) -> tuple[int, int]:
+        return self.num_key_value_heads, self.head_dim

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from thl_engine.config.base import HUGGING_FACE, LARGEST, Config
 from thl_engine.config.gemma3n import Gemma3nConfig
+from thl_engine.config.gemma4 import Gemma4Config
 from thl_engine.config.him import HIMConfig
 from thl_engine.config.hrm import HRMConfig
 from thl_engine.config.hrm_gemma3n import HRMGemma3nConfig
@@ -22,7 +23,8 @@ _log = logging.getLogger("thl_engine")
 _PLURALS = {int: "whole numbers", float: "numbers", str: "names"}
 
 CONFIGS: dict[str, type[Config]] = {
-    cls.model_type: cls for cls in (THLConfig, HRMConfig, INLConfig, HIMConfig, Gemma3nConfig, HRMGemma3nConfig)
+    cls.model_type: cls
+    for cls in (THLConfig, HRMConfig, INLConfig, HIMConfig, Gemma3nConfig, HRMGemma3nConfig, Gemma4Config)
 }
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from thl_engine.config import LARGEST_CYCLES, HRMGemma3nConfig
 from thl_engine.errors import CheckpointError, ConfigError
-from thl_engine.models import gemma3n, hrm, low_rank
+from thl_engine.models import gemma, gemma3n, hrm, low_rank
 from thl_engine.models.contract import Adapters, Architecture, Effort, Ops, Record, Weights
 from thl_engine.ops.weights import Held
 from thl_engine.schedule import Block, Walk
@@ -46,7 +46,7 @@ Q_HEAD_BIAS = -5.0  # of a fresh model; equal for both outputs, so that it never
 
 
 @dataclass
-class State(gemma3n.State):
+class State(gemma.State):
     """The base's context, and how hard to think: cycles (N, T), each a maximum."""
 
     cycles: tuple[int, int]
@@ -126,14 +126,14 @@ def reasoning_blocks(config: HRMGemma3nConfig) -> tuple[Block, ...]:
 def stored_name(config: HRMGemma3nConfig, name: str) -> str | None:
     """The block's name for a name of the base's checkpoints or of PEFT's; None for what the decoder does not use."""
     stored = low_rank.stored_name(config, name)
-    return gemma3n.stored_name(config, name) if stored == name and not name.startswith("hrm.") else stored
+    return gemma.stored_name(config, name) if stored == name and not name.startswith("hrm.") else stored
 
 
 def walk(config: HRMGemma3nConfig, *, cycles: str | Sequence[int] | None = None) -> Walk:
     """Matrices read by one pass: the base's with their adapters, then those of as many updates as there can be."""
     n, t = parse_cycles(config, cycles)
     adapters, reads = low_rank.adapters(config), []
-    for name, _ in gemma3n.walk(config).clocked:
+    for name, _ in gemma3n.DECODER.walk(config).clocked:
         reads.append(name)
         if name in adapters:
             reads += [adapters[name].down.name, adapters[name].up.name]
@@ -162,7 +162,7 @@ def initial(config: HRMGemma3nConfig, block: Block, rows: slice, generator: torc
         return torch.full(shape, Q_HEAD_BIAS)
     if block.name.startswith("hrm.") and block.name.endswith(".bias"):
         return torch.zeros(shape)
-    return gemma3n.initial(config, block, rows, generator)
+    return gemma.initial(config, block, rows, generator)
 
 
 def workspace(config: HRMGemma3nConfig, state: State) -> tuple[int, int]:
@@ -179,7 +179,7 @@ def _thought_bytes(config: HRMGemma3nConfig) -> int:
 
 def forward_bytes(config: HRMGemma3nConfig, state: State, tokens: int, logits: int) -> int:
     """Of a `forward`: its logits, and what is thought about a chunk once the base's activations are gone."""
-    thought = state.batch_size * min(tokens, gemma3n.CHUNK) * _thought_bytes(config)
+    thought = state.batch_size * min(tokens, gemma.CHUNK) * _thought_bytes(config)
     return max(0, thought - workspace(config, state)[0]) + logits
 
 
@@ -199,7 +199,7 @@ def init_state(
     context, kv_cache: as the base has them. Raises ConfigError.
     """
     made = parse_cycles(config, cycles, max_cycles)
-    return _state(gemma3n.init_state(config, batch_size, device, weights, context=context, kv_cache=kv_cache), made)
+    return _state(gemma.init_state(config, batch_size, device, weights, context=context, kv_cache=kv_cache), made)
 
 
 def state_from_dict(
@@ -217,7 +217,7 @@ def state_from_dict(
     except ConfigError as error:
         raise CheckpointError(f"state: {error}") from None
     rest = {name: value for name, value in values.items() if name != "cycles"}
-    return _state(gemma3n.state_from_dict(config, rest, ops, device, **options), cycles)
+    return _state(gemma.state_from_dict(config, rest, ops, device, **options), cycles)
 
 
 def advance(
@@ -229,7 +229,7 @@ def advance(
     which shares the given one's cache. `record` receives named intermediates. Raises ConfigError beyond the context.
     """
     adapted = low_rank.AdaptedWeights(config, weights)
-    x, following = gemma3n.decode(config, adapted, ops, tokens, state, record, last=True)
+    x, following = gemma3n.DECODER.decode(config, adapted, ops, tokens, state, record, last=True)
     hidden = think(config, weights, ops, x[:, -1], state.cycles, record)
     return hidden[:, None], _state(following, state.cycles)
 
@@ -252,17 +252,17 @@ def forward(
     """
     if tokens.shape[0] != state.batch_size:
         raise ConfigError(f"tokens: batch of {tokens.shape[0]}, but the state holds {state.batch_size} sequences")
-    gemma3n.check_room(config, state, tokens.shape[1])
+    gemma.check_room(config, state, tokens.shape[1])
     made = parse_cycles(config, state.cycles if cycles is None else cycles, max_cycles)
     adapted = low_rank.AdaptedWeights(config, weights)
     out = torch.empty(*tokens.shape, config.vocab_size, device=tokens.device)
-    for first in range(0, tokens.shape[1], gemma3n.CHUNK):
-        some = tokens[:, first : first + gemma3n.CHUNK]
-        x, following = gemma3n.decode(config, adapted, ops, some, state, record, last=False)
+    for first in range(0, tokens.shape[1], gemma.CHUNK):
+        some = tokens[:, first : first + gemma.CHUNK]
+        x, following = gemma3n.DECODER.decode(config, adapted, ops, some, state, record, last=False)
         state = _state(following, made)
         hidden = think(config, weights, ops, x.flatten(0, 1), made, record)
-        scores = gemma3n.logits(config, weights, ops, hidden)
-        out[:, first : first + gemma3n.CHUNK] = scores.unflatten(0, some.shape)
+        scores = gemma.logits(config, weights, ops, hidden)
+        out[:, first : first + gemma.CHUNK] = scores.unflatten(0, some.shape)
     return out, state
 
 
@@ -276,9 +276,9 @@ def forward_walk(
     """Matrices that one `forward` reads, those of the logits included."""
     once = (
         *walk(config, cycles=parse_cycles(config, cycles, max_cycles)).clocked,
-        *((name, 1) for name in gemma3n.head(config)),
+        *((name, 1) for name in gemma.head(config)),
     )
-    return Walk(once * -(-tokens_shape[1] // gemma3n.CHUNK), may_stop=True)
+    return Walk(once * -(-tokens_shape[1] // gemma.CHUNK), may_stop=True)
 
 
 def think(
@@ -298,7 +298,7 @@ def think(
     if record is not None:
         for name, value in {"x": x, "z_H": high, **effort}.items():
             record(name, value)
-    return gemma3n.normalise(config, weights, ops, x + ops.linear(high, weights["hrm.P_out.weight"]), record)
+    return gemma.normalise(config, weights, ops, x + ops.linear(high, weights["hrm.P_out.weight"]), record)
 
 
 def reason(
@@ -374,7 +374,7 @@ def _linear(weights: Weights, ops: Ops, name: str, x: Tensor) -> Tensor:
     return ops.linear(x, weights[matrix], weights[bias] if bias in weights else None)
 
 
-def _state(base: gemma3n.State, cycles: tuple[int, int]) -> State:
+def _state(base: gemma.State, cycles: tuple[int, int]) -> State:
     fields = {name: value for name, value in vars(base).items() if name != "cycles"}
     return State(**fields, cycles=cycles)
 

@@ -206,27 +206,29 @@ class KVCache:
 def empty(
     windows: Sequence[int | None],
     batch_size: int,
-    heads: int,
-    width: int,
+    heads: int | Sequence[int],
+    width: int | Sequence[int],
     positions: int,
     device: torch.device | str = "cpu",
     rows: str = "float32",
 ) -> KVCache:
     """A cache without content for up to `positions` positions.
 
-    windows: of each layer, None where it sees all positions. rows: one of FORMATS.
+    windows: of each layer, None where it sees all positions. heads, width: key/value heads and their features, of all
+    layers or of each. rows: one of FORMATS.
     """
 
-    def new(capacity: int) -> Rows:
+    def new(heads: int, width: int, capacity: int) -> Rows:
         shape = (batch_size, heads, capacity)
         if rows == "int8":
             return Rows(torch.empty(*shape, width, dtype=torch.int8, device=device), torch.empty(shape, device=device))
         return Rows(torch.empty(*shape, width, device=device), None)
 
+    counts, widths = ([own] * len(windows) if isinstance(own, int) else own for own in (heads, width))
     layers = []
-    for window in windows:
-        capacity = positions if window is None else min(positions, window - 1 + SLACK)
-        layers.append(Layer(new(capacity), new(capacity), window))
+    for window, count, features in zip(windows, counts, widths, strict=True):
+        size = count, features, positions if window is None else min(positions, window - 1 + SLACK)
+        layers.append(Layer(new(*size), new(*size), window))
     return KVCache(layers)
 
 

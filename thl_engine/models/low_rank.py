@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from thl_engine.config import HRMGemma3nConfig
-from thl_engine.models import gemma3n
+from thl_engine.models import gemma, gemma3n
 from thl_engine.ops.weights import Adapted
 from thl_engine.schedule import Block
 
@@ -67,12 +67,12 @@ def side_blocks(config: HRMGemma3nConfig, side: str) -> tuple[Block, ...]:
 def stored_name(config: HRMGemma3nConfig, name: str) -> str | None:
     """The block's name for an adapter tensor in PEFT's file, which begins with PEFT_PREFIX; other names as they are.
 
-    None for what the decoder does not use, as `gemma3n.stored_name` has it.
+    None for what the decoder does not use, as `gemma.stored_name` has it.
     """
     for suffix in (DOWN, UP):
         if name.endswith(suffix):
             module = name.removeprefix(PEFT_PREFIX).removesuffix(suffix)
-            stored = gemma3n.stored_name(config, module + ".weight")
+            stored = gemma.stored_name(config, module + ".weight")
             return None if stored is None else stored.removesuffix(".weight") + suffix
     return name
 
