@@ -87,13 +87,7 @@ def collapse(c: Gemma3nConfig, weights: Weights, ops: Ops, streams: Tensor) -> T
 
 
 def layer(
-    c: Gemma3nConfig,
-    weights: Weights,
-    ops: Ops,
-    i: int,
-    streams: Tensor,
-    own_input: Tensor | None,
-    attention: Attention,
+    c: Gemma3nConfig, weights: Weights, ops: Ops, i: int, streams: Tensor, own_input: Tensor, attention: Attention
 ) -> Tensor:
     """One decoder layer: streams [n, B, T, D] and its per-layer input [B, T, P] to the next streams."""
     prefix, a = f"model.layers.{i}.", c.altup_active_idx
