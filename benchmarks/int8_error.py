@@ -33,6 +33,7 @@ CASES = {
     "him": ["encode3", "padding_mask", "reconstruction"],
     "hrm": ["forward_n1t1", "forward_n2t2", "forward_n3t2", "forward_n6t4"],
     "gemma3n": ["forward48", "greedy16"],
+    "gemma4": ["forward33", "forward40", "greedy16"],
 }
 SLOTS = ("router_indices", "write_indices")
 LAYOUTS = {"a scale a row": None, f"groups of {GROUP}": GROUP}

@@ -219,6 +219,7 @@ MODELS = {
     "him": "encode3",
     "hrm": "forward_n2t2",
     "gemma3n": "forward48",
+    "gemma4": "forward40",
     "hrm_gemma3n": None,
 }  # has no recording
 

@@ -29,7 +29,7 @@ MOST_PIECES = 128
 # pieces of 256 keys, 4 rows to a head, that is 3 % of float16 keys and values, 6 % of int8.
 PROGRAMS = 264
 JOINED = 64  # features that one program joins
-WIDEST = 256  # features of a head
+WIDEST, WIDEST_SMALL = 512, 256  # features of a head: where a block has 99 KiB of shared memory and more, and less
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 WIDEST_SPLIT = 64  # features of a float32 head whose two tf32 terms fit in registers
 
@@ -43,8 +43,15 @@ class Tile(NamedTuple):
     stages: int
 
 
+def widest(x: Tensor, *, turned: bool = False) -> int:
+    """Features of a head, at most, on the device of x. turned: where keys are rotated, which takes as much again."""
+    return WIDEST if capability(x) >= 80 and not turned else WIDEST_SMALL
+
+
 def tile(rows: int, width: int, half: bool, card: int) -> Tile:
     """For `rows` rows of queries a key/value head, heads of `width` features in `half` precision or float32."""
+    if width > WIDEST_SMALL:
+        return Tile(16, 16, 8, 1)
     if card < 80:
         return Tile(16, 16, 4 if width <= 128 else 8, 1)
     if half and rows <= DECODING_ROWS:
@@ -283,9 +290,9 @@ def attention(
 ) -> Tensor:
     """softmax(scale * query keyᵀ) value: query [B, A, T, d], key and value [B, A_k, S, d] -> [B, A, T, d].
 
-    d up to 256, A a multiple of A_k; any strides. The last row of the queries stands at the last of the S positions.
-    blocked: bool, broadcastable to [B, A, T, S], True where a key must not be seen; a row that sees none is NaN.
-    causal: later keys are not seen. window: nor those `window` or more positions back. key_scales, value_scales
+    d up to `widest`, A a multiple of A_k; any strides. The last row of the queries stands at the last of the S
+    positions. blocked: bool, broadcastable to [B, A, T, S], True where a key must not be seen; a row that sees none is
+    NaN. causal: later keys are not seen. window: nor those `window` or more positions back. key_scales, value_scales
     float32 [B, A_k, S]: keys and values are int8 and stand for these multiples. query_norm: weight [d] or None, and
     epsilon, of an `rms_norm` of each query row. query_tables, key_tables: cos and sin, float32 [T, d] and [S, d], to
     rotate rows by as in ../rotary.py, after that.
@@ -300,9 +307,10 @@ def attention(
     """
     batch, heads, rows, width = query.shape
     key_heads, capacity = key.shape[1:3]
-    if width > WIDEST or heads % key_heads:
+    most_features = widest(query, turned=key_tables is not None)
+    if width > most_features or heads % key_heads:
         raise ValueError(
-            f"attention: expected at most {WIDEST} features a head and query heads in equal groups; found "
+            f"attention: expected at most {most_features} features a head and query heads in equal groups; found "
             f"{width} features, {heads} query heads, {key_heads} key heads"
         )
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))

@@ -23,7 +23,8 @@ CASES = [
     ("thl", True),
     ("inl", False),
     ("gemma3n", True),
-    *([("thl", False), ("inl", True), ("gemma3n", False)] if GPU else []),
+    ("gemma4", False),
+    *([("thl", False), ("inl", True), ("gemma3n", False), ("gemma4", True)] if GPU else []),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore")  # the interpreter's arithmetic on what is captured and not yet made
 
@@ -46,7 +47,7 @@ def small(name: str):
             head_dim=4,
             read_topk=2,
         )
-    fields = load_case(FIXTURES / name / {"inl": "greedy", "gemma3n": "greedy16"}[name]).config
+    fields = load_case(FIXTURES / name / {"inl": "greedy", "gemma3n": "greedy16", "gemma4": "greedy16"}[name]).config
     change = (
         {"num_layers": 1}
         if name == "inl"
@@ -56,7 +57,9 @@ def small(name: str):
             **{
                 field: fields[field][1:3]
                 for field in ("layer_types", "intermediate_size", "activation_sparsity_pattern")
+                if isinstance(fields.get(field), list)
             },
+            **({"per_layer_config": {"1": {"head_dim": 16}}} if name == "gemma4" else {}),
         }
     )
     return parse_config({**fields, **change}, name)

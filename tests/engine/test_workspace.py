@@ -28,8 +28,9 @@ RECORDED = {
     "him": "encode3",
     "hrm": "forward_n2t2",
     "gemma3n": "forward48",
+    "gemma4": "forward40",
 }
-_e4b = PRESETS["gemma3n-e4b"]
+_e4b, _e2b = PRESETS["gemma3n-e4b"], PRESETS["gemma4-e2b"]
 WIDE = {  # real widths, but few layers: activations of one layer at a time are alive
     "thl": THLConfig(),
     "inl": replace(PRESETS["inl-5b"], num_layers=2, num_iterations_per_layer=4),
@@ -42,6 +43,15 @@ WIDE = {  # real widths, but few layers: activations of one layer at a time are 
         layer_types=_e4b.layer_types[:7],
         intermediate_size=_e4b.intermediate_size[:7],
         activation_sparsity_pattern=(0.95, *[0.0] * 6),
+    ),
+    "gemma4": replace(
+        _e2b,
+        num_hidden_layers=10,
+        num_kv_shared_layers=3,
+        layer_types=_e2b.layer_types[:10],
+        intermediate_size=_e2b.intermediate_size[-10:],
+        num_key_value_heads=_e2b.num_key_value_heads[:10],
+        head_dim=_e2b.head_dim[:10],
     ),
 }
 # Where the host waits by design: whether rows halt, which decides what is read and computed next.
@@ -90,7 +100,7 @@ def test_steps_stay_on_the_device_and_within_the_workspace(kind, backend, no_lau
     ops, fake, batch = load_ops(backend, "cpu"), FakeModel(kind, fields), 2
     model, config = fake.model, fake.config
     options = {"context": min(2000, config.max_seq_len)} if kind == "inl" else {}
-    if kind == "gemma3n":
+    if kind in ("gemma3n", "gemma4"):
         options = {"context": min(2000, config.max_position_embeddings)}
     with fake.mode:
         state = fake.state(batch, **options)

@@ -38,6 +38,8 @@ SHAPES = [
     (1, 2, 1, 70, 70, 16),
     (1, 4, 1, 33, 90, 40),
     (1, 1, 1, 3, 40, 256),
+    (1, 2, 1, 6, 20, 400),
+    (1, 2, 1, 1, 70, 512),
     (1, 12, 1, 1, 150, 16),
     (1, 2, 1, 2, 130, 80),
 ]
@@ -121,7 +123,7 @@ def test_int8_keys_and_values(rows, keys, dtype, tolerance):
 def test_sizes_depend_on_shapes_only():
     for card in (75, 80, 86, 89, 90):
         for rows in (1, 16, 17, 1000):
-            for width in (16, 64, 128, 256):
+            for width in (16, 64, 128, 256, 512):
                 sizes = attention.tile(rows, width, True, card)
                 assert 64 % sizes.keys == 0 and sizes.rows >= 16
     for keys in (0, 1, 100, 512, 1000, 16384, 100_000):

@@ -32,7 +32,7 @@ def projected(batch, rows, heads, width):
     return device_randn(batch, rows, 2 * heads * width)[..., : heads * width].unflatten(-1, (heads, width))
 
 
-@pytest.mark.parametrize("width, capacity, past", [(16, 9, 30), (20, 7, 0), (256, 4, 5)])
+@pytest.mark.parametrize("width, capacity, past", [(16, 9, 30), (20, 7, 0), (256, 4, 5), (512, 3, 1)])
 @pytest.mark.parametrize("rows", kv_cache.FORMATS)
 @pytest.mark.parametrize("prepare", ["none", "rotate", "norm", "both"])
 def test_append(width, capacity, past, rows, prepare, count=3):

@@ -187,24 +187,29 @@ def window_launches(entries):
             )
 
 
-@launches(**{f"heads{width}": width for width in (16, 32, 64, 80, 128, 256)})
+@launches(**{f"heads{width}": width for width in (16, 32, 64, 80, 128, 256, 512)})
 def attention_launches(width):
     for rows, keys in ((1, 100), (1, 4096), (200, 200)):
         for dtype in (torch.float32, torch.bfloat16):
             query, key = torch.empty(2, 8, rows, width, dtype=dtype), torch.empty(2, 2, keys, width, dtype=dtype)
+            if width > attention.widest(query):
+                return
             table, blocked = torch.empty(rows, width), torch.empty(keys, dtype=torch.bool)
             attention.attention(query, key, key, 0.1, causal=True)
             attention.attention(query, key, key, 0.1, blocked, query_tables=(table, table), causal=True, window=64)
         small, scales = key.to(torch.int8), torch.empty(2, 2, keys)
         attention.attention(query, small, small, 0.1, causal=True, key_scales=scales, value_scales=scales)
     query, table = torch.empty(2, 8, 40, width), torch.empty(40, width)
-    attention.attention(query, query, query, 0.1, query_tables=(table, table), key_tables=(table, table))
+    if width <= attention.widest(query, turned=True):
+        attention.attention(query, query, query, 0.1, query_tables=(table, table), key_tables=(table, table))
 
 
-@launches(**{f"heads{width}": width for width in (16, 64, 128, 256)})
+@launches(**{f"heads{width}": width for width in (16, 64, 128, 256, 512)})
 def cached_attention_launches(width):
     """Rings and whole contexts of float32 and int8, positions from the device for one row, for groups of every size."""
     norm, at = (torch.empty(width), 1e-6), torch.empty(1, dtype=torch.int64)
+    if width > attention.widest(norm[0]):
+        return
     for rows, window in (("float32", None), ("float32", 512), ("int8", None), ("int8", 512)):
         layer = kv_cache.empty([window], 1, 2, width, 8192, rows=rows).layers[0]
         kept = layer.keys.data, layer.values.data, layer.keys.scales, layer.values.scales

@@ -1,11 +1,8 @@
-"""Gemma-3n: the recorded runs, its decoding forms against each other, and its parts against plain loops."""
-
-import json
+"""Gemma-3n: recorded intermediates, its parts against plain loops, its configuration. test_gemma.py has the rest."""
 
 import pytest
 import torch
 from conftest import FIXTURES, cases, load_case
-from safetensors.torch import save_file
 
 from thl_engine import CheckpointError, ConfigError, Engine
 from thl_engine.config import Gemma3nConfig, parse_config
@@ -41,80 +38,6 @@ def test_recorded_forward(folder, backend):
     assert compared == 10 and state.timestep == 48
 
 
-@pytest.mark.parametrize("folder", [f for f in cases("gemma3n") if f.name.startswith("greedy")], ids=lambda f: f.name)
-def test_recorded_greedy_tokens(folder, backend):
-    case = load_case(folder)
-    model = engine(backend, case)
-    ids = case.io["prompt_ids"]
-    logits, state = model.prefill(ids, model.new_state())
-    for step in range(case.meta["run"]["new_tokens"]):
-        close(logits, case.io["step_logits"][:, step])
-        following = logits.argmax(dim=-1)
-        ids = torch.cat([ids, following[:, None]], dim=1)
-        logits, state = model.step(following, state)
-    assert torch.equal(ids, case.io["output_ids"])
-
-
-def test_one_by_one_in_pieces_and_whole(backend):
-    """Contexts well beyond the window and the rolling buffer, in pieces of many lengths."""
-    model = engine(backend)
-    tokens = torch.randint(110, (2, 128), generator=torch.Generator().manual_seed(1))
-    whole, _ = model.forward(tokens)
-    state, at = model.new_state(2), 0
-    for count in (1, 2, 7, 8, 9, 1, 30, 64, 6):
-        logits, state = model.forward(tokens[:, at : at + count], state)
-        close(logits, whole[:, at : at + count])
-        at += count
-    assert at == 128
-    state, at = model.new_state(2), 0
-    for count in (2, 9, 1, 70, 46):
-        logits, state = model.prefill(tokens[:, at : at + count], state)
-        at += count
-        close(logits, whole[:, at - 1])
-    state = model.new_state(2)
-    for t in range(128):
-        logits, state = model.step(tokens[:, t], state)
-        close(logits, whole[:, t])
-    with pytest.raises(ConfigError, match="129 tokens long.*max_position_embeddings is 128"):
-        model.step(tokens[:, 0], state)
-
-
-@pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_rows_do_not_depend_on_the_batch(backend, quantize):
-    model = engine(backend, quantize=quantize)
-    tokens = torch.randint(110, (3, 70), generator=torch.Generator().manual_seed(2))
-    together, _ = model.forward(tokens)
-    for b in range(3):
-        alone, _ = model.forward(tokens[b : b + 1])
-        close(alone, together[b : b + 1])
-        assert backend == "reference" or torch.equal(alone, together[b : b + 1])
-    states = model.new_state(3), [model.new_state() for _ in range(3)]
-    for t in range(9):
-        together, _ = model.step(tokens[:, t], states[0])
-        alone = torch.cat([model.step(tokens[b : b + 1, t], states[1][b])[0] for b in range(3)])
-        close(alone, together)
-        assert backend == "reference" or torch.equal(alone, together)
-
-
-def test_a_saved_context_goes_on_bit_for_bit(backend, tmp_path):
-    model = engine(backend)
-    tokens = torch.randint(110, (2, 90), generator=torch.Generator().manual_seed(3))
-    for length in (0, 3, 71):
-        state = model.new_state(2)
-        if length:
-            _, state = model.prefill(tokens[:, :length], state)
-        model.save_state(state, tmp_path / "state.safetensors")
-        restored, fork = model.load_state(tmp_path / "state.safetensors"), state.clone()
-        for t in range(length, length + 8):
-            logits, state = model.step(tokens[:, t], state)
-            assert torch.equal(model.step(tokens[:, t], restored)[0], logits)
-        assert fork.timestep == length
-        assert torch.equal(
-            model.step(tokens[:, length], fork)[0],
-            model.step(tokens[:, length], model.load_state(tmp_path / "state.safetensors"))[0],
-        )
-
-
 def test_states_that_do_not_fit(backend):
     model = engine(backend)
     _, state = model.prefill(CASE.io["input_ids"], model.new_state())
@@ -133,26 +56,6 @@ def test_states_that_do_not_fit(backend):
     del fields["layers.3.self_attn.values"]
     with pytest.raises(CheckpointError, match="'layers.3.self_attn.values' is missing"):
         model.state_from_dict(fields)
-
-
-def test_options_of_a_state(backend):
-    model = engine(backend)
-    tokens = torch.randint(110, (1, 50), generator=torch.Generator().manual_seed(4))
-    expected, _ = model.forward(tokens)
-    small, wide = model.new_state(context=50, kv_cache="int8"), model.new_state(context=50)
-    assert 2 * small.nbytes < wide.nbytes < model.new_state().nbytes
-    found, small = model.forward(tokens, small)
-    close(found, expected, 0.05)
-    with pytest.raises(ConfigError, match=r"51 tokens long; the context ends at 50 \(option context\)"):
-        model.step(tokens[:, 0], small)
-    for options, message in (
-        ({"kv_cache": "int4"}, "kv_cache is 'int4'; it must be one of float32, int8"),
-        ({"context": 129}, "from 1 to max_position_embeddings"),
-        ({"context": 0}, "context is 0"),
-        ({"cycles": 1}, "have no option cycles"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            model.new_state(**options)
 
 
 @pytest.mark.parametrize("quantile", [None, 1.6448536, -0.2])
@@ -217,96 +120,10 @@ def test_other_shapes_of_the_model(backend):
         model.forward(tokens.expand(2, -1), model.new_state())
 
 
-def test_names_of_published_checkpoints():
-    config = Gemma3nConfig()
-    nested = {
-        "model.language_model.norm.weight": "model.norm.weight",
-        "language_model.model.layers.3.mlp.up_proj.weight": "model.layers.3.mlp.up_proj.weight",
-        "language_model.lm_head.weight": "lm_head.weight",
-        "lm_head.weight": "lm_head.weight",
-        "model.layers.19.self_attn.k_proj.weight": "model.layers.19.self_attn.k_proj.weight",
-        "model.layers.20.self_attn.k_proj.weight": None,
-        "model.language_model.layers.34.self_attn.k_norm.weight": None,
-        "model.layers.20.self_attn.q_proj.weight": "model.layers.20.self_attn.q_proj.weight",
-        "model.vision_tower.timm_model.x": None,
-        "audio_tower.y": None,
-        "model.embed_audio.z": None,
-        "model.layers.99.self_attn.k_proj.weight": "model.layers.99.self_attn.k_proj.weight",
-    }
-    for name, stored in nested.items():
-        assert gemma.stored_name(config, name) == stored, name
-
-
-def test_every_tensor_of_the_recording_is_a_block():
-    config = Engine.from_state_dict("gemma3n", CASE.config, CASE.weights, device="cpu").config
-    assert {b.name: b.shape for b in gemma3n.blocks(config)} == {k: tuple(v.shape) for k, v in CASE.weights.items()}
-
-
-def published(path, prefix: str, shards: int, **outer) -> None:
-    """A folder as Gemma-3n is published: sharded, the decoder among parts for images and sound."""
-    text = {
-        **CASE.config,
-        "model_type": "gemma3n_text",
-        "query_pre_attn_scalar": 12,
-        "rope_scaling": None,
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-        "intermediate_size": 56,
-        "torch_dtype": "float32",
-    }
-    del text["rope_parameters"]
-    (path / "config.json").write_text(
-        json.dumps(
-            {
-                "model_type": "gemma3n",
-                "architectures": ["Gemma3nForConditionalGeneration"],
-                "text_config": text,
-                "vision_config": {"model_type": "gemma3n_vision"},
-                "audio_config": {},
-                "eos_token_id": [1, 106],
-                **outer,
-            }
-        )
-    )
-    tensors = {name.replace("model.", prefix, 1): tensor for name, tensor in CASE.weights.items()}
-    tensors |= {
-        "model.vision_tower.timm_model.conv.weight": torch.ones(3, 2, 2),
-        "model.embed_audio.x": torch.ones(4),
-        f"{prefix}layers.4.self_attn.k_proj.weight": torch.ones(24, 40),
-        "lm_head.weight": CASE.weights["model.embed_tokens.weight"].clone(),
-    }
-    names = sorted(tensors)
-    weight_map = {}
-    for i in range(shards):
-        part = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        save_file({name: tensors[name] for name in names[i::shards]}, path / part)
-        weight_map |= dict.fromkeys(names[i::shards], part)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model."])
-def test_a_published_folder(prefix, tmp_path, backend):
-    published(tmp_path, prefix, 3)
-    model = Engine.from_pretrained(tmp_path, device="cpu", backend=backend)
-    logits, _ = model.forward(CASE.io["input_ids"])
-    close(logits, CASE.io["logits"])
-    streamed = Engine.from_pretrained(tmp_path, device="cpu", backend=backend, stream=True)
-    assert torch.equal(streamed.forward(CASE.io["input_ids"])[0], logits)
-
-
-def test_checkpoints_of_other_variants(tmp_path):
-    published(tmp_path, "model.language_model.", 1, quantization_config={"quant_method": "awq", "bits": 4})
-    with pytest.raises(ConfigError, match="quantised by another tool .*'awq'.*; supported are float checkpoints"):
-        Engine.from_pretrained(tmp_path)
+def test_other_models_are_told_apart():
     for model_type in ("gemma3", "gemma2", "gemma3n_vision"):
         with pytest.raises(ConfigError, match=f"model_type '{model_type}' is not supported; supported: .*gemma3n"):
             parse_config({"model_type": model_type, "text_config": {}})
-    with pytest.raises(ConfigError, match="images or sound without a text_config; supported is the text part"):
-        parse_config({"model_type": "gemma3n", "vision_config": {}})
-    (tmp_path / "config.json").write_text(json.dumps({**CASE.config, "model_type": "gemma3n"}))
-    only = {"model.vision_tower.x": torch.ones(2)}
-    with pytest.raises(CheckpointError, match="'model.embed_tokens.weight' .* is missing"):
-        Engine.from_state_dict("gemma3n", CASE.config, only)
 
 
 def test_forms_of_the_configuration():
@@ -363,13 +180,3 @@ def test_configurations_that_cannot_work(field, value, message):
         del config["rope_parameters"]
     with pytest.raises(ConfigError, match=message):
         parse_config(config)
-
-
-def test_a_new_model_through_the_commands(tmp_path, succeeds):
-    (tmp_path / "config.json").write_text(json.dumps(CASE.config))
-    model = tmp_path / "model.safetensors"
-    succeeds("init", "--model-type", "gemma3n", "--config", tmp_path / "config.json", "--quantize", "int8", model)
-    count = sum(tensor.numel() for tensor in CASE.weights.values())
-    assert f"gemma3n, {count:,} parameters" in succeeds("inspect", model)
-    logits, _ = Engine.from_pretrained(model, device="cpu").forward(CASE.io["input_ids"])
-    assert 0.3 < logits.std() < 3  # the features have magnitude 1, the tied rows 1/√D an entry

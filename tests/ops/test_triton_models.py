@@ -27,9 +27,10 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) 
     assert (found.cpu() - expected.cpu()).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_gemma3n_recorded_tokens(monkeypatch, steps=3):
+@pytest.mark.parametrize("model", ["gemma3n", "gemma4"])
+def test_gemma_recorded_tokens(model, monkeypatch, steps=3):
     monkeypatch.setattr(kv_cache, "SLACK", 3)  # rings of ten rows, shorter than the prompt
-    case, engine = opened("gemma3n", "greedy16")
+    case, engine = opened(model, "greedy16")
     ids = case.io["prompt_ids"]
     logits, state = engine.prefill(ids, engine.new_state())
     assert min(layer.capacity for layer in state.cache.layers) == 10
@@ -102,7 +103,12 @@ class Launches:
 
 
 @pytest.mark.parametrize(
-    "model, name, options", [("inl", "greedy", {"kv_cache": "int8", "sliding_window": 4}), ("gemma3n", "greedy16", {})]
+    "model, name, options",
+    [
+        ("inl", "greedy", {"kv_cache": "int8", "sliding_window": 4}),
+        ("gemma3n", "greedy16", {}),
+        ("gemma4", "greedy16", {"kv_cache": "int8"}),
+    ],
 )
 def test_a_step_launches_the_same_at_every_position(model, name, options, monkeypatch):
     case = load_case(FIXTURES / model / name)

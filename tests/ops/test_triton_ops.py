@@ -118,7 +118,15 @@ def test_swiglu_products(batch):
 
 
 @pytest.mark.parametrize(
-    "model, name", [("inl", "greedy"), ("him", "reconstruction"), ("hrm", "forward_n1t1"), ("gemma3n", "forward48")]
+    "model, name",
+    [
+        ("inl", "greedy"),
+        ("him", "reconstruction"),
+        ("hrm", "forward_n1t1"),
+        ("gemma3n", "forward48"),
+        ("gemma4", "forward40"),
+        ("gemma4", "forward33"),
+    ],
 )
 def test_other_models_run(model, name):
     """They reach operations that THL does not."""

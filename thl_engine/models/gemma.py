@@ -280,8 +280,9 @@ class Attention:
         key = size, base, share
         if key not in self._tables:
             exponents = torch.arange(0, size, 2, device=self._positions.device).float() / size
-            frequencies = 1.0 / base**exponents
-            frequencies[int(share * size / 2) :] = 0.0
+            frequencies, turning = 1.0 / base**exponents, int(share * size / 2)
+            if turning < size // 2:
+                frequencies = torch.cat([frequencies[:turning], torch.zeros_like(frequencies[turning:])])
             self._tables[key] = ops.rotary_tables(self._positions, frequencies)
         return self._tables[key]
 

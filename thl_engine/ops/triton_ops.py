@@ -59,19 +59,20 @@ class TritonOps(TritonState):
 
     def prefix_read(self, query: Tensor, rows: Tensor, scale: float) -> Tensor:
         width = query.shape[-1]
-        if width > attention.WIDEST:
+        if width > attention.widest(query):
             return super().prefix_read(query, rows, scale)
         entries = rows[:, None, :, :width].expand(query.shape[0], -1, -1, -1)  # one head, whose keys are its values
         return attention.attention(query[:, None], entries, entries, scale)[:, 0]
 
     def cached_attention(self, cache: Cache | None, past: int, rows: int, device: torch.device) -> CachedAttention:
-        if cache is None or cache.layers[0].keys.data.shape[-1] > attention.WIDEST:
+        held = [] if cache is None else [layer.keys.data for layer in cache.layers]
+        if cache is None or any(keys.shape[-1] > attention.widest(keys) for keys in held):
             return super().cached_attention(cache, past, rows, device)
         return RingAttention(self, cache, past, rows, device)
 
     def rotary_attention(self, joined: Tensor, heads: int, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
         query, key, value = joined.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, A, T, d]
-        if query.shape[-1] > attention.WIDEST:
+        if query.shape[-1] > attention.widest(query, turned=True):
             return super().rotary_attention(joined, heads, cos, sin, scale)
         mixed = attention.attention(query, key, value, scale, query_tables=(cos, sin), key_tables=(cos, sin))
         return mixed.transpose(1, 2).flatten(2)
@@ -79,7 +80,7 @@ class TritonOps(TritonState):
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, blocked: Tensor | None = None
     ) -> Tensor:
-        if query.shape[-1] > attention.WIDEST:
+        if query.shape[-1] > attention.widest(query):
             return super().attention(query, key, value, scale, blocked)
         return attention.attention(query, key, value, scale, blocked)
 
