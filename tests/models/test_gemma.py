@@ -1,4 +1,4 @@
-"""Gemma-3n and Gemma 4, what both do in the same way: greedy runs, decoding forms against each other, states, folders."""
+"""Gemma-3n and Gemma 4, what both do alike: greedy runs, decoding forms against each other, states, folders."""
 
 import json
 

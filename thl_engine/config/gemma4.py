@@ -115,7 +115,7 @@ def gemma4_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         values["hidden_size_per_layer_input"] = 0
     layers = values.get("num_hidden_layers", _LAYERS)
     if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= LARGEST_COUNT:
-        return values  # refused with its field's name
+        return {"num_hidden_layers": layers}  # refused by its name; without it nothing can be said of the others
     types = values.get("layer_types")
     if types is None:
         types = [FULL if i + 1 == layers else _PATTERN[i % len(_PATTERN)] for i in range(layers)]
