@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import tokenizers
+import torch
+from conftest import FIXTURES
 from inl_small import ODD as INL
 from inl_small import random_tensors as inl_tensors
 from safetensors.torch import save_file
@@ -12,6 +14,7 @@ from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from thl_engine import ConfigError, Engine
 from thl_engine.checkpoint import convert, pickled
+from thl_engine.engine import answering
 from thl_engine.errors import CheckpointError
 
 NAMES = ["<unk>", "<bos>", "<eos>", "hello", "world"]
@@ -105,6 +108,41 @@ def test_a_context_has_one_bos(model, succeeds, how):
     assert first["stats"]["prompt_tokens"] == 2
     second = written(succeeds, model, "--prompt", "world", "--state", saved, *options)
     assert second["stats"]["prompt_tokens"] == 1
+
+
+GEMMA4 = next(
+    case["source"]
+    for case in json.loads((FIXTURES / "chat_templates.json").read_text())["cases"]
+    if case["name"] == "gemma4"
+)
+
+
+def test_a_second_turn_continues_the_first(tmp_path):
+    """As if the whole conversation were written by Gemma 4's template, its newline behind an answer included."""
+    config = replace(INL, vocab_size=300, max_seq_len=40)
+    special = ["<unk>", "<bos>", "<eos>", "<|turn>", "<turn|>"]
+    words = [*special, "\n", "user", "model", "hello", "world"]
+    inner = tokenizers.Tokenizer(models.WordLevel({name: i for i, name in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    inner.add_special_tokens([AddedToken(name, special=True) for name in special])
+    (tmp_path / "tokenizer.json").write_text(inner.to_str())
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
+    (tmp_path / "chat_template.jinja").write_text(GEMMA4)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    save_file(inl_tensors(config), tmp_path / "model.safetensors")
+    engine = Engine.from_pretrained(tmp_path, device="cpu")
+    first, state = answering._asked(engine, "hello", engine.new_state()), engine.new_state()
+    assert [words[i] for i in first] == "<bos> <|turn> user \n hello <turn|> \n <|turn> model \n".split(" ")
+    engine.prefill(torch.tensor([[*first, words.index("world"), words.index("<turn|>")]]), state)
+    second = answering._asked(engine, "world", state)
+    turns = [("user", "hello"), ("assistant", "world"), ("user", "world")]
+    whole = engine.tokenizer.chat([{"role": role, "content": text} for role, text in turns])
+    assert [*first, words.index("world"), words.index("<turn|>"), *second] == whole
+    # A template that leaves earlier answers out is asked anew, without a second <bos>.
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[-1].content }}\n{{ messages|length }}")
+    with Engine.from_pretrained(tmp_path, device="cpu") as other:
+        assert words[answering._asked(other, "world", state)[0]] == "world"
 
 
 def test_an_old_torch_does_not_read_pickles(tmp_path, monkeypatch):

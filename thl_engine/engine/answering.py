@@ -10,6 +10,7 @@ from thl_engine.engine.generation import Piece
 from thl_engine.errors import ConfigError, TokenizerError
 from thl_engine.models.state import State
 from thl_engine.text.sampler import Sampling
+from thl_engine.text.tokenizer import Tokenizer
 
 CHOICES = ("temperature", "top_k", "top_p", "repetition_penalty")  # of a chat's author
 
@@ -72,7 +73,22 @@ def _asked(engine: Engine, text: str, state: State | None) -> list[int]:
     """The prompt that asks a chat model for an answer to `text`, after what the state has read."""
     if engine.tokenizer is None:
         raise TokenizerError("chat: no tokenizer in or beside the checkpoint; put its tokenizer.json there")
-    ids = engine.tokenizer.chat([{"role": "user", "content": text}])
-    if state is not None and state.timestep and ids[:1] == [engine.tokenizer.bos_id]:
-        return ids[1:]  # templates begin every prompt with it, a context has it once
-    return ids
+    message = {"role": "user", "content": text}
+    if state is None or not state.timestep:
+        return engine.tokenizer.chat([message])
+    return _next_turn(engine.tokenizer, message)
+
+
+def _next_turn(tokenizer: Tokenizer, message: Mapping[str, str]) -> list[int]:
+    """What a template writes behind an answer, which the context holds with the token that ended it, to ask on.
+
+    Found by how it goes on after any answer: what begins a conversation, <bos> or a default system prompt, comes once.
+    """
+    any_turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    closed = tokenizer.chat(any_turn, add_generation_prompt=False)
+    asked, whole = tokenizer.chat(any_turn[:1]), tokenizer.chat([*any_turn, message])
+    if whole[: len(closed)] == closed and closed[: len(asked)] == asked:
+        ends = [i for i in range(len(asked), len(closed)) if closed[i] in tokenizer.end_ids]
+        return whole[ends[-1] + 1 if ends else len(closed) :]
+    ids = tokenizer.chat([message])  # a template that writes earlier turns in another way
+    return ids[1:] if ids[:1] == [tokenizer.bos_id] else ids
