@@ -98,7 +98,13 @@ def test_forms_of_the_configuration():
     older = {name: value for name, value in CASE.config.items() if name != "per_layer_config"} | {"global_head_dim": 16}
     nested = {"model_type": "gemma4", "text_config": CASE.config, "vision_config": {}, "audio_config": None}
     named = {name: value for name, value in CASE.config.items() if name != "model_type"}
-    for form in (flat, older, nested, named, {**CASE.config, "use_bidirectional_attention": "vision"}):
+    for form in (
+        flat,
+        older,
+        nested,
+        named,
+        {**CASE.config, "use_bidirectional_attention": "vision", "attn_logit_softcapping": None},
+    ):
         assert parse_config(form) == parse_config(CASE.config)
     assert parse_config(flat, "gemma4").intermediate_size == (56,) * 4 + (112,) * 3
 
@@ -126,7 +132,8 @@ def test_forms_of_the_configuration():
         ("hidden_activation", "silu", "hidden_activation is 'silu'; supported is 'gelu_pytorch_tanh'"),
         ("attention_bias", True, "attention_bias is True"),
         ("tie_word_embeddings", False, "tie_word_embeddings is False"),
-        ("rope_scaling", {"factor": 2}, "rope_scaling"),
+        ("rope_scaling", {"factor": 2}, "rope_scaling is .*; supported is null"),
+        ("attn_logit_softcapping", 50.0, "attn_logit_softcapping is 50.0; supported is null"),
         ("rope_parameters", 3, "rope_parameters must be an object"),
         ("rope_parameters", {F: {"rope_type": "yarn"}}, "full_attention: 'rope_type' is 'yarn'; supported are"),
         (

@@ -8,7 +8,13 @@ from thl_engine.errors import ConfigError, shown
 # model_type of a part that is published by itself -> the architecture that it is.
 MODEL_TYPES = {"gemma3n_text": "gemma3n", "gemma4_text": "gemma4"}
 # Fields that choose among implementations elsewhere, and the values that mean what is computed here.
-_FIXED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True}
+_FIXED: dict[str, Any] = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "attn_logit_softcapping": None,
+    "rope_scaling": None,
+}
 _ROPES = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 _PER_LAYER = ("intermediate_size", "activation_sparsity_pattern")
 _OTHER_PARTS = ("vision_config", "audio_config")
@@ -74,11 +80,9 @@ def refuse_other_values(values: dict[str, Any], where: str) -> None:
         value = values.pop(name, computed)
         if value != computed:
             raise ConfigError(
-                f"{where}: {name} is {shown(value)}; supported is {shown(computed)}, as in published models"
+                f"{where}: {name} is {shown(value)}; supported is {'null' if computed is None else shown(computed)}, "
+                "as in published models"
             )
-    scaling = values.pop("rope_scaling", None)
-    if scaling is not None:
-        raise ConfigError(f"{where}: rope_scaling is {shown(scaling)}; supported is null, as in published models")
 
 
 def rope_types(given: Any, where: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
