@@ -168,6 +168,7 @@ def test_forms_of_the_configuration():
         ("per_layer_config", {"0": {"num_key_value_heads": 3}}, "num_key_value_heads of layer 0 is 3; .*a divisor"),
         ("layer_types", [S, F] * 3 + [S], "'full_attention' in the last entry"),
         ("layer_types", [F] * 6, "layer_types .* 7 entries"),
+        ("layer_types", [F] * 8, "layer_types .* 7 entries"),
         ("layer_types", 3, "layer_types must be a list of names"),
         ("num_kv_shared_layers", 7, "num_kv_shared_layers"),
         ("num_kv_shared_layers", 5, "each shared type before"),

@@ -45,6 +45,16 @@ def test_gemma_recorded_tokens(model, monkeypatch, steps=3):
     assert torch.equal(ids, case.io["output_ids"][:, : ids.shape[1]])
 
 
+def test_heads_too_wide_for_the_kernel(monkeypatch):
+    """One layer's are enough for the pass to go without it."""
+    monkeypatch.setattr(attention, "widest", lambda x, turned=False: 12)
+    case, engine = opened("gemma4", "greedy16")
+    logits, state = engine.prefill(case.io["prompt_ids"], engine.new_state())
+    close(logits, case.io["step_logits"][:, 0])
+    logits, _ = engine.step(logits.argmax(dim=-1), state)
+    close(logits, case.io["step_logits"][:, 1])
+
+
 def test_inl_recorded_tokens():
     case, engine = opened("inl", "greedy")
     logits, _ = engine.forward(case.io["prompt_ids"])

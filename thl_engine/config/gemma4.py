@@ -120,7 +120,7 @@ def gemma4_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     if types is None:
         types = [FULL if i + 1 == layers else _PATTERN[i % len(_PATTERN)] for i in range(layers)]
         values["layer_types"] = types
-    full = [i for i, kind in enumerate(types) if kind == FULL] if isinstance(types, (list, tuple)) else []
+    full = [i for i, kind in enumerate(types[:layers]) if kind == FULL] if isinstance(types, (list, tuple)) else []
     _set_heads(values, layers, full, where)
     shared, wide = values.get("num_kv_shared_layers", 0), values.pop("use_double_wide_mlp", False)
     if not isinstance(wide, bool):
