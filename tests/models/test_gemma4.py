@@ -42,7 +42,9 @@ def test_layers_keep_heads_of_their_own_size(backend):
     assert rows == [(71, 12), (71, 12), (100, 16), (71, 12)]
     # Layer 2 is read by itself, 4 and 6; layer 3 by itself and 5: rows of keys and values at position 50, float32.
     read = 4 * 2 * 2 * (4 * 8 * 12 + 3 * 51 * 16)
-    assert architecture("gemma4").traffic(model.config, model.new_state(context=100)) == read
+    own, state = architecture("gemma4"), model.new_state(context=100)
+    assert own.traffic(model.config, state, 50) == read
+    assert own.attended(model.config, state, 50) == 2 * 4 * (4 * 8 * 12 + 3 * 51 * 16)
 
 
 def test_full_layers_rotate_a_share_of_their_heads():
