@@ -52,6 +52,8 @@ GEMMA = {
     "laurel_rank": 16,
     "sliding_window": 64,
 }
+GEMMA4 = {name: value for name, value in GEMMA.items() if name not in ("activation_sparsity_pattern", "laurel_rank")}
+GEMMA4 |= {"intermediate_size": 512, "use_double_wide_mlp": True, "global_head_dim": 128}
 SMALL: dict[str, dict[str, Any]] = {
     "thl": {"vocab_size": 1000, "embedding_dim": 128, "hidden_dim": 128, "tier_dims": [128] * 3, "value_dim": 128,
             "memory_dim": 128, "memory_slots": 128},
@@ -61,6 +63,7 @@ SMALL: dict[str, dict[str, Any]] = {
             "max_answer_len": 32, "max_seq_len": 256},
     "hrm": {"vocab_size": 100, "hidden_size": 64, "num_heads": 4, "L_layers": 1, "H_layers": 1, "halt_max_steps": 2},
     "gemma3n": GEMMA,
+    "gemma4": GEMMA4,
     "hrm_gemma3n": {**GEMMA, "hrm": {"L_size": 64, "H_size": 128, "cycles": 2, "L_steps": 3, "L_rank": 4, "H_rank": 8}},
 }  # fmt: skip
 GIVEN = ("--disk-bandwidth", "2", "--memory-bandwidth", "20")

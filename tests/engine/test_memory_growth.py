@@ -23,6 +23,8 @@ GEMMA = {
     "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
     "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0, 0.0],
 }
+GEMMA4 = {name: value for name, value in GEMMA.items() if name not in ("activation_sparsity_pattern", "laurel_rank")}
+GEMMA4 |= {"use_double_wide_mlp": True}
 MODELS = {  # by name: large enough that a term that is missing is seen, and one that is small
     "thl": (
         {"vocab_size": 8000, "tier_dims": [1024] * 3, "embedding_dim": 1024, "value_dim": 1024},
@@ -43,6 +45,12 @@ MODELS = {  # by name: large enough that a term that is missing is seen, and one
         {**GEMMA, "vocab_size": 80, "vocab_size_per_layer_input": 80, "hidden_size": 64, "head_dim": 8,
          "intermediate_size": [64] * 6, "max_position_embeddings": 64, "sliding_window": 8},
     ),
+    "gemma4": (
+        {**GEMMA4, "vocab_size": 8000, "vocab_size_per_layer_input": 8000, "hidden_size": 768, "head_dim": 96,
+         "global_head_dim": 192, "intermediate_size": 2048, "max_position_embeddings": 1024, "sliding_window": 128},
+        {**GEMMA4, "vocab_size": 80, "vocab_size_per_layer_input": 80, "hidden_size": 64, "head_dim": 8,
+         "global_head_dim": 16, "intermediate_size": 64, "max_position_embeddings": 64, "sliding_window": 8},
+    ),
 }  # fmt: skip
 CASES = [  # model, options, sequences, tokens of each, the budget as a multiple of the least
     ("thl", {}, 4, 100, 1.0),
@@ -53,6 +61,8 @@ CASES = [  # model, options, sequences, tokens of each, the budget as a multiple
     ("hrm", {}, 4, 70, 1.0),
     ("gemma3n", {"context": 320}, 1, 320, 1.0),
     ("gemma3n", {"context": 128, "kv_cache": "int8"}, 4, 128, 1.2),
+    ("gemma4", {"context": 320}, 1, 320, 1.0),
+    ("gemma4", {"context": 128, "kv_cache": "int8"}, 4, 128, 1.2),
     ("hrm_gemma3n", {"context": 24}, 2, 24, 1.5),
 ]
 

@@ -40,6 +40,8 @@ GEMMA = {
     "laurel_rank": 4,
     "sliding_window": 16,
 }
+GEMMA4 = {name: value for name, value in GEMMA.items() if name not in ("activation_sparsity_pattern", "laurel_rank")}
+GEMMA4 |= {"intermediate_size": 48, "use_double_wide_mlp": True, "global_head_dim": 24}
 # Attention weighs in all of them; nothing halts early, since a fresh model never does.
 MODELS = {
     "thl": {"vocab_size": 40, "embedding_dim": 24, "tier_dims": [24, 32], "tier_timescales": [1, 4], "num_tiers": 2,
@@ -50,6 +52,7 @@ MODELS = {
             "max_answer_len": 8, "max_seq_len": 64, "mem_slots": 4, "mem_rank": 8, "reasoning_tokens": 6},
     "hrm": {"vocab_size": 40, "hidden_size": 32, "num_heads": 2, "L_layers": 2, "H_layers": 1, "halt_max_steps": 3},
     "gemma3n": GEMMA,
+    "gemma4": GEMMA4,
     "hrm_gemma3n": {**GEMMA, "hrm": {"L_size": 16, "H_size": 24, "cycles": 2, "L_steps": 3, "L_threshold": 0.0,
                                      "L_rank": 2, "H_rank": 3}},
 }  # fmt: skip

@@ -139,27 +139,6 @@ def initial(config: GemmaConfig, block: Block, rows: slice, generator: torch.Gen
     return torch.randn(shape, generator=generator).div_(sqrt(inputs))
 
 
-def workspace(config: GemmaConfig, state: State, streams: int) -> tuple[int, int]:
-    """Of one `advance` with the state: bytes of activations, and elements of attention scores.
-
-    streams: of D features each, that x has for each position.
-    """
-    c, rows = config, state.batch_size * CHUNK
-    # Per-layer inputs and what they are made of, and streams: before and after each step, or beside a layer's largest
-    # part.
-    heads = max(
-        (c.num_attention_heads + 2 * count) * size for count, size in (c.heads(i) for i in range(c.num_hidden_layers))
-    )
-    x, part = streams * c.hidden_size, 3 * max(*c.intermediate_size, heads)
-    per_layer = c.num_hidden_layers * c.hidden_size_per_layer_input
-    floats = 4 * per_layer + max(4 * x + 6 * c.hidden_size, 3 * x + 4 * c.hidden_size + part)
-    seen = max(held.kept(state.context) for held in state.cache.layers) + CHUNK
-    # Layers that others read keep the float32 copies of int8 rows to the end of a pass.
-    shared = {c.kv_source(i) for i in range(c.num_hidden_layers) if c.kv_source(i) != i}
-    copies = sum(state.cache.layers[state.layers.index(i)].dequantized_bytes for i in shared)
-    return 4 * rows * floats + 2 * CHUNK * seen + copies, rows * c.num_attention_heads * seen
-
-
 def traffic(config: GemmaConfig, state: State, position: int) -> int:
     """Bytes of the cache that one token reads at a position."""
     return sum(KVCache([held]).traffic(position) for held in _read(config, state))
@@ -292,14 +271,15 @@ class Decoder(Generic[C]):
     """A pass over the layers, of which each model says how they are made.
 
     begin: embedded tokens [B, T, D] to x [..., T, D], which may have streams in front. layer: of a number, x and the
-    layer's own input [B, T, P] to the next x. end: x back to [B, T, D]. traced: what x is
-    called among the intermediates.
+    layer's own input [B, T, P] to the next x. end: x back to [B, T, D]. alive: rows of D features that a position has
+    between a layer's parts, and beside the largest of them. traced: what x is called among the intermediates.
     """
 
     blocks: Callable[[C], tuple[Block, ...]]
     begin: Callable[[C, Weights, Ops, Tensor], Tensor]
     layer: Callable[[C, Weights, Ops, int, Tensor, Tensor, Attention], Tensor]
     end: Callable[[C, Weights, Ops, Tensor], Tensor]
+    alive: Callable[[C], tuple[int, int]]
     traced: str
 
     def walk(self, config: C) -> Walk:
@@ -310,6 +290,29 @@ class Decoder(Generic[C]):
         """Matrices that one `forward` reads, those of the logits included."""
         once = (*self.walk(config).clocked, *((name, 1) for name in head(config)))
         return Walk(once * -(-tokens_shape[1] // CHUNK))
+
+    def workspace(self, config: C, state: State) -> tuple[int, int]:
+        """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
+        c, rows = config, state.batch_size * CHUNK
+        seen = max(held.kept(state.context) for held in state.cache.layers) + CHUNK
+        # Layers that others read keep the float32 copies of int8 rows to the end of a pass.
+        shared = {c.kv_source(i) for i in range(c.num_hidden_layers) if c.kv_source(i) != i}
+        copies = sum(state.cache.layers[state.layers.index(i)].dequantized_bytes for i in shared)
+        activations = self._activations(c, state, c.own_layers)  # the others compute a row a sequence
+        return activations + 2 * CHUNK * seen + copies, rows * c.num_attention_heads * seen
+
+    def forward_bytes(self, config: C, state: State, tokens: int, logits: int) -> int:
+        """Of a `forward` beyond an `advance`: its logits, and layers larger than those with keys of their own."""
+        c = config
+        return self._activations(c, state, c.num_hidden_layers) - self._activations(c, state, c.own_layers) + logits
+
+    def _activations(self, c: C, state: State, layers: int) -> int:
+        """Bytes of a chunk's activations in that many layers, the first ones."""
+        heads = max((c.num_attention_heads + 2 * count) * size for count, size in map(c.heads, range(layers)))
+        between, beside = (rows * c.hidden_size for rows in self.alive(c))
+        inputs = c.num_hidden_layers * c.hidden_size_per_layer_input  # and what they are made of
+        floats = 4 * inputs + max(between, beside + 3 * max(*c.intermediate_size[:layers], heads))
+        return 4 * state.batch_size * CHUNK * floats
 
     def advance(
         self, config: C, weights: Weights, ops: Ops, tokens: Tensor, state: State, record: Record | None = None

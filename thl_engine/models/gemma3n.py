@@ -61,11 +61,6 @@ def touched(config: Gemma3nConfig) -> dict[str, float]:
     }
 
 
-def workspace(config: Gemma3nConfig, state: State) -> tuple[int, int]:
-    """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
-    return gemma.workspace(config, state, streams=config.altup_num_inputs)
-
-
 def expand(c: Gemma3nConfig, weights: Weights, ops: Ops, x: Tensor) -> Tensor:
     """The streams [n, B, T, D] that begin with x [B, T, D]: itself, and projections of its magnitude."""
     target = magnitude(x)
@@ -135,7 +130,12 @@ def layer(
     return ops.altup_spread(streams, x, weights[f"{prefix}post_per_layer_input_norm.weight"], c.rms_norm_eps)
 
 
-DECODER = gemma.Decoder(blocks, expand, layer, collapse, traced="altup_state")
+def _alive(c: Gemma3nConfig) -> tuple[int, int]:
+    """Streams before and after each step, and what is computed of one."""
+    return 4 * c.altup_num_inputs + 6, 3 * c.altup_num_inputs + 4
+
+
+DECODER = gemma.Decoder(blocks, expand, layer, collapse, _alive, "altup_state")
 ARCHITECTURE: Architecture[Gemma3nConfig, State] = Architecture(
     model_type="gemma3n",
     blocks=blocks,
@@ -145,7 +145,7 @@ ARCHITECTURE: Architecture[Gemma3nConfig, State] = Architecture(
     walk=DECODER.walk,
     head=gemma.head,
     touched=touched,
-    workspace=workspace,
+    workspace=DECODER.workspace,
     traffic=gemma.traffic,
     attended=gemma.attended,
     init_state=gemma.init_state,
@@ -158,5 +158,6 @@ ARCHITECTURE: Architecture[Gemma3nConfig, State] = Architecture(
     logits=gemma.logits,
     forward=DECODER.forward,
     forward_walk=DECODER.forward_walk,
+    forward_bytes=DECODER.forward_bytes,
     graph_key=gemma.graph_key,
 )

@@ -45,11 +45,6 @@ def blocks(config: Gemma4Config) -> tuple[Block, ...]:
     return (*out, weight("model.norm", width))
 
 
-def workspace(config: Gemma4Config, state: State) -> tuple[int, int]:
-    """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
-    return gemma.workspace(config, state, streams=1)
-
-
 def layer(
     c: Gemma4Config, weights: Weights, ops: Ops, i: int, x: Tensor, own_input: Tensor, attention: Attention
 ) -> Tensor:
@@ -81,7 +76,7 @@ def _one_stream(c: Gemma4Config, weights: Weights, ops: Ops, x: Tensor) -> Tenso
     return x
 
 
-DECODER = gemma.Decoder(blocks, _one_stream, layer, _one_stream, traced="hidden")
+DECODER = gemma.Decoder(blocks, _one_stream, layer, _one_stream, lambda config: (8, 4), "hidden")
 ARCHITECTURE: Architecture[Gemma4Config, State] = Architecture(
     model_type="gemma4",
     blocks=blocks,
@@ -90,7 +85,7 @@ ARCHITECTURE: Architecture[Gemma4Config, State] = Architecture(
     stored_name=gemma.stored_name,
     walk=DECODER.walk,
     head=gemma.head,
-    workspace=workspace,
+    workspace=DECODER.workspace,
     traffic=gemma.traffic,
     attended=gemma.attended,
     init_state=gemma.init_state,
@@ -103,5 +98,6 @@ ARCHITECTURE: Architecture[Gemma4Config, State] = Architecture(
     logits=gemma.logits,
     forward=DECODER.forward,
     forward_walk=DECODER.forward_walk,
+    forward_bytes=DECODER.forward_bytes,
     graph_key=gemma.graph_key,
 )

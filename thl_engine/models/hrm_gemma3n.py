@@ -167,7 +167,7 @@ def initial(config: HRMGemma3nConfig, block: Block, rows: slice, generator: torc
 
 def workspace(config: HRMGemma3nConfig, state: State) -> tuple[int, int]:
     """As the base's, with what is thought about each sequence's last position beside it."""
-    activations, scores = gemma3n.workspace(config, state)
+    activations, scores = gemma3n.DECODER.workspace(config, state)
     return activations + state.batch_size * _thought_bytes(config), scores
 
 
