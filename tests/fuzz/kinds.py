@@ -62,12 +62,17 @@ GEMMA = dict(vocab_size=40, vocab_size_per_layer_input=40, hidden_size=8, hidden
 GEMMA |= dict(intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
 GEMMA |= dict(layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, altup_num_inputs=2)
 GEMMA |= dict(laurel_rank=2, activation_sparsity_pattern=[0.5, 0.0], max_position_embeddings=16, sliding_window=4)
+GEMMA4 = {name: value for name, value in GEMMA.items() if name not in ("altup_num_inputs", "laurel_rank")}
+GEMMA4 |= dict(global_head_dim=6, use_double_wide_mlp=True, num_hidden_layers=4, num_kv_shared_layers=2)
+GEMMA4 |= dict(layer_types=["sliding_attention", "full_attention"] * 2, attention_k_eq_v=True)
+del GEMMA4["activation_sparsity_pattern"]
 SMALL: dict[str, dict] = {
     "thl": THL,
     "inl": dict(vocab_size=40, d_model=8, num_layers=2, num_heads=2, num_iterations_per_layer=2, max_seq_len=8),
     "him": dict(vocab_size=40, embed_dim=64, num_heads=4, num_kv_heads=2, num_encoder_layers=3, dim_feedforward=8),
     "hrm": dict(vocab_size=40, hidden_size=8, num_heads=2, L_layers=1, H_layers=1, expansion=1.0, halt_max_steps=2),
     "gemma3n": GEMMA,
+    "gemma4": GEMMA4,
     "hrm_gemma3n": GEMMA | {"hrm": dict(L_size=4, H_size=4, cycles=2, L_steps=2, L_rank=2, H_rank=2)},
 }
 assert SMALL.keys() == CONFIGS.keys()

@@ -19,6 +19,8 @@ from thl_engine.checkpoint.pickled import read_pickled
 from thl_engine.config import CONFIGS, parse_config
 from thl_engine.models import architecture
 
+PUBLISHED = ["per_layer_config", "global_head_dim", "num_global_key_value_heads", "0", "1", "head_dim", "rope_type"]
+PUBLISHED += ["use_double_wide_mlp", "use_bidirectional_attention", "enable_moe_block", "partial_rotary_factor"]
 FIELDS = {name: [*(field.name for field in fields(config)), *config.ignored] for name, config in CONFIGS.items()}
 
 
@@ -103,10 +105,13 @@ def shards(folder: Path) -> Cases:
 
 def configurations(model_type: str) -> Cases:
     document = parse_config(SMALL[model_type], model_type).to_dict()  # all fields, for each to be edited
+    published = {**SMALL[model_type], "rope_parameters": {"full_attention": {"rope_theta": 5.0}}}
     names = [*FIELDS[model_type], "text_config", "quantization_config", "rope_parameters", "rope_scaling"]
+    names += [*PUBLISHED, *SMALL[model_type]]
 
     def make(random: Random) -> Any:
-        return edited(random, document if random.randrange(2) else {"text_config": document}, names)
+        chosen = random.choice([document, published])
+        return edited(random, chosen if random.randrange(2) else {"text_config": chosen}, names)
 
     def check(values: Any) -> None:
         config = parse_config(values, model_type) if isinstance(values, dict) else parse_config(values)
