@@ -2,6 +2,7 @@
 
 from thl_engine.config.base import Config
 from thl_engine.config.gemma3n import Gemma3nConfig
+from thl_engine.config.hrm_text import HRMTextConfig
 from thl_engine.config.inl import INLConfig
 from thl_engine.errors import ConfigError
 
@@ -17,7 +18,7 @@ PRESETS: dict[str, Config] = {
         d_model=width, num_layers=layers, num_heads=heads, num_iterations_per_layer=steps, feedforward_dim=4 * width
     )
     for name, (width, layers, heads, steps) in _INL_SIZES.items()
-} | {"gemma3n-e4b": Gemma3nConfig()}
+} | {"gemma3n-e4b": Gemma3nConfig(), "hrm_text-1b": HRMTextConfig()}
 
 
 def named_config(name: str, model_type: str | None = None) -> Config:

@@ -8,7 +8,12 @@ from thl_engine.errors import ConfigError, shown
 # model_type of a part that is published by itself -> the architecture that it is.
 MODEL_TYPES = {"gemma3n_text": "gemma3n"}
 # Fields that choose among implementations elsewhere, and the values that mean what is computed here.
-_FIXED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True}
+_FIXED = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "rope_scaling": None,
+}
 _ROPES = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 _PER_LAYER = ("intermediate_size", "activation_sparsity_pattern")
 
@@ -32,22 +37,9 @@ def gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: found parts for images or sound without a text_config; supported is the text part "
             "of Gemma-3n, alone or beside those"
         )
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ConfigError(
-            f"{where}: the checkpoint was quantised by another tool (quantization_config: {shown(method)}); "
-            "supported are float checkpoints, and those of `thl quantize`, which makes int8 of them"
-        )
+    _refuse_quantization(quantization, where)
     values.pop("quantization_config", None)
-    for name, computed in _FIXED.items():
-        value = values.pop(name, computed)
-        if value != computed:
-            raise ConfigError(
-                f"{where}: {name} is {shown(value)}; supported is {shown(computed)}, as in published models"
-            )
-    scaling = values.pop("rope_scaling", None)
-    if scaling is not None:
-        raise ConfigError(f"{where}: rope_scaling is {shown(scaling)}; supported is null, as in published models")
+    _refuse_variants(values, _FIXED, where)
     ropes = values.pop("rope_parameters", None)
     if ropes is not None:
         values |= _rope_bases(ropes, f"{where}: rope_parameters")
@@ -58,10 +50,64 @@ def gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
+def hrm_text_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of `HRMTextConfig` from a published config.json of HRM-Text.
+
+    `num_hidden_layers` are the blocks of a stack, unless `num_layers_per_stack` says those: then they are all passes
+    through blocks that a token makes, which follow from the rest. Raises ConfigError for variants that are computed
+    differently.
+    """
+    values = dict(given)
+    _refuse_quantization(values.pop("quantization_config", None), where)
+    passes = values.pop("num_hidden_layers", None)
+    if values.get("num_layers_per_stack") is None:
+        values.pop("num_layers_per_stack", None)
+        if passes is not None:
+            values["num_layers_per_stack"] = passes
+    _refuse_variants(values, {"hidden_act": "silu", "rope_scaling": None}, where)
+    rope = values.pop("rope_parameters", None)
+    if rope is not None:
+        values["rope_theta"] = _rope_base(rope, f"{where}: rope_parameters", values.get("rope_theta", 1e4))
+    if values.get("L_bp_cycles", ()) is None:
+        del values["L_bp_cycles"]
+    return values
+
+
 def hrm_gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Fields of `HRMGemma3nConfig`: those of its base as published, and `hrm`."""
     own = {name: given[name] for name in ("hrm", "base_model") if name in given}
     return {**gemma3n_fields({name: value for name, value in given.items() if name not in own}, where), **own}
+
+
+def _refuse_quantization(quantization: Any, where: str) -> None:
+    """Raises ConfigError where another tool quantised the checkpoint."""
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise ConfigError(
+            f"{where}: the checkpoint was quantised by another tool (quantization_config: {shown(method)}); "
+            "supported are float checkpoints, and those of `thl quantize`, which makes int8 of them"
+        )
+
+
+def _refuse_variants(values: dict[str, Any], fixed: Mapping[str, Any], where: str) -> None:
+    """Takes fields away that choose among implementations; raises ConfigError where they mean another than `fixed`."""
+    for name, computed in fixed.items():
+        value = values.pop(name, computed)
+        if value != computed:
+            supported = "null" if computed is None else shown(computed)
+            raise ConfigError(f"{where}: {name} is {shown(value)}; supported is {supported}, as in published models")
+
+
+def _rope_base(rope: Any, where: str, base: Any) -> Any:
+    """The base of a rotation of the ordinary kind, `base` where none is given."""
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"{where} must be an object with rope_theta, found {shown(rope)}")
+    for name, value in rope.items():
+        if name == "rope_theta":
+            base = value
+        elif (name, value) != ("rope_type", "default"):
+            raise ConfigError(f"{where}: {name} is {shown(value)}; supported are rope_type 'default' and rope_theta")
+    return base
 
 
 def _rope_bases(given: Any, where: str) -> dict[str, Any]:
@@ -73,11 +119,7 @@ def _rope_bases(given: Any, where: str) -> dict[str, Any]:
             raise ConfigError(
                 f"{where}: {shown(kind)} is {shown(rope)}; expected an object for each of {', '.join(_ROPES)}"
             )
-        for name, value in rope.items():
-            if name == "rope_theta":
-                out[_ROPES[kind]] = value
-            elif (name, value) != ("rope_type", "default"):
-                raise ConfigError(
-                    f"{where}: {kind}: {name} is {shown(value)}; supported are rope_type 'default' and rope_theta"
-                )
+        base = _rope_base(rope, f"{where}: {kind}", None)
+        if base is not None:
+            out[_ROPES[kind]] = base
     return out

@@ -39,6 +39,12 @@ class WalkHook(Protocol[C_in]):
     def __call__(self, config: C_in, *args: Any, **options: Any) -> Walk: ...
 
 
+class PassWalkHook(Protocol[C_in]):
+    """Which matrices one `advance` of `count` tokens reads; keyword arguments as of `walk`."""
+
+    def __call__(self, config: C_in, count: int, *args: Any, **options: Any) -> Walk: ...
+
+
 class InitialHook(Protocol[C_in]):
     """Freshly initialised rows of one tensor, float32 on the CPU, as published."""
 
@@ -190,6 +196,8 @@ class Architecture(Generic[C, S]):
 
     # What each step reads and takes.
     walk: WalkHook[C]
+    # The same of an `advance` that takes several tokens, where that is not the walk of a step.
+    pass_walk: PassWalkHook[C] | None = None
     head: Callable[[C], tuple[str, ...]]  # matrices that the logits read, apart from the steps
     # Step of the walk that `count` tokens begin at.
     starts_at: Callable[[C, S, int], int] = lambda config, state, count: state.timestep
