@@ -324,7 +324,7 @@ def _run(
     exponents = torch.arange(0, c.head_dim, 2, device=tokens.device).float() / c.head_dim
     tables = ops.rotary_tables(attention.positions, 1.0 / c.rope_theta**exponents)
     high = ops.gather(weights[TABLE], tokens.flatten()).unflatten(0, tokens.shape) * c.scale
-    low = weights[START].expand_as(high)
+    low = weights[START].detach().expand_as(high)  # published training leaves it as it is
     passes, number = _stacks(cycles), 0
     trained = gradient_passes(c, cycles)
     for i, stack in enumerate(passes):
@@ -349,12 +349,8 @@ def gradient_passes(config: HRMTextConfig, cycles: tuple[int, int]) -> list[bool
     Of the L passes in H cycle i the last `L_bp_cycles[i]`, where a shorter list begins with ones; and every H pass.
     """
     most, inner = cycles
-    counts = [1] * most + list(config.L_bp_cycles)
-    return [
-        passed
-        for count in counts[len(counts) - most :]
-        for passed in (*(j >= inner - count for j in range(inner)), True)
-    ]
+    counts = [1] * (most - len(config.L_bp_cycles)) + list(config.L_bp_cycles)
+    return [passed for count in counts[:most] for passed in (*(j >= inner - count for j in range(inner)), True)]
 
 
 def _through(
@@ -381,7 +377,7 @@ def _through(
         return ops.rms_norm(x[:, first:stop], None, c.rms_norm_eps)
 
     def heads(some: Tensor) -> Tensor:
-        return some.unflatten(-1, (c.num_attention_heads, c.head_dim))
+        return some.view(*some.shape[:-1], c.num_attention_heads, c.head_dim)
 
     queried: list[Tensor] = []
     if at_once:
