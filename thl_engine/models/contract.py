@@ -226,6 +226,8 @@ class Architecture(Generic[C, S]):
     longest: Callable[[C], int | None] = lambda config: (
         None
     )  # tokens that a sequence may have at most; None: any number
+    # A prompt is read as a whole: what comes behind its first part changes what that part gives.
+    whole_prompts: Callable[[C], bool] = lambda config: False
     rows_meet: bool = False  # sequences of a batch depend on each other
 
     # The maths.
@@ -244,6 +246,7 @@ class Architecture(Generic[C, S]):
     answering: Literal["text", "chat", "block"] = (
         "text"  # goes on with a text; follows HRM's chat rules; a pass, a block
     )
+    conditions: bool = False  # answers are asked for by tags, unless the checkpoint has a chat template
     byte_text: bool = False  # without a tokenizer, a text is its bytes, as `ByteTokenizer` numbers them
     effort: Effort[C] | None = None
     growth: Growth | None = None

@@ -6,8 +6,8 @@ L_cycles times z_L = L(z_L + z_H), then z_H = H(z_H + z_L). The last z_H gives t
 H_cycles * L_cycles times and the H stack H_cycles times, and every pass through a block has keys and values of its own.
 
 Prefix LM: a prompt's tokens see each other both ways, what is written behind them sees what came before. A pass goes
-block by block over all of a prompt, PIECE tokens at a time: a block's weights are read again for each piece while they
-are at hand, so that a prompt takes the bytes of one token from the disk, however long it is.
+block by block over all of a prompt, PIECE tokens at a time, which bounds its memory. So a prompt of one piece takes the
+bytes of one token from the disk. A longer one reads a block once for each piece, whose products take far longer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ from thl_engine.models.hrm import stored_cycles
 from thl_engine.ops.cached_attention import CachedAttention, bucket
 from thl_engine.schedule import LARGEST_WALK, Block, Walk
 
-PIECE = 128  # tokens of a prompt that go through a block's products together
+PIECE = 512  # tokens of a prompt that go through a block's products together
 TABLE, HEAD, START = "model.embed_tokens.weight", "lm_head.weight", "model.z_L_init"
 KEYS_VALUES = ("self_attn.k_proj", "self_attn.v_proj")  # what a block reads for all positions, then for those wanted
 REST = ("self_attn.q_proj", "self_attn.gate_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -484,6 +484,7 @@ ARCHITECTURE: Architecture[HRMTextConfig, State] = Architecture(
     with_options=with_options,
     check_room=check_room,
     longest=lambda config: config.max_position_embeddings,
+    whole_prompts=lambda config: config.prefix_lm,
     chunk=chunk,
     advance=advance,
     logits=logits,
@@ -491,4 +492,5 @@ ARCHITECTURE: Architecture[HRMTextConfig, State] = Architecture(
     forward_walk=forward_walk,
     forward_inputs=("token_type_ids",),
     graph_key=graph_key,
+    conditions=True,
 )
