@@ -23,7 +23,8 @@ CASES = [
     ("thl", True),
     ("inl", False),
     ("gemma3n", True),
-    *([("thl", False), ("inl", True), ("gemma3n", False)] if GPU else []),
+    ("hrm_text", False),
+    *([("hrm_text", True), ("thl", False), ("inl", True), ("gemma3n", False)] if GPU else []),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore")  # the interpreter's arithmetic on what is captured and not yet made
 
@@ -46,7 +47,9 @@ def small(name: str):
             head_dim=4,
             read_topk=2,
         )
-    fields = load_case(FIXTURES / name / {"inl": "greedy", "gemma3n": "greedy16"}[name]).config
+    fields = load_case(FIXTURES / name / {"inl": "greedy", "gemma3n": "greedy16", "hrm_text": "causal"}[name]).config
+    if name == "hrm_text":
+        return parse_config({**fields, "num_layers_per_stack": 1, "L_cycles": 1}, name)
     change = (
         {"num_layers": 1}
         if name == "inl"

@@ -11,7 +11,7 @@ from triton_device import DEVICE, poison  # noqa: F401
 from thl_engine import Engine
 from thl_engine.config import parse_config
 from thl_engine.kernels.triton import attention
-from thl_engine.models import architecture, kv_cache
+from thl_engine.models import architecture, hrm_text, kv_cache
 from thl_engine.ops.backends import load_ops
 from thl_engine.ops.weights import trainable
 
@@ -42,6 +42,21 @@ def test_gemma3n_recorded_tokens(monkeypatch, steps=3):
         if step == 0:
             state = engine.state_from_dict(state.to_dict())
     assert torch.equal(ids, case.io["output_ids"][:, : ids.shape[1]])
+
+
+def test_hrm_text_recorded_tokens(steps=2):
+    case, engine = opened("hrm_text", "greedy_prefix", kv_cache="float32")
+    logits, state = engine.prefill(case.io["prompt_ids"], engine.new_state())
+    for step in range(steps):
+        close(logits, case.io["step_logits"][:, step])
+        logits, state = engine.step(logits.argmax(dim=-1), state)
+
+
+def test_hrm_text_prefixes_in_pieces(monkeypatch):
+    monkeypatch.setattr(hrm_text, "PIECE", 5)
+    case, engine = opened("hrm_text", "prefix")
+    logits, _ = engine.forward(case.io["input_ids"][:, :12], token_type_ids=case.io["token_type_ids"][:, :12])
+    close(logits, case.io["logits"][:, :12])
 
 
 def test_inl_recorded_tokens():
@@ -102,7 +117,12 @@ class Launches:
 
 
 @pytest.mark.parametrize(
-    "model, name, options", [("inl", "greedy", {"kv_cache": "int8", "sliding_window": 4}), ("gemma3n", "greedy16", {})]
+    "model, name, options",
+    [
+        ("inl", "greedy", {"kv_cache": "int8", "sliding_window": 4}),
+        ("gemma3n", "greedy16", {}),
+        ("hrm_text", "causal", {}),
+    ],
 )
 def test_a_step_launches_the_same_at_every_position(model, name, options, monkeypatch):
     case = load_case(FIXTURES / model / name)

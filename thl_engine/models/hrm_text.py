@@ -253,7 +253,7 @@ def advance(
     """
     check_room(config, state, tokens.shape[1])
     count = tokens.shape[1]
-    sees = _sees(count, state.timestep, tokens.device, torch.ones_like(tokens) if config.prefix_lm else None)
+    sees = (_all_see_all if config.prefix_lm else _sees)(count, state.timestep, tokens.device)
     return _run(config, weights, ops, tokens, state, sees, last=True, record=record)
 
 
@@ -426,8 +426,14 @@ def _linear(c: HRMTextConfig, weights: Weights, ops: Ops, name: str, x: Tensor, 
     return out
 
 
-def _sees(count: int, past: int, device: torch.device, types: Tensor | None) -> Sees:
-    """Who sees whom among int64 [B, count] of these types behind `past` positions; None: nobody sees later tokens."""
+def _all_see_all(count: int, past: int, device: torch.device) -> Sees:
+    """A prefix of `count` tokens behind `past` positions; one token alone sees all there are anyway."""
+    nothing = torch.zeros(1, 1, 1, past + count, dtype=torch.bool, device=device) if count > 1 else None
+    return lambda first, stop: nothing
+
+
+def _sees(count: int, past: int, device: torch.device, types: Tensor | None = None) -> Sees:
+    """Tokens see earlier ones, and those of int64 [B, count] types that are 1 each other, behind `past` positions."""
 
     def blocked(first: int, stop: int) -> Tensor | None:
         if types is None and (first, stop) == (0, count):
@@ -440,9 +446,6 @@ def _sees(count: int, past: int, device: torch.device, types: Tensor | None) -> 
         seen = torch.nn.functional.pad(prefix, (past, 0), value=True)  # earlier positions are not later ones
         return later & ~(prefix[:, first:stop, None] & seen[:, None, :])[:, None]
 
-    if types is not None and count > 0 and bool((types == 1).all()):
-        everything = torch.zeros(1, 1, 1, past + count, dtype=torch.bool, device=device)
-        return lambda first, stop: everything if count > 1 else None
     return blocked
 
 
