@@ -14,7 +14,7 @@ from thl_engine.checkpoint import pack
 from thl_engine.checkpoint.convert import init_checkpoint
 from thl_engine.checkpoint.store import open_store
 from thl_engine.config import THLConfig
-from thl_engine.paging.plan import Bandwidths
+from thl_engine.paging.prediction import Bandwidths
 from thl_engine.report.bandwidth import disk_bandwidth, largest_matrix, product_bandwidth
 
 MIB = 1 << 20

@@ -1,8 +1,11 @@
 """Small files read within limits, and files that are replaced as a whole or not at all."""
 
 import errno
+import fcntl
 import json
+import logging
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -18,6 +21,7 @@ from thl_engine.memory import size
 ALIGNMENT = 4096  # of offsets, lengths and addresses of direct reads on every common device, and so of pages in files
 TEXT_LIMIT = 100_000_000  # bytes of JSON or other text; the safetensors library's cap on a header
 VALUES_LIMIT = 500_000  # in a JSON text: what describes 60,000 tensors; they take up to 64 MiB
+_log = logging.getLogger("thl_engine")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -141,47 +145,84 @@ def mark_of(path: Path) -> FileMark:
 
 
 @contextmanager
-def replacing_by_name(path: Path, nbytes: int) -> Iterator[Path]:
-    """The name of an empty file; what it holds, written in place or renamed to it, replaces `path` on success.
+def replacing(path: Path, nbytes: int) -> Iterator[int]:
+    """A file descriptor whose content replaces `path` on success and vanishes on any failure.
 
-    On any failure `path` is as it was and nothing is left beside it. Raises CheckpointError where there is no room for
-    nbytes, or the system refuses.
+    Until then the file has a temporary name beside `path` and is locked. Where its writer is killed it stays, unlocked,
+    for the next writer of `path` to remove. Raises CheckpointError where there is no room for nbytes, or the system
+    refuses; `path` is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     needs = f"it needs about {size(nbytes)}"
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a device, say, which root could replace
             kind = "a folder" if os.path.isdir(path) else "no ordinary file"
             raise CheckpointError(f"{path}: is {kind}, expected the name of the file to write")
+        remove_left_over(path)
         free = shutil.disk_usage(path.parent).free
         if free < nbytes:
             raise CheckpointError(f"{path}: no space on the device: {needs}, {size(free)} are free")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        mode = os.fstat(descriptor).st_mode
-        os.close(descriptor)
+        descriptor, temporary = _locked_temporary(path)
         try:
-            yield temporary
-            _sync(temporary)
-            os.chmod(temporary, mode)  # whatever mode a library's own file has that took its place
+            yield descriptor
+            os.fsync(descriptor)
             os.replace(temporary, path)
         except BaseException:
             with suppress(FileNotFoundError):  # renamed already
                 os.unlink(temporary)
             raise
+        finally:
+            os.close(descriptor)
         _sync(path.parent)  # the rename itself
     except OSError as error:
         raise CheckpointError(f"{path}: cannot write: {error.strerror}; {needs}") from error
 
 
-@contextmanager
-def replacing(path: Path, nbytes: int) -> Iterator[int]:
-    """A file descriptor whose content replaces `path` on success and vanishes on any failure."""
-    with replacing_by_name(path, nbytes) as temporary:
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+def remove_left_over(path: Path) -> None:
+    """Removes what killed writers of `path` have left beside it, and says so; never what a living one is writing.
+
+    It goes by the name, the owner and the lock that a writer holds for as long as its process lives.
+    """
+    names = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{8}\.partial")
+    found: list[str] = []
+    with suppress(OSError):
+        found = [name for name in os.listdir(path.parent) if names.fullmatch(name)]
+    for name in found:
+        with suppress(OSError):  # it is locked, a link, gone by now, or on a file system without locks
+            descriptor = os.open(path.with_name(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mark, there = os.fstat(descriptor), os.lstat(path.with_name(name))
+                own = stat.S_ISREG(mark.st_mode) and mark.st_uid == os.geteuid()
+                if own and os.path.samestat(mark, there):
+                    os.unlink(path.with_name(name))
+                    _log.warning("%s: removed %s, %s that a killed writer left", path, name, size(mark.st_size))
+            finally:
+                os.close(descriptor)
+
+
+def _locked_temporary(path: Path) -> tuple[int, Path]:
+    """A new empty file beside `path`, locked: its descriptor and its name."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            yield descriptor
-        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another writer took it for left over before it was locked, and removes it
             os.close(descriptor)
+            continue
+        except OSError:  # no locks here: nobody can lock it, so nobody removes it
+            return descriptor, temporary
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, temporary
+        os.close(descriptor)  # it was removed already
+
+
+def write_at(descriptor: int, buffer: memoryview | bytes, offset: int) -> None:
+    """Writes all bytes at an offset of a file, in as many pieces as the system takes them. Raises OSError."""
+    view = memoryview(buffer)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _sync(path: Path) -> None:
@@ -194,5 +235,5 @@ def _sync(path: Path) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes a small file that is complete or, on any failure, as it was. Raises CheckpointError."""
-    with replacing(path, len(content)) as descriptor, open(descriptor, "wb", closefd=False) as file:
-        file.write(content)
+    with replacing(path, len(content)) as descriptor:
+        write_at(descriptor, content, 0)

@@ -366,7 +366,7 @@ def test_plan(packed, succeeds, fails, monkeypatch):
         raise AssertionError("measured what was given")
 
     with monkeypatch.context() as patch:
-        for name in ("disk_bandwidth", "product_bandwidth"):
+        for name in ("disk_bandwidth", "product_bandwidth", "rehearse"):
             patch.setattr(forecast, name, unwanted)
         given = ["plan", packed, "--disk-bandwidth", 2, "--memory-bandwidth", 20]
         found = json.loads(succeeds(*given, "--memory-budget", "1GiB", "--json"))

@@ -17,7 +17,7 @@ from thl_engine.device import device_memory
 from thl_engine.device.caching_allocator import BLOCK, MIB, CachingAllocator, reserved
 from thl_engine.device.device_memory import DeviceMemory
 from thl_engine.memory import parse_bytes
-from thl_engine.paging.plan import Bandwidths, _Clock
+from thl_engine.paging.prediction import Bandwidths, Clock
 
 CUDA = torch.device("cuda:0")
 
@@ -223,7 +223,7 @@ def test_pages_pass_the_disk_and_then_the_link():
     pages = dict.fromkeys(range(8), 1000)
 
     def landed(disk, link, kept=()):
-        clock = _Clock(Bandwidths(disk, 1e9, link), frozenset(kept))
+        clock = Clock(Bandwidths(disk, 1e9, link), frozenset(kept))
         clock.fetch(Fetches(), pages)
         return [round(1e3 * clock.landed[page], 3) for page in (0, 1, 7)]
 

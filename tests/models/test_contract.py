@@ -110,8 +110,8 @@ def test_what_is_built_on_another_hands_its_hooks_on():
 def test_required_hooks_have_no_default():
     required = {name for name, own in HOOKS.items() if own.default is MISSING and own.default_factory is MISSING}
     assert required == {
-        "model_type", "blocks", "initial", "walk", "head", "workspace", "init_state", "state_from_dict", "advance",
-        "logits",
+        "model_type", "blocks", "initial", "walk", "head", "workspace", "attended", "init_state", "state_from_dict",
+        "advance", "logits",
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from thl_engine.checkpoint.convert import init_checkpoint
 from thl_engine.checkpoint.page import extent
 from thl_engine.checkpoint.store import open_store
 from thl_engine.config import HRMTextConfig, parse_config
-from thl_engine.models import hrm_text
+from thl_engine.models import hrm_text, hrm_text_block
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import trainable
 
@@ -36,7 +36,7 @@ def text(*shape: int, seed: int = 1) -> torch.Tensor:
 @pytest.fixture
 def pieces(monkeypatch):
     """Prompts go through the blocks a few tokens at a time."""
-    monkeypatch.setattr(hrm_text, "PIECE", 5)
+    monkeypatch.setattr(hrm_text_block, "PIECE", 5)
 
 
 @pytest.mark.parametrize("folder", [f for f in cases("hrm_text") if "greedy" not in f.name], ids=lambda f: f.name)
@@ -103,7 +103,7 @@ def test_prefixes_in_pieces_equal_prefixes_at_once(backend, monkeypatch):
     _, context = model.prefill(text(3, 7, seed=2), model.new_state(3))
     for state in (model.new_state(3), context):
         whole, _ = model.forward(tokens, state.clone(), token_type_ids=types)
-        monkeypatch.setattr(hrm_text, "PIECE", 4)
+        monkeypatch.setattr(hrm_text_block, "PIECE", 4)
         close(model.forward(tokens, state.clone(), token_type_ids=types)[0], whole)
         monkeypatch.undo()
 
@@ -292,11 +292,11 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("piece", [5, hrm_text.PIECE])
+@pytest.mark.parametrize("piece", [5, hrm_text_block.PIECE])
 def test_streamed_equals_resident(checkpoint, piece, monkeypatch):
     """Bit for bit at several budgets, for steps, prompts, forward and batches. A prompt of one piece takes the bytes of
     one token, any other those of one for each piece at most."""
-    monkeypatch.setattr(hrm_text, "PIECE", piece)
+    monkeypatch.setattr(hrm_text_block, "PIECE", piece)
     tokens, seen = text(2, 23), []
     with Engine.from_pretrained(checkpoint, backend="native", context=40, batch_size=2) as whole:
         everything = whole.plan().peak_memory_bytes

@@ -11,7 +11,7 @@ from triton_device import DEVICE, poison  # noqa: F401
 from thl_engine import Engine
 from thl_engine.config import parse_config
 from thl_engine.kernels.triton import attention
-from thl_engine.models import architecture, hrm_text, kv_cache
+from thl_engine.models import architecture, hrm_text_block, kv_cache
 from thl_engine.ops.backends import load_ops
 from thl_engine.ops.weights import trainable
 
@@ -53,7 +53,7 @@ def test_hrm_text_recorded_tokens(steps=2):
 
 
 def test_hrm_text_prefixes_in_pieces(monkeypatch):
-    monkeypatch.setattr(hrm_text, "PIECE", 5)
+    monkeypatch.setattr(hrm_text_block, "PIECE", 5)
     case, engine = opened("hrm_text", "prefix")
     logits, _ = engine.forward(case.io["input_ids"][:, :12], token_type_ids=case.io["token_type_ids"][:, :12])
     close(logits, case.io["logits"][:, :12])

@@ -13,9 +13,10 @@ from thl_engine import BudgetError, CheckpointError, Engine
 from thl_engine.checkpoint.spool import spool_tensors
 from thl_engine.kernels.int8 import dequantize
 from thl_engine.models import thl
+from thl_engine.paging.page_schedule import PageSchedule
 from thl_engine.paging.paged_weights import load_vectors, paged_weights
 from thl_engine.paging.pager import Pager
-from thl_engine.paging.plan import LEAST_SLOTS, PageSchedule, make_plan, pins
+from thl_engine.paging.plan import LEAST_SLOTS, make_plan, pins
 from thl_engine.paging.reader import Reader
 from thl_engine.paging.ring import Ring
 

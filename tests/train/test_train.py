@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from thl_engine.checkpoint import tensors
+from thl_engine.checkpoint import pack
 from thl_engine.config import parse_config
 from thl_engine.errors import CheckpointError, ConfigError, EngineError, TokenizerError
 from thl_engine.models import thl
@@ -19,9 +20,10 @@ from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import trainable
 from thl_engine.text.tokenizer import load_tokenizer
 from thl_engine.train import TrainOptions, checkpoint, data, evaluate, loop, train
+from thl_engine.train.checkpoint import RESUME_FILE
 from thl_engine.train.modules import TrainableModel, chunk_loss
 from thl_engine.train.options import rate
-from thl_engine.train.run import RESUME_FILE, Run
+from thl_engine.train.run import Run
 
 CONFIG = {
     "vocab_size": 280,
@@ -278,7 +280,7 @@ def test_resume_refuses_another_run(options: TrainOptions) -> None:
     with pytest.raises(ConfigError, match="text was CRC-32"):
         train(replace(options, resume=True))
     (options.out / RESUME_FILE).write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    with pytest.raises(CheckpointError, match="cannot resume from it"):
+    with pytest.raises(CheckpointError, match="training.safetensors: "):
         train(replace(options, resume=True))
 
 
@@ -286,11 +288,11 @@ def test_a_failed_save_leaves_the_last_one(options: TrainOptions, monkeypatch: p
     train(options)
     before = {p.name: p.read_bytes() for p in options.out.iterdir()}
 
-    def full(given: dict, path: Path, metadata: dict) -> None:
-        Path(path).write_bytes(b"half")
+    def full(descriptor: int, buffer: bytes, offset: int) -> None:
+        os.pwrite(descriptor, b"half", offset)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensors, "save_file", full)
+    monkeypatch.setattr(pack, "write_at", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         train(replace(options, resume=True, steps=8))
     assert {p.name: p.read_bytes() for p in options.out.iterdir()} == before

@@ -70,8 +70,31 @@ def read_index(path: str | os.PathLike[str]) -> CheckpointIndex:
         path = _checkpoint_in(path)
     if path.suffix == ".json":
         return _read_sharded(path)
-    tensors, metadata = _read_header(path)
+    tensors, metadata = read_header(path)
     return CheckpointIndex(tensors, metadata, (path,), path.parent)
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of one safetensors file, every number checked. Raises CheckpointError."""
+    if kind_of(path, "checkpoint file") != "file":
+        raise CheckpointError(f"{path}: expected a file, found a folder")
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            _check_prefix(path, prefix, length, size)
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read the file: {error.strerror}") from error
+    if len(text) != length:
+        raise CheckpointError(f"{path}: the file ends after {len(text)} of the {length} bytes of its header")
+    header = parse_json(text, f"{path}: the header")
+    metadata = _check_metadata(path, header.pop("__metadata__", {}))
+    data = 8 + length
+    tensors = {name: _check_entry(path, name, entry, data, size - data) for name, entry in header.items()}
+    _check_coverage(path, tensors, data, size)
+    return tensors, metadata
 
 
 def read_tensor(info: TensorInfo, rows: slice | None = None) -> torch.Tensor:
@@ -188,7 +211,7 @@ def _read_sharded(path: Path) -> CheckpointIndex:
     tensors: dict[str, TensorInfo] = {}
     files = shard_files(path, weight_map)
     for file in files:
-        for name, info in _read_header(file)[0].items():
+        for name, info in read_header(file)[0].items():
             if name in tensors:
                 raise CheckpointError(f"{file}: tensor {shown(name)} is in {tensors[name].file.name} as well")
             if weight_map.get(name) != file.name:
@@ -238,29 +261,6 @@ def _check_inside(path: Path, file: Path) -> None:
     cached = target.parent.name == "blobs" and target.parent.parent.name.startswith(CACHED_MODEL)
     if target.parent not in inside and not cached:
         raise CheckpointError(f"{path}: shard {shown(file.name)} is a link out of the folder, to {target}")
-
-
-def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors and metadata of one safetensors file, every number checked."""
-    if kind_of(path, "checkpoint file") != "file":
-        raise CheckpointError(f"{path}: expected a file, found a folder")
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            _check_prefix(path, prefix, length, size)
-            text = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read the file: {error.strerror}") from error
-    if len(text) != length:
-        raise CheckpointError(f"{path}: the file ends after {len(text)} of the {length} bytes of its header")
-    header = parse_json(text, f"{path}: the header")
-    metadata = _check_metadata(path, header.pop("__metadata__", {}))
-    data = 8 + length
-    tensors = {name: _check_entry(path, name, entry, data, size - data) for name, entry in header.items()}
-    _check_coverage(path, tensors, data, size)
-    return tensors, metadata
 
 
 def _check_prefix(path: Path, prefix: bytes, length: int, size: int) -> None:

@@ -39,7 +39,7 @@ from thl_engine.checkpoint.index import DTYPES
 from thl_engine.checkpoint.quant import GROUP, quantize_rows, scale_shape
 from thl_engine.config import Config
 from thl_engine.errors import CheckpointError, ConfigError, shown
-from thl_engine.files import ALIGNMENT, TEXT_LIMIT, replacing
+from thl_engine.files import ALIGNMENT, TEXT_LIMIT, replacing, write_at
 from thl_engine.models import architecture
 from thl_engine.schedule import Block
 
@@ -100,7 +100,7 @@ def page_rows(kind: str, rows: int, row_bytes: int) -> int:
         if step * row_bytes > 4 * PAGE_BYTES:
             step = 1
         steps = max(1, PAGE_BYTES // (step * row_bytes))
-    return min(step * steps, rows)
+    return min(step * steps, max(rows, 1))
 
 
 def write_store(
@@ -125,13 +125,21 @@ def write_store(
         plan.write(descriptor, progress)
 
 
-def write_tensors(path: Path, sources: Mapping[str, Source], progress: Progress | None = None) -> None:
-    """Writes an ordinary safetensors file of the sources as they are, a chunk of rows at a time."""
+def write_tensors(
+    path: Path,
+    sources: Mapping[str, Source],
+    progress: Progress | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes an ordinary safetensors file of the sources as they are, a chunk of rows at a time.
+
+    Wide elements come first, so that all are aligned; otherwise the order is that of the sources.
+    """
     entries, position = [], 0
-    for name, source in sources.items():
+    for name, source in sorted(sources.items(), key=lambda item: -DTYPES[item[1].dtype].itemsize):
         entries.append(replace(_entry(name, "matrix", source.dtype, source.shape), offset=position))
         position += entries[-1].nbytes
-    header = {"__metadata__": {"format": "pt"}} | {
+    header = {"__metadata__": {"format": "pt", **(metadata or {})}} | {
         e.name: {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.offset, e.offset + e.nbytes]}
         for e in entries
     }
@@ -139,11 +147,11 @@ def write_tensors(path: Path, sources: Mapping[str, Source], progress: Progress 
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     data = 8 + len(text)
     with replacing(path, data + position) as descriptor, ThreadPoolExecutor(1, "pack-source") as ahead:
-        _write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
         for entry in entries:
             for start, rows in _chunks(entry, sources[entry.name], ahead):
                 at = entry.offset + start * entry.row_bytes
-                _write_at(descriptor, as_bytes(rows), data + at)
+                write_at(descriptor, as_bytes(rows), data + at)
                 if progress:
                     progress(at + as_bytes(rows).nbytes, position)
 
@@ -218,7 +226,7 @@ class PackPlan:
                         scale_parts.append(scales)
                     buffer = as_bytes(stored)
                     sums += page_checksums(buffer, entry.page_rows * entry.row_bytes)
-                    _write_at(descriptor, buffer, data + entry.offset + start * entry.row_bytes)
+                    write_at(descriptor, buffer, data + entry.offset + start * entry.row_bytes)
                     done += len(buffer)
                     if progress:
                         progress(done, self.data_bytes)
@@ -227,9 +235,9 @@ class PackPlan:
                 if scale_entry:
                     buffer = as_bytes(torch.cat(scale_parts))
                     checksums[scale_entry.name] = page_checksums(buffer, scale_entry.nbytes)
-                    _write_at(descriptor, buffer, data + scale_entry.offset)
+                    write_at(descriptor, buffer, data + scale_entry.offset)
                     done += len(buffer)
-        _write_at(descriptor, self.header(checksums), 0)
+        write_at(descriptor, self.header(checksums), 0)
         if progress:
             progress(self.data_bytes, self.data_bytes)
 
@@ -376,10 +384,3 @@ def _encode(rows: torch.Tensor, entry: Entry, start: int, plan: PackPlan) -> tup
             f"{plan.where}: tensor {shown(entry.name)} cannot be quantised: NaN or infinity in {line} {row}"
         )
     return rows.to(DTYPES[entry.dtype]), scales
-
-
-def _write_at(descriptor: int, buffer: memoryview | bytes, offset: int) -> None:
-    view = memoryview(buffer)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written

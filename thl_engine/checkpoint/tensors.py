@@ -1,24 +1,25 @@
-"""Ordinary safetensors files of whole tensors in memory, replaced as a whole or not at all."""
+"""Ordinary safetensors files of whole tensors in memory: training runs, exported models, contexts.
+
+They are read as checkpoints are: by checked offsets and not through mapped memory, where a file that is cut short while
+it is read would end the process.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from thl_engine.errors import CheckpointError, shown
-from thl_engine.files import replacing_by_name
+from thl_engine.checkpoint.index import read_header, read_tensor
+from thl_engine.checkpoint.pack import write_tensors
+from thl_engine.checkpoint.spool import tensor_sources
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes contiguous tensors that share no memory, with metadata.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors with metadata. Raises CheckpointError on any failure; `path` is then as it was."""
+    write_tensors(path, tensor_sources(tensors, str(path)), metadata=metadata)
 
-    Raises CheckpointError on any failure; `path` is then as it was.
-    """
-    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    try:
-        with replacing_by_name(path, nbytes) as temporary:
-            save_file(dict(tensors), temporary, dict(metadata))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot write: {shown(str(error))}") from None
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one file, in memory of their own, and its metadata. Raises CheckpointError."""
+    infos, metadata = read_header(path)
+    return {name: read_tensor(info).clone() for name, info in infos.items()}, metadata

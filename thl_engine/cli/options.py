@@ -347,8 +347,8 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         "--memory-bandwidth",
         type=_rate,
         metavar="GB/s",
-        help="what products with weights in memory achieve (default: measured, or assumed of a CUDA "
-        "device that is not here)",
+        help="what products with weights in memory achieve (default: computing is measured on steps of the model "
+        "itself, or the bandwidth is assumed of a CUDA device that is not here)",
     )
     parser.add_argument(
         "--link-bandwidth",

@@ -39,17 +39,17 @@ HELP = {
     "sample_tokens": ("N", "length of the text written after an evaluation"),
     "seed": ("N", "of weights, noise and order"),
     "threads": ("N", "CPU threads"),
-    "resume": (None, "continue the run in --out"),
+    "resume": (None, "continue the run in --out; options that are not given are those of that run"),
 }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of TrainOptions."""
+    """One option for each field of TrainOptions. What is not given has no value: a resumed run has its own."""
     for field in fields(TrainOptions):
         placeholder, about = HELP[field.name]
         name = "--" + field.name.replace("_", "-")
         if field.type is bool:
-            parser.add_argument(name, action="store_true", help=about)
+            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=about)
             continue
         required = field.default is MISSING
         parser.add_argument(
@@ -57,15 +57,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             metavar=placeholder,
             type=_type(field),
             required=required,
-            default=None if required else field.default,
-            help=about if required or field.default is None else f"{about} (default: %(default)s)",
+            default=argparse.SUPPRESS,
+            help=about if required or field.default is None else f"{about} (default: {field.default})",
         )
 
 
 def run(arguments: argparse.Namespace) -> None:
     from thl_engine.train import train  # here, since it brings torch, which --help does not need
 
-    options = TrainOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainOptions)})
+    given = vars(arguments)
+    options = TrainOptions(**{field.name: given[field.name] for field in fields(TrainOptions) if field.name in given})
     best = train(options)
     print(f"{options.out}: held-out perplexity {best.perplexity:.3f}, {best.bits_per_character:.4f} bits per character")
 

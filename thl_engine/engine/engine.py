@@ -20,7 +20,16 @@ from thl_engine.engine.generation import Piece, Row, generate, prompt_ids, toget
 from thl_engine.engine.options import EngineOptions, check_count
 from thl_engine.engine.passes import Passes
 from thl_engine.engine.prompts import bytes_as_text, check_new_tokens, new_tokens
-from thl_engine.engine.resources import choose_device, divide_memory, for_graphs, needs, nominal, set_threads
+from thl_engine.engine.resources import (
+    Serve,
+    choose_device,
+    divide_memory,
+    for_graphs,
+    needs,
+    nominal,
+    open_pager,
+    set_threads,
+)
 from thl_engine.engine.stored_state import read_state, write_state
 from thl_engine.engine.trace import Trace
 from thl_engine.errors import BudgetError, CheckpointError, ConfigError, EngineError, TokenizerError, shown
@@ -28,8 +37,9 @@ from thl_engine.memory import peak_bytes, return_large_blocks, size
 from thl_engine.models.state import State
 from thl_engine.ops.backends import load_ops
 from thl_engine.ops.reference import ReferenceOps
-from thl_engine.paging.pager import Pager
-from thl_engine.paging.plan import Bandwidths, Plan
+from thl_engine.paging.paged_weights import Pages
+from thl_engine.paging.plan import Plan
+from thl_engine.paging.prediction import Bandwidths
 from thl_engine.paging.transfer import link_bandwidth
 from thl_engine.text.sampler import Sampler, Sampling, StopStrings
 from thl_engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -67,15 +77,15 @@ def _computing(method: Callable[Concatenate["Engine", P], R]) -> Callable[Concat
 class Engine:
     """Runs one model. It holds no context: all that a sequence needs is in its state."""
 
-    def __init__(self, store: Store, options: EngineOptions | None = None) -> None:
-        """Takes over `store`, which is closed with the engine."""
+    def __init__(self, store: Store, options: EngineOptions | None = None, serve: Serve = open_pager) -> None:
+        """Takes over `store`, which is closed with the engine. serve: opens what serves its pages."""
         try:
-            self._open(store, options or EngineOptions())
+            self._open(store, options or EngineOptions(), serve)
         except BaseException:
             store.close()  # a spooled copy, say
             raise
 
-    def _open(self, store: Store, options: EngineOptions) -> None:
+    def _open(self, store: Store, options: EngineOptions, serve: Serve) -> None:
         set_threads(options.threads)
         if options.memory_budget is not None:
             return_large_blocks()
@@ -92,7 +102,7 @@ class Engine:
         self._bandwidths = replace(nominal(self.device), link=link_bandwidth(self.device))
         graphs_bytes = for_graphs(ops, self.config, options.batch_size)
         memory = DeviceMemory(self.device, self._plan.budget, graphs_bytes)
-        self._passes = Passes(store, ops, self.device, self._plan, schedule, memory, options.verify)
+        self._passes = Passes(store, ops, self.device, self._plan, schedule, memory, options.verify, serve)
         # An engine that is dropped gives back what one that is closed does.
         self._release = weakref.finalize(self, _release, self._passes.pager, store)
         if not self._plan.streamed_pages and self._plan.resident_tables:
@@ -456,7 +466,7 @@ class Engine:
         self.close()
 
 
-def _release(pager: Pager, store: Store) -> None:
+def _release(pager: Pages, store: Store) -> None:
     pager.close()
     store.close()
 

@@ -15,7 +15,7 @@ import torch
 from thl_engine.config import HIMConfig
 from thl_engine.engine.engine import Engine
 from thl_engine.errors import CheckpointError, ConfigError, TokenizerError, shown
-from thl_engine.files import read_text, replacing
+from thl_engine.files import read_text, write_file
 from thl_engine.models import him
 from thl_engine.models.state import State
 from thl_engine.text.sampler import Sampler, Sampling
@@ -64,8 +64,7 @@ def answer_file(
         if progress is not None:
             progress(len(results), len(samples))
     text = (json.dumps(results, ensure_ascii=False, indent=2) + "\n").encode()
-    with replacing(target, len(text)) as descriptor, open(descriptor, "wb", closefd=False) as file:
-        file.write(text)
+    write_file(target, text)
     return len(results)
 
 

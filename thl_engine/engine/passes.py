@@ -9,13 +9,14 @@ from torch import Tensor
 from thl_engine.checkpoint.store import Store
 from thl_engine.device.device_memory import DeviceMemory
 from thl_engine.engine.graphs import Compute, step_graphs
-from thl_engine.engine.resources import FORWARD_CHUNK, open_pager, page_schedule
+from thl_engine.engine.resources import FORWARD_CHUNK, Serve, page_schedule
 from thl_engine.engine.trace import Trace
 from thl_engine.models.contract import Record
 from thl_engine.models.state import State
 from thl_engine.ops.reference import ReferenceOps
+from thl_engine.paging.page_schedule import PageSchedule
 from thl_engine.paging.paged_weights import load_vectors, paged_weights
-from thl_engine.paging.plan import PageSchedule, Plan
+from thl_engine.paging.plan import Plan
 
 
 class Passes:
@@ -32,9 +33,11 @@ class Passes:
         plan: Plan,
         schedule: PageSchedule,
         memory: DeviceMemory,
-        verify: str = "first",
+        verify: str,
+        serve: Serve,
     ) -> None:
-        """Reads what the plan pins; vectors, pages and what is computed lie in `memory`."""
+        """`serve` opens what serves the pages, which reads what the plan pins; vectors, pages and what is computed lie
+        in `memory`."""
         self.config, self.architecture, self.ops, self.device = store.config, store.architecture, ops, device
         self.trace: Trace | None = None
         # By the options that a state was made with.
@@ -42,7 +45,7 @@ class Passes:
         self._store, self._pinned = store, plan.pinned
         with memory.computing():
             vectors = load_vectors(store, device)
-            self.pager = open_pager(store, plan, vectors, device, verify)
+            self.pager = serve(store, plan, vectors, device, verify)
         self.weights = paged_weights(store, self.pager, vectors)
         self.graphs = step_graphs(
             self.architecture, ops, device, self.pager.count_uses, pool=memory.pool_for_graphs, apart=memory.capturing

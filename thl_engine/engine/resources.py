@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,13 +18,17 @@ from thl_engine.models.contract import AnyArchitecture
 from thl_engine.models.state import State, tensors_of
 from thl_engine.ops import native
 from thl_engine.ops.reference import ReferenceOps
+from thl_engine.paging.page_schedule import PageSchedule
+from thl_engine.paging.paged_weights import Pages
 from thl_engine.paging.pager import Pager
-from thl_engine.paging.plan import NOMINAL, NOMINAL_CUDA, Bandwidths, PageSchedule, Plan, make_plan
+from thl_engine.paging.plan import Plan, make_plan
+from thl_engine.paging.prediction import NOMINAL, NOMINAL_CUDA, Bandwidths, Work
 from thl_engine.paging.reader import Reader
 from thl_engine.paging.transfer import keeps_pages
 
 FORWARD_CHUNK = 64  # rows of `forward` whose logits share one pass over the head
 WORKSPACE_LOGITS = 4  # rows of logits alive at once for each sequence: as computed, and float64 while one is chosen
+UNBOUNDED_POSITION = 2048  # twice where plans look at a sequence that may have any length
 HOST_SHARE = 0.5  # of free host memory: page-locked, it is lost to everything else
 # Of captured steps, which share no memory with what is launched anew: what one step leaves in pieces, and rows of
 # logits that captures keep for each sequence. Further captures are refused, and their steps launched.
@@ -39,6 +43,7 @@ def divide_memory(
     schedule = page_schedule(store, ops, batch_size)
     room = host_room(device, options.host_memory)
     needed = needs(store, ops, device, batch_size, states)
+    work = pass_work(store, batch_size, states, usual_position(store, states))
 
     def plan(limit: int | None, stream: bool) -> Plan:
         return make_plan(
@@ -50,7 +55,7 @@ def divide_memory(
             state_bytes=needed.state,
             workspace_bytes=needed.workspace,
             reserve_bytes=needed.reserve,
-            state_traffic=state_traffic(store, batch_size, states),
+            work=work,
             nominal=nominal(device),
             host_room=room,
         )
@@ -143,10 +148,23 @@ def fragments(passing: int, scratch: int) -> int:
     return SMALL_SEGMENT + LARGE_SEGMENT + passing // 2 + scratch
 
 
-def state_traffic(store: Store, batch_size: int, options: dict[str, Any], position: int | None = None) -> int:
-    """Bytes of the state that a token reads or writes, at half of its context unless given."""
+def usual_position(store: Store, options: Mapping[str, Any]) -> int:
+    """Where plans look at a sequence: half of the longest that states with these options hold."""
+    longest = options.get("context") or store.architecture.longest(store.config) or UNBOUNDED_POSITION
+    return int(longest) // 2
+
+
+def pass_work(store: Store, batch_size: int, options: Mapping[str, Any], position: int) -> Work:
+    """What a pass behind so many tokens takes of states with these options."""
     model, config = store.architecture, store.config
-    return model.traffic(config, model.init_state(config, batch_size, "meta", **options), position)
+    state = model.init_state(config, batch_size, "meta", **options)
+    state.seek(position)
+    return Work(
+        rows=batch_size * model.step_rows(config, position),
+        head_rows=batch_size,
+        attended=model.attended(config, state, position),
+        traffic=model.traffic(config, state, position),
+    )
 
 
 def touched(store: Store, ops: ReferenceOps, batch_size: int) -> dict[str, float]:
@@ -156,17 +174,12 @@ def touched(store: Store, ops: ReferenceOps, batch_size: int) -> dict[str, float
     """
     model, config = store.architecture, store.config
     by_columns = {block.name for block in model.blocks(config) if block.transposed}
-    rows = rows_of_products(store, batch_size)
+    rows = batch_size * model.step_rows(config, usual_position(store, {}))
     return {
         name: 1.0 - (1.0 - share) ** rows
         for name, share in model.touched(config).items()
         if share <= ops.sparse_share and (name not in by_columns or store.tensors[name].transposed)
     }
-
-
-def rows_of_products(store: Store, batch_size: int) -> int:
-    """Rows of activations that the products of one step have."""
-    return batch_size * store.architecture.step_rows(store.config)
 
 
 def host_room(device: torch.device, host_memory: int | None) -> int:
@@ -185,6 +198,14 @@ def host_room(device: torch.device, host_memory: int | None) -> int:
     if host_memory is None:
         return int(available_memory(torch.device("cpu")) * HOST_SHARE)
     return host_memory
+
+
+class Serve(Protocol):
+    """Opens what serves a store's pages as a plan says, given its vectors and a device: `open_pager`."""
+
+    def __call__(
+        self, store: Store, plan: Plan, vectors: Mapping[str, torch.Tensor], device: torch.device, verify: str, /
+    ) -> Pages: ...
 
 
 def open_pager(

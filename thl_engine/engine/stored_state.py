@@ -4,11 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from thl_engine.checkpoint.tensors import save_tensors
+from thl_engine.checkpoint.tensors import load_tensors, save_tensors
 from thl_engine.config import Config
 from thl_engine.errors import CheckpointError, shown
 from thl_engine.files import parse_json
@@ -29,12 +27,7 @@ def read_state(path: str | os.PathLike[str], config: Config) -> dict[str, Tensor
     Raises CheckpointError for a file that is none, and for the context of a model of another kind or configuration,
     whatever the shapes.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        fields = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable state file: {error}") from None
+    fields, metadata = load_tensors(Path(path))
     if metadata.get(KIND, config.model_type) != config.model_type:
         raise CheckpointError(
             f"{path}: the context of a model of type {shown(metadata[KIND])}; this is a {config.model_type} model"

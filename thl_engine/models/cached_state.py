@@ -33,6 +33,10 @@ class CachedState(State):
     def dequantized_bytes(self) -> int:
         return self.cache.dequantized_bytes
 
+    def seek(self, position: int) -> None:
+        super().seek(position)
+        self.cache.seek(position)
+
     def clone(self: S) -> S:
         """An independent copy: advancing one leaves the other as it is."""
         copy = super().clone()

@@ -122,10 +122,10 @@ class ForwardWalkHook(Protocol[C_in]):
     def __call__(self, config: C_in, tokens_shape: Sequence[int], *args: Any, **inputs: Any) -> Walk: ...
 
 
-class TrafficHook(Protocol[C_in, S_in]):
-    """Bytes of the state that a token reads or writes at a position; at half of its context unless given."""
+class PassCountHook(Protocol[C_in, S_in]):
+    """Something that a pass behind `position` tokens takes, for all sequences of the state together."""
 
-    def __call__(self, config: C_in, state: S_in, position: int | None = None) -> int: ...
+    def __call__(self, config: C_in, state: S_in, position: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,14 @@ def _no_room_needed(config: Config, state: State, count: int) -> None:
     """A state of fixed size has room for any number of tokens."""
 
 
-def _four_times_all(config: Config, state: State, position: int | None = None) -> int:
-    """A step reads and writes most of a small state, some of it twice."""
+def _four_times_all(config: Config, state: State, position: int) -> int:
+    """A pass reads and writes most of a small state, some of it twice."""
     return 4 * state.nbytes
+
+
+def _one_row(config: Config, position: int) -> int:
+    """A token is a row of activations."""
+    return 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,13 +212,15 @@ class Architecture(Generic[C, S]):
     touched: Callable[[C], Mapping[str, float]] = lambda config: {}
     # Weights that an op keeps to use them again after their parts have been let go.
     reused: Callable[[C], int] = lambda config: 0
-    # Rows of activations that a sequence brings to the products of a step of one token.
-    step_rows: Callable[[C], int] = lambda config: 1
+    # Rows of activations that a sequence brings to the products of a pass behind so many tokens, the head's excepted.
+    step_rows: Callable[[C, int], int] = _one_row
     # The same for the longest pass over a prompt; None: `chunk`.
     pass_rows: Callable[[C], int] | None = None
     # Of one `advance`: bytes of activations, and elements of attention scores.
     workspace: Callable[[C, S], tuple[int, int]]
-    traffic: TrafficHook[C, S] = _four_times_all
+    traffic: PassCountHook[C, S] = _four_times_all  # bytes of the state that are read or written
+    # Multiply-adds of activations with each other or with the state: attention, the reading of slots.
+    attended: PassCountHook[C, S]
 
     # The state.
     init_state: InitStateHook[C, S]

@@ -21,7 +21,7 @@ from thl_engine.kernels.altup import magnitude, scaled_to
 from thl_engine.models import kv_cache as kv_caches
 from thl_engine.models.cached_state import CachedState, restored
 from thl_engine.models.contract import Architecture, Ops, Record, Weights
-from thl_engine.models.kv_cache import KVCache
+from thl_engine.models.kv_cache import KVCache, Layer
 from thl_engine.ops.cached_attention import bucket
 from thl_engine.schedule import Block, Walk
 
@@ -184,16 +184,20 @@ def workspace(config: Gemma3nConfig, state: State) -> tuple[int, int]:
     return 4 * rows * floats + 2 * CHUNK * seen + copies, rows * c.num_attention_heads * seen
 
 
-def traffic(config: Gemma3nConfig, state: State, position: int | None = None) -> int:
-    """Bytes of the cache that one token reads at a position, half of the context unless given."""
-    position = state.context // 2 if position is None else position
-    reads = {i: 0 for i in state.layers}
-    for i in range(config.num_hidden_layers):
-        reads[config.kv_source(i)] += 1
-    return sum(
-        times * KVCache([held]).traffic(position)
-        for times, held in zip(reads.values(), state.cache.layers, strict=True)
-    )
+def traffic(config: Gemma3nConfig, state: State, position: int) -> int:
+    """Bytes of the cache that one token reads at a position."""
+    return sum(KVCache([held]).traffic(position) for held in _read(config, state))
+
+
+def attended(config: Gemma3nConfig, state: State, position: int) -> int:
+    """Multiply-adds of one token's attention."""
+    seen = sum(held.kept(position) + 1 for held in _read(config, state))
+    return 2 * state.batch_size * config.num_attention_heads * config.head_dim * seen
+
+
+def _read(c: Gemma3nConfig, state: State) -> list[Layer]:
+    """The rows that each layer attends to, its own or another's."""
+    return [state.cache.layers[state.layers.index(c.kv_source(i))] for i in range(c.num_hidden_layers)]
 
 
 def init_state(
@@ -464,6 +468,7 @@ ARCHITECTURE: Architecture[Gemma3nConfig, State] = Architecture(
     touched=touched,
     workspace=workspace,
     traffic=traffic,
+    attended=attended,
     init_state=init_state,
     state_from_dict=state_from_dict,
     state_options=("context", "kv_cache"),

@@ -33,6 +33,7 @@ READ_RATE = 0.1  # share of what is read, from memory or reasoning buffer, that 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MEMORY = ("read_key", "read_value", "write_key", "write_erase", "write_add")
 REASONING = ("project_to_reasoning", "project_from_reasoning")
+DECODER_READS = tuple(f"decoder_cross_attention.{name}.weight" for name in ATTENTION)
 TIED = "embedding.weight"  # also the projection to the vocabulary
 
 
@@ -55,6 +56,10 @@ class State(states.State):
     @property
     def batch_size(self) -> int:
         return self.context.shape[0]
+
+    def seek(self, position: int) -> None:
+        super().seek(position)
+        self.context_valid = min(position, self.context.shape[1])
 
     def reset_memory(self) -> None:
         """Empties the slot memory, as published: zeros of batch 1. All else stays, the reasoning buffer included."""
@@ -147,7 +152,7 @@ def adopt(config: HIMConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def walk(config: HIMConfig) -> Walk:
     """Matrices of one pass, read at each step that the number of answer positions divides."""
-    return Walk(tuple((name, config.max_answer_len) for name in (*_encoder_reads(config), *_decoder_reads())))
+    return Walk(tuple((name, config.max_answer_len) for name in (*_encoder_reads(config), *DECODER_READS)))
 
 
 def head(config: HIMConfig) -> tuple[str, ...]:
@@ -159,7 +164,7 @@ def forward_walk(
     config: HIMConfig, tokens_shape: Sequence[int], *, mask: Tensor | None = None, reconstruction: bool = False
 ) -> Walk:
     """What `forward` reads with the same inputs."""
-    decoder = () if reconstruction else _decoder_reads()
+    decoder = () if reconstruction else DECODER_READS
     return Walk(tuple((name, 1) for name in (*_encoder_reads(config), *decoder, TIED)))
 
 
@@ -173,10 +178,6 @@ def _encoder_reads(c: HIMConfig) -> tuple[str, ...]:
         if _reasons(i):
             reads += [f"reasoning_module.{name}.weight" for name in REASONING]
     return tuple(reads)
-
-
-def _decoder_reads() -> tuple[str, ...]:
-    return tuple(f"decoder_cross_attention.{name}.weight" for name in ATTENTION)
 
 
 def _reasons(i: int) -> bool:
@@ -194,10 +195,8 @@ def initial(config: HIMConfig, block: Block, rows: slice, generator: torch.Gener
     shape = (len(range(*rows.indices(block.shape[0]))), *block.shape[1:])
     if block.name == "pos_encoder.pe":
         return _table(config.embed_dim)[None][rows].clone()
-    if block.name == TIED:
-        return torch.randn(shape, generator=generator)
-    if block.name in ("decoder_query", "reasoning_module.reasoning_embeddings"):
-        return torch.randn(shape, generator=generator).mul_(0.02)
+    if block.name in (TIED, "decoder_query", "reasoning_module.reasoning_embeddings"):
+        return torch.randn(shape, generator=generator).mul_(1.0 if block.name == TIED else 0.02)
     if block.kind == "vector" and block.name != "decoder_projection.bias":
         return torch.ones(shape) if block.name.endswith("weight") else torch.zeros(shape)
     inputs = config.embed_dim if block.kind == "vector" else block.shape[1]
@@ -205,9 +204,16 @@ def initial(config: HIMConfig, block: Block, rows: slice, generator: torch.Gener
     return torch.rand(shape, generator=generator).mul_(2.0 * bound).sub_(bound)
 
 
-def step_rows(config: HIMConfig) -> int:
-    """Rows of activations that a sequence brings to a pass's products, once it fills the context."""
-    return config.max_seq_len
+def step_rows(config: HIMConfig, position: int) -> int:
+    """Rows of activations that a sequence brings to a pass's products: its context."""
+    return min(position + 1, config.max_seq_len)
+
+
+def attended(config: HIMConfig, state: State, position: int) -> int:
+    """Multiply-adds of a pass besides those with weights: attention, and the reading of the memory."""
+    c, rows = config, step_rows(config, position)
+    block = 2 * rows * c.embed_dim + c.mem_slots * (c.mem_rank + c.embed_dim)
+    return state.batch_size * rows * (c.num_encoder_layers * block + 2 * c.max_answer_len * c.embed_dim)
 
 
 def chunk(config: HIMConfig) -> int:
@@ -299,18 +305,11 @@ def advance(
     context = torch.cat([state.context[:, : state.context_valid], tokens], dim=1)[:, -c.max_seq_len :]
     memory, reasoning, answer = state.memory, state.reasoning_embeddings, state.answer
     valid, served = context.shape[1], t % c.max_answer_len
-    if served == 0:
+    if not served:
         encoded, memory, reasoning = _encode(c, weights, ops, context, memory, reasoning, None, record)
         answer = _decode(c, weights, ops, encoded, None)
     context = torch.nn.functional.pad(context, (0, c.max_seq_len - valid))
-    return answer[:, served : served + 1], State(
-        timestep=t + 1,
-        memory=memory,
-        reasoning_embeddings=reasoning,
-        context=context,
-        context_valid=valid,
-        answer=answer,
-    )
+    return answer[:, served : served + 1], State(t + 1, memory, reasoning, context, valid, answer)
 
 
 def logits(config: HIMConfig, weights: Weights, ops: Ops, hidden: Tensor) -> Tensor:
@@ -392,9 +391,8 @@ def _encode(
     record: Record | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All encoder blocks over tokens [B, L]: (x [B, L, D], memory [B, m, D], reasoning buffer [R, D])."""
-    batch, length = tokens.shape
-    x = ops.gather(weights[TIED], tokens.flatten()).view(batch, length, c.embed_dim)
-    x = x * sqrt(c.embed_dim) + _positions(length, c.embed_dim, x.device)
+    x = ops.gather(weights[TIED], tokens.flatten()).view(*tokens.shape, c.embed_dim)
+    x = x * sqrt(c.embed_dim) + _positions(tokens.shape[1], c.embed_dim, x.device)
     for i in range(c.num_encoder_layers):
         prefix = f"transformer_encoder.{i}."
         normed = ops.layer_norm(x, weights[f"{prefix}norm1.weight"], weights[f"{prefix}norm1.bias"])
@@ -484,8 +482,9 @@ ARCHITECTURE: Architecture[HIMConfig, State] = Architecture(
     head=head,
     starts_at=starts_at,
     step_rows=step_rows,
-    pass_rows=step_rows,
+    pass_rows=lambda config: config.max_seq_len,
     workspace=workspace,
+    attended=attended,
     init_state=init_state,
     state_from_dict=state_from_dict,
     rows_meet=True,  # sequences of a batch share the reasoning buffer, so each one's answer depends on the others

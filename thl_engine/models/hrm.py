@@ -77,6 +77,10 @@ class State(BaseState):
     def batch_size(self) -> int:
         return self.window.shape[0]
 
+    def seek(self, position: int) -> None:
+        super().seek(position)
+        self.valid = min(position, WINDOW)
+
     @property
     def options(self) -> dict[str, Any]:
         """What `walk` needs to know of the state."""
@@ -166,9 +170,16 @@ def head(config: HRMConfig) -> tuple[str, ...]:
     return ("output_head.weight",)
 
 
-def step_rows(config: HRMConfig) -> int:
-    """Rows of activations that a sequence brings to a step's products, once it fills the window."""
-    return WINDOW
+def step_rows(config: HRMConfig, position: int) -> int:
+    """Rows of activations that a sequence brings to a step's products: the window, as far as it is filled."""
+    return min(position + 1, WINDOW)
+
+
+def attended(config: HRMConfig, state: State, position: int) -> int:
+    """Multiply-adds of attention in a step that nothing ends early."""
+    n, t = state.cycles
+    layers = (t * config.L_layers + config.H_layers) * n * config.halt_max_steps
+    return 2 * state.batch_size * config.hidden_size * step_rows(config, position) ** 2 * layers
 
 
 def chunk(config: HRMConfig) -> int:
@@ -459,8 +470,10 @@ ARCHITECTURE: Architecture[HRMConfig, State] = Architecture(
     walk=walk,
     head=head,
     step_rows=step_rows,
-    pass_rows=step_rows,
+    pass_rows=lambda config: WINDOW,
     workspace=workspace,
+    traffic=lambda config, state, position: state.nbytes,
+    attended=attended,
     init_state=init_state,
     state_from_dict=state_from_dict,
     state_options=("cycles",),

@@ -10,7 +10,7 @@ block by block over all of a prompt, PIECE tokens at a time, which bounds its me
 bytes of one token from the disk. A longer one reads a block once for each piece, whose products take far longer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import sqrt
@@ -21,19 +21,25 @@ from torch import Tensor
 
 from thl_engine.config import HRMTextConfig
 from thl_engine.errors import ConfigError
+from thl_engine.models import hrm_text_block
 from thl_engine.models import kv_cache as kv_caches
 from thl_engine.models.cached_state import CachedState, restored
 from thl_engine.models.contract import Architecture, Ops, Record, Weights
 from thl_engine.models.hrm import parse_cycles as parse_pair
 from thl_engine.models.hrm import stored_cycles
-from thl_engine.ops.cached_attention import CachedAttention, bucket
+from thl_engine.models.hrm_text_block import (
+    KEYS_VALUES,
+    REST,
+    Sees,
+    all_see_all,
+    earlier_and_prefix,
+    pieces_of,
+    through,
+)
+from thl_engine.ops.cached_attention import bucket
 from thl_engine.schedule import LARGEST_WALK, Block, Walk
 
-PIECE = 512  # tokens of a prompt that go through a block's products together
 TABLE, HEAD, START = "model.embed_tokens.weight", "lm_head.weight", "model.z_L_init"
-KEYS_VALUES = ("self_attn.k_proj", "self_attn.v_proj")  # what a block reads for all positions, then for those wanted
-REST = ("self_attn.q_proj", "self_attn.gate_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-Sees = Callable[[int, int], Tensor | None]  # of queries [first, stop): `blocked` of `CachedAttention`
 
 
 @dataclass
@@ -85,9 +91,9 @@ def blocks(config: HRMTextConfig) -> tuple[Block, ...]:
                 part, last = name.split(".")
                 inner = c.intermediate_size if part == "mlp" else heads
                 shape = shapes.get(last, (inner, width))
-                out.append(Block(f"{_block(stack, j)}{name}.weight", shape, "matrix"))
+                out.append(Block(f"{_prefix(stack, j)}{name}.weight", shape, "matrix"))
                 if c.attention_bias if part == "self_attn" else c.mlp_bias:
-                    out.append(Block(f"{_block(stack, j)}{name}.bias", shape[:1], "vector"))
+                    out.append(Block(f"{_prefix(stack, j)}{name}.bias", shape[:1], "vector"))
     if not c.tie_word_embeddings:
         out.append(Block(HEAD, (c.vocab_size, width), "matrix"))
     return tuple(out)
@@ -110,7 +116,7 @@ def pass_walk(
 
     last: behind the last block's keys and values only the last token matters.
     """
-    made, pieces = parse_cycles(config, cycles), -(-count // PIECE)
+    made, pieces = parse_cycles(config, cycles), len(pieces_of(count))
     passes = [(stack, j) for stack in _stacks(made) for j in range(config.num_layers_per_stack)]
     if len(passes) * pieces * (len(KEYS_VALUES) + len(REST)) > LARGEST_WALK:
         raise ConfigError(
@@ -121,7 +127,7 @@ def pass_walk(
     for i, (stack, j) in enumerate(passes):
         wanted = 1 if last and i == len(passes) - 1 else pieces
         for group in (KEYS_VALUES,) * pieces + (REST,) * wanted:
-            names += [f"{_block(stack, j)}{name}.weight" for name in group]
+            names += [f"{_prefix(stack, j)}{name}.weight" for name in group]
     return Walk(tuple((name, 1) for name in names))
 
 
@@ -135,7 +141,7 @@ def forward_walk(
     """Matrices that one `forward` reads, those of the logits included."""
     count = tokens_shape[1]
     once = pass_walk(config, count, cycles=cycles, last=False).clocked
-    return Walk((*once, *((name, 1) for name in head(config) * -(-count // PIECE))))
+    return Walk((*once, *((name, 1) for name in head(config) * len(pieces_of(count)))))
 
 
 def head(config: HRMTextConfig) -> tuple[str, ...]:
@@ -174,16 +180,22 @@ def workspace(config: HRMTextConfig, state: State) -> tuple[int, int]:
     # Of all positions both states, the stream of a block before and after, keys, values and the rotated keys; of a
     # piece the part of a block that takes most.
     whole, piece = 4 * c.hidden_size + 3 * heads, 2 * c.hidden_size + max(5 * heads, 3 * c.intermediate_size)
-    rows = min(state.context, PIECE)
+    rows = min(state.context, hrm_text_block.PIECE)
     return (
         4 * state.batch_size * (state.context * whole + rows * piece) + rows * state.context,
         state.batch_size * rows * c.num_attention_heads * state.context,
     )
 
 
-def traffic(config: HRMTextConfig, state: State, position: int | None = None) -> int:
-    """Bytes of the cache that one token reads at a position, half of the context unless given."""
-    return state.cache.traffic(state.context // 2 if position is None else position)
+def traffic(config: HRMTextConfig, state: State, position: int) -> int:
+    """Bytes of the cache that one token reads at a position."""
+    return state.cache.traffic(position)
+
+
+def attended(config: HRMTextConfig, state: State, position: int) -> int:
+    """Multiply-adds of one token's attention."""
+    seen = len(state.cache.layers) * (position + 1)
+    return 2 * state.batch_size * config.num_attention_heads * config.head_dim * seen
 
 
 def init_state(
@@ -253,7 +265,7 @@ def advance(
     """
     check_room(config, state, tokens.shape[1])
     count = tokens.shape[1]
-    sees = (_all_see_all if config.prefix_lm else _sees)(count, state.timestep, tokens.device)
+    sees = (all_see_all if config.prefix_lm else earlier_and_prefix)(count, state.timestep, tokens.device)
     return _run(config, weights, ops, tokens, state, sees, last=True, record=record)
 
 
@@ -289,12 +301,12 @@ def forward(
             f"a sequence of {count} tokens is longer than the model's max_position_embeddings "
             f"({config.max_position_embeddings})"
         )
-    sees = _sees(count, 0 if training else state.timestep, tokens.device, token_type_ids)
+    sees = earlier_and_prefix(count, 0 if training else state.timestep, tokens.device, token_type_ids)
     hidden, state = _run(config, weights, ops, tokens, state, sees, last=False, record=record, training=training)
     if training:
         return logits(config, weights, ops, hidden.flatten(0, 1)).unflatten(0, tokens.shape), state
     out = torch.empty(*tokens.shape, config.vocab_size, device=tokens.device)
-    for first, stop in _pieces(count):
+    for first, stop in pieces_of(count):
         scores = logits(config, weights, ops, hidden[:, first:stop].flatten(0, 1))
         out[:, first:stop] = scores.unflatten(0, (len(tokens), -1))
     return out, state
@@ -331,8 +343,8 @@ def _run(
         x, final = low + high, last and i == len(passes) - 1
         with nullcontext() if trained[i] or not training else torch.no_grad():
             for j in range(c.num_layers_per_stack):
-                wanted = [(count - 1, count)] if final and j == c.num_layers_per_stack - 1 else _pieces(count)
-                x = _through(c, weights, ops, _block(stack, j), number, x, attention, tables, sees, wanted)
+                wanted = [(count - 1, count)] if final and j == c.num_layers_per_stack - 1 else pieces_of(count)
+                x = through(c, weights, ops, _prefix(stack, j), number, x, attention, tables, sees, wanted)
                 number += 1
             x = ops.rms_norm(x, None, c.rms_norm_eps)
         low, high = (x, high) if stack == "L" else (low, x)
@@ -353,102 +365,6 @@ def gradient_passes(config: HRMTextConfig, cycles: tuple[int, int]) -> list[bool
     return [passed for count in counts[:most] for passed in (*(j >= inner - count for j in range(inner)), True)]
 
 
-def _through(
-    c: HRMTextConfig,
-    weights: Weights,
-    ops: Ops,
-    prefix: str,
-    number: int,
-    x: Tensor,
-    attention: CachedAttention,
-    tables: tuple[Tensor, Tensor],
-    sees: Sees,
-    wanted: list[tuple[int, int]],
-) -> Tensor:
-    """x [B, T, D] through one block, whose keys and values are `number` in the cache: of the positions wanted."""
-    batch, count, _ = x.shape
-    pieces = _pieces(count)
-    at_once = pieces == wanted and len(pieces) == 1
-
-    def projected(names: Sequence[str], some: Tensor) -> list[Tensor]:
-        return _linears(c, weights, ops, prefix, names, some)
-
-    def normed(first: int, stop: int) -> Tensor:
-        return ops.rms_norm(x[:, first:stop], None, c.rms_norm_eps)
-
-    def heads(some: Tensor) -> Tensor:
-        return some.view(*some.shape[:-1], c.num_attention_heads, c.head_dim)
-
-    queried: list[Tensor] = []
-    if at_once:
-        key, value, *queried = projected((*KEYS_VALUES, *REST[:2]), normed(0, count))
-    elif len(pieces) == 1:
-        key, value = projected(KEYS_VALUES, normed(0, count))
-    else:
-        both = [projected(KEYS_VALUES, normed(*piece)) for piece in pieces]
-        key, value = (torch.cat(some, dim=1) for some in zip(*both, strict=True))
-    attention.append(number, heads(key), heads(value), tables=tables)
-    out = []
-    for first, stop in wanted:
-        query, gate = queried or projected(REST[:2], normed(first, stop))
-        rotations = tables[0][first:stop], tables[1][first:stop]
-        mixed = attention(
-            number,
-            heads(query),
-            1.0 / sqrt(c.head_dim),
-            tables=rotations,
-            blocked=sees(first, stop),
-            last=stop == wanted[-1][1],
-        )
-        here = x[:, first:stop]
-        here = _linear(c, weights, ops, f"{prefix}{REST[2]}", ops.sigmoid_gate(gate, mixed), here)
-        wide, up = projected(REST[3:5], ops.rms_norm(here, None, c.rms_norm_eps))
-        out.append(_linear(c, weights, ops, f"{prefix}{REST[5]}", ops.swiglu(wide, up), here))
-    return out[0] if len(out) == 1 else torch.cat(out, dim=1)
-
-
-def _linears(
-    c: HRMTextConfig, weights: Weights, ops: Ops, prefix: str, names: Sequence[str], x: Tensor
-) -> list[Tensor]:
-    """x [..., D] through each of a block's matrices of that name."""
-    out = ops.linears(x, [weights[f"{prefix}{name}.weight"] for name in names])
-    biased = (c.attention_bias if name.startswith("self_attn") else c.mlp_bias for name in names)
-    return [
-        made + weights[f"{prefix}{name}.bias"] if has else made
-        for made, name, has in zip(out, names, biased, strict=True)
-    ]
-
-
-def _linear(c: HRMTextConfig, weights: Weights, ops: Ops, name: str, x: Tensor, addend: Tensor) -> Tensor:
-    """addend + x [..., C] through the matrix of that name, which ends a residual branch."""
-    biased = c.attention_bias if ".self_attn." in name else c.mlp_bias
-    out: Tensor = ops.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"] if biased else None, addend=addend)
-    return out
-
-
-def _all_see_all(count: int, past: int, device: torch.device) -> Sees:
-    """A prefix of `count` tokens behind `past` positions; one token alone sees all there are anyway."""
-    nothing = torch.zeros(1, 1, 1, past + count, dtype=torch.bool, device=device) if count > 1 else None
-    return lambda first, stop: nothing
-
-
-def _sees(count: int, past: int, device: torch.device, types: Tensor | None = None) -> Sees:
-    """Tokens see earlier ones, and those of int64 [B, count] types that are 1 each other, behind `past` positions."""
-
-    def blocked(first: int, stop: int) -> Tensor | None:
-        if types is None and (first, stop) == (0, count):
-            return None  # the ordinary mask
-        here = torch.arange(past + first, past + stop, device=device)[:, None]
-        later = torch.arange(past + count, device=device)[None, :] > here
-        if types is None:
-            return later
-        prefix = types == 1
-        seen = torch.nn.functional.pad(prefix, (past, 0), value=True)  # earlier positions are not later ones
-        return later & ~(prefix[:, first:stop, None] & seen[:, None, :])[:, None]
-
-    return blocked
-
-
 def _check_types(types: object, tokens: Tensor) -> None:
     if not isinstance(types, Tensor) or types.dtype != torch.int64 or types.shape != tokens.shape:
         found = f"{types.dtype} {list(types.shape)}" if isinstance(types, Tensor) else type(types).__name__
@@ -462,11 +378,8 @@ def _stacks(cycles: tuple[int, int]) -> str:
     return ("L" * cycles[1] + "H") * cycles[0]
 
 
-def _pieces(count: int) -> list[tuple[int, int]]:
-    return [(first, min(first + PIECE, count)) for first in range(0, count, PIECE)]
-
-
-def _block(stack: str, j: int) -> str:
+def _prefix(stack: str, j: int) -> str:
+    """What the names of a block's tensors begin with."""
     return f"model.{stack}_module.layers.{j}."
 
 
@@ -478,9 +391,10 @@ ARCHITECTURE: Architecture[HRMTextConfig, State] = Architecture(
     walk=walk,
     pass_walk=pass_walk,
     head=head,
-    pass_rows=lambda config: PIECE,
+    pass_rows=lambda config: hrm_text_block.PIECE,
     workspace=workspace,
     traffic=traffic,
+    attended=attended,
     init_state=init_state,
     state_from_dict=state_from_dict,
     state_options=("cycles", "context", "kv_cache"),

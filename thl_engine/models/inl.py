@@ -158,9 +158,15 @@ def workspace(config: INLConfig, state: State) -> tuple[int, int]:
     return 4 * rows * floats + rows * seen, rows * c.num_heads * seen
 
 
-def traffic(config: INLConfig, state: State, position: int | None = None) -> int:
-    """Bytes of the cache that one token reads at a position, half of the context unless given."""
-    return state.cache.traffic(state.context // 2 if position is None else position)
+def traffic(config: INLConfig, state: State, position: int) -> int:
+    """Bytes of the cache that one token reads at a position."""
+    return state.cache.traffic(position)
+
+
+def attended(config: INLConfig, state: State, position: int) -> int:
+    """Multiply-adds of one token's attention."""
+    seen = sum(held.kept(position) + 1 for held in state.cache.layers)
+    return 2 * state.batch_size * config.d_model * seen
 
 
 def chunk(config: INLConfig) -> int:
@@ -462,6 +468,7 @@ ARCHITECTURE: Architecture[INLConfig, State] = Architecture(
     reused=reused,
     workspace=workspace,
     traffic=traffic,
+    attended=attended,
     init_state=init_state,
     state_from_dict=state_from_dict,
     state_options=("context", "kv_cache", "sliding_window"),

@@ -53,6 +53,11 @@ class State(ABC):
         """Bytes of the float32 copies that one layer's int8 rows are read through; 0 without such rows."""
         return 0
 
+    def seek(self, position: int) -> None:
+        """Makes a fresh state one that has read so many tokens, whatever they were: what a step of it takes is what
+        it takes behind a text, what it computes is not."""
+        self.timestep = position
+
     def clone(self: S) -> S:
         """An independent copy: stepping one leaves the other as it is."""
         return _mapped(self, Tensor.clone)

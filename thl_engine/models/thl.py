@@ -46,6 +46,10 @@ class State(BaseState):
     def batch_size(self) -> int:
         return self.memory.shape[0]
 
+    def seek(self, position: int) -> None:
+        super().seek(position)
+        self.local_valid = min(position, self.local_buffer.shape[1])
+
     def named(self) -> dict[str, Tensor]:
         """The fields under their published names, not copied; `norms` is left out because the memory gives it."""
         tiers = {f"tier{k}": s for k, s in enumerate(self.tiers)}
@@ -194,6 +198,15 @@ def workspace(config: THLConfig, state: State) -> tuple[int, int]:
     return 4 * state.batch_size * (widest + slots + 4 * c.state_dim), 0
 
 
+def attended(config: THLConfig, state: State, position: int) -> int:
+    """Multiply-adds of one step besides those with weights."""
+    c = config
+    window = 2 * state.local_valid * c.embedding_dim
+    # Every head compares all slots and mixes a few; the candidate is compared with all.
+    slots = c.memory_dim * (c.memory_slots * (c.num_heads + 1) + c.num_heads * c.read_topk)
+    return state.batch_size * (window + slots)
+
+
 def graph_key(config: THLConfig, state: State) -> tuple[bool, ...] | None:
     """Which tiers the next step updates, and whether the window fills up with the time or is full."""
     valid, width = state.local_valid, config.local_window
@@ -331,6 +344,7 @@ ARCHITECTURE: Architecture[THLConfig, State] = Architecture(
     walk=walk,
     head=head,
     workspace=workspace,
+    attended=attended,
     init_state=init_state,
     state_from_dict=state_from_dict,
     chunk=chunk,

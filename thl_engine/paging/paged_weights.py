@@ -1,7 +1,8 @@
 """A store's tensors as a model's weights: vectors in memory, matrices from the pager, tables by row."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,7 +10,31 @@ from torch import Tensor
 from thl_engine.checkpoint.store import Store
 from thl_engine.kernels.int8 import dequantize
 from thl_engine.ops.weights import Part
-from thl_engine.paging.pager import Pager
+from thl_engine.paging.pager import Traffic
+
+
+class Pages(Protocol):
+    """What serves the pages of a store to a model's passes: a `Pager`, or what stands in for one."""
+
+    traffic: Traffic
+
+    def begin(self, key: Hashable, future: Callable[[], Iterator[int]], may_stop: bool = False) -> None: ...
+
+    def end(self, key: Hashable) -> None: ...
+
+    def parts(self, name: str) -> Iterator[Part]: ...
+
+    def pinned(self, name: str) -> list[Part] | None: ...
+
+    def stored(self, name: str) -> Part: ...
+
+    def rows(self, name: str, ids: Tensor) -> Part: ...
+
+    def pinned_rows(self, name: str, ids: Tensor) -> Part | None: ...
+
+    def count_uses(self, count: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -18,7 +43,7 @@ class PagedMatrix:
 
     name: str
     shape: tuple[int, int]
-    pager: Pager
+    pager: Pages
     transposed: bool = False
 
     def parts(self) -> Iterator[Part]:
@@ -45,7 +70,7 @@ class PagedTable:
 
     name: str
     shape: tuple[int, int]
-    pager: Pager
+    pager: Pages
 
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [n, C] of int64 ids, on the engine's device."""
@@ -70,7 +95,7 @@ def load_vectors(store: Store, device: torch.device | str = "cpu") -> dict[str, 
 
 
 def paged_weights(
-    store: Store, pager: Pager, vectors: Mapping[str, Tensor]
+    store: Store, pager: Pages, vectors: Mapping[str, Tensor]
 ) -> dict[str, Tensor | PagedMatrix | PagedTable]:
     """Every tensor that takes part in the model, under its published name."""
     weights: dict[str, Tensor | PagedMatrix | PagedTable] = {}

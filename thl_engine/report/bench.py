@@ -3,7 +3,7 @@
 import gc
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,17 @@ from thl_engine.checkpoint.store import Store, open_store
 from thl_engine.config.base import check_seed
 from thl_engine.engine.engine import Engine
 from thl_engine.engine.options import EngineOptions
-from thl_engine.engine.resources import (
-    choose_device,
-    divide_memory,
-    rows_of_products,
-    set_threads,
-    state_traffic,
-    walked_schedule,
-)
+from thl_engine.engine.resources import choose_device, divide_memory, nominal, pass_work, set_threads, walked_schedule
 from thl_engine.errors import ConfigError
 from thl_engine.memory import peak_bytes, reset_peak, resident_bytes, size
 from thl_engine.ops.backends import isa, load_ops, threads
 from thl_engine.ops.reference import ReferenceOps
-from thl_engine.paging.plan import NOMINAL, Bandwidths
+from thl_engine.paging.plan import Plan
+from thl_engine.paging.prediction import NOMINAL
 from thl_engine.paging.transfer import link_bandwidth
 from thl_engine.report.bandwidth import disk_bandwidth, largest_matrix, product_bandwidth, read_bandwidth, seconds
+from thl_engine.report.forecast import seen_plan
+from thl_engine.report.rehearsal import Rehearsed, joined, rehearse
 from thl_engine.report.table import on_device, table
 
 ROUNDS = 3  # of the read bandwidth, before decoding and after it
@@ -59,8 +55,11 @@ def benchmark(
     store, chosen = open_store(path), choose_device(given.device)
     ops, batch_size = load_ops(given.backend, chosen.type), given.batch_size
     schedule, plan = divide_memory(store, ops, chosen, given)
-    rates, rows = _Rates(), rows_of_products(store, batch_size)
-    rates.measure(store, ops, chosen, plan.streamed_pages > 0, rows)
+    if walking:
+        schedule = walked_schedule(store, ops, batch_size, walking)
+    steps, states = range(warmup, warmup + tokens), {**given.for_states(store.architecture), **walking}
+    rates = _Rates()
+    rates.measure(store, ops, given, plan, chosen, steps, walking)
     reset_peak()
     with Engine(store, given) as engine:
         plan = engine.plan()
@@ -69,14 +68,15 @@ def benchmark(
         stats = engine.stats()
     del engine  # its memory goes with it
     gc.collect()
-    rates.measure(store, ops, chosen, plan.streamed_pages > 0, rows)
+    rates.measure(store, ops, given, plan, chosen, steps, walking)
 
-    bandwidths = Bandwidths(statistics.mean(rates.disk), statistics.mean(rates.products), link_bandwidth(chosen))
-    if walking:
-        schedule = walked_schedule(store, ops, batch_size, walking)
-    traffic = state_traffic(store, batch_size, given.for_states(store.architecture), warmup + tokens // 2)
-    plan = plan.at(bandwidths, store, schedule, traffic)
-    steps = range(warmup, warmup + tokens)
+    measured_rates = replace(nominal(chosen), disk=statistics.mean(rates.disk), link=link_bandwidth(chosen))
+    if rates.seen:
+        plan = seen_plan(plan, measured_rates, store, schedule, joined(rates.seen), given, states, steps)
+    else:
+        work = pass_work(store, batch_size, states, warmup + tokens // 2)
+        plan = plan.at(replace(measured_rates, memory=statistics.mean(rates.products)), store, schedule, work)
+    bandwidths = plan.bandwidths
     read = (
         sum(
             store.pages[page].nbytes * schedule.touched(page)
@@ -90,6 +90,7 @@ def benchmark(
     return {
         **found,
         "bytes_per_token": read,
+        "multiply_adds_per_token": plan.multiply_adds_per_token,
         "achieved_bandwidth": achieved,
         "measured_bandwidth": measured,
         "bandwidth_ratio": achieved / measured,
@@ -139,7 +140,7 @@ def describe(found: Mapping[str, Any]) -> str:
         ("ratio", f"{found['bandwidth_ratio']:.3f}"),
         (
             "predicted tokens/s",
-            f"{found['predicted_tokens_per_second']:.2f} from products at "
+            f"{found['predicted_tokens_per_second']:.2f} from computing at "
             f"{rate(found['product_bandwidth'])}, disk {rate(found['disk_bandwidth'])}",
         ),
         ("waiting for pages", f"{100 * found['stall_share']:.1f} % of the time"),
@@ -160,13 +161,26 @@ class _Rates:
     """Bytes per second, as often as they were measured."""
 
     reading: list[float] = field(default_factory=list)
-    products: list[float] = field(default_factory=list)
+    products: list[float] = field(default_factory=list)  # on a CUDA device
     disk: list[float] = field(default_factory=list)
+    seen: list[Rehearsed] = field(default_factory=list)  # on the CPU
 
-    def measure(self, store: Store, ops: ReferenceOps, device: torch.device, streams: bool, rows: int) -> None:
+    def measure(
+        self,
+        store: Store,
+        ops: ReferenceOps,
+        options: EngineOptions,
+        plan: Plan,
+        device: torch.device,
+        steps: range,
+        walking: Mapping[str, Any],
+    ) -> None:
         self.reading += [read_bandwidth(device) for _ in range(ROUNDS)]
-        self.products.append(product_bandwidth(ops, device, largest_matrix(store), rows))
-        self.disk.append(disk_bandwidth(store) if streams else NOMINAL.disk)
+        if device.type == "cpu":
+            self.seen.append(rehearse(store, plan, options, steps, walking))
+        else:
+            self.products.append(product_bandwidth(ops, device, largest_matrix(store), options.batch_size))
+        self.disk.append(disk_bandwidth(store) if plan.streamed_pages else NOMINAL.disk)
 
 
 def _decode(

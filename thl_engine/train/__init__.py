@@ -6,7 +6,7 @@ from thl_engine.train.options import TrainOptions
 
 if TYPE_CHECKING:
     from thl_engine.train.loop import evaluate, train
-    from thl_engine.train.run import Evaluation
+    from thl_engine.train.resume import Evaluation
 
 __all__ = ["Evaluation", "TrainOptions", "evaluate", "train"]
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(loop, name)
     if name == "Evaluation":
-        from thl_engine.train.run import Evaluation
+        from thl_engine.train.resume import Evaluation
 
         return Evaluation
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,22 @@ import torch
 from torch import Tensor
 
 from thl_engine.config import parse_config, unapplied
-from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.errors import ConfigError, EngineError
 from thl_engine.files import parse_json, read_text
 from thl_engine.text.sampler import Sampler, Sampling
 from thl_engine.text.tokenizer import Tokenizer, load_tokenizer
 from thl_engine.train import checkpoint, data
+from thl_engine.train.checkpoint import RESUME_FILE
 from thl_engine.train.modules import TrainableModel
 from thl_engine.train.objectives import AnyModel, Objective, objective_of
 from thl_engine.train.options import TrainOptions
 from thl_engine.train.progress import Progress
-from thl_engine.train.run import RESUME_FILE, Evaluation, Run
+from thl_engine.train.resume import Evaluation, Record, parse_record, resumed_options
+from thl_engine.train.run import Run
 
+_log = logging.getLogger("thl_engine")
 DEFAULT_VOCABULARY = 1024
 BETAS = (0.9, 0.99)
-SAME_WHEN_RESUMED = ("batch_size", "chunk", "carry", "seed", "held_out")  # the order of the data follows
 SAMPLING = Sampling(temperature=0.8, top_k=50, seed=0)
 
 
@@ -35,10 +38,11 @@ def train(options: TrainOptions) -> Evaluation:
     stderr. Returns the best evaluation. Raises EngineError for files and options that cannot work.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads or threads)
     torch.set_flush_denormal(True)  # slots and states decay into denormals, which slow a CPU down
     try:
-        return _train(prepare(options))
+        run = prepare(options)
+        torch.set_num_threads(run.options.threads or threads)
+        return _train(run)
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
@@ -69,14 +73,21 @@ def _train(run: Run) -> Evaluation:
 
 def prepare(options: TrainOptions) -> Run:
     """Reads the files, makes the tokenizer and the model, and restores the run that is to be resumed."""
+    resumed = options.out / RESUME_FILE
+    tensors: dict[str, Tensor] = {}
+    record: Record | None = None
+    if options.resume:
+        tensors, given_record = checkpoint.load(resumed)
+        record = parse_record(given_record, resumed)
+        options, changed = resumed_options(options, record, resumed)
+        if changed:
+            _log.warning("%s: goes on with %s", resumed, ", ".join(changed))
+    elif os.path.lexists(resumed):
+        raise ConfigError(f"{options.out} holds a training run; resume it, or choose another folder")
     kind = objective_of(options.model_type, options.objective)
     given = parse_json(read_text(options.config, ConfigError), str(options.config), ConfigError)
     text = data.read_text(options.data)
     training, held_out = data.split_text(text, options.held_out)
-    resumed = options.out / RESUME_FILE
-    if not options.resume and resumed.exists():
-        raise ConfigError(f"{options.out} holds a training run; resume it, or choose another folder")
-    tensors, record = checkpoint.load(resumed) if options.resume else ({}, {})
     tokenizer_text, where = _tokenizer_text(options, kind, given, training, record)
     if options.vocab_size is not None:
         given["vocab_size"] = options.vocab_size
@@ -84,9 +95,7 @@ def prepare(options: TrainOptions) -> Run:
         given["vocab_size"] = load_tokenizer(tokenizer_text, data.LARGEST_VOCABULARY, where).vocab_size
     config = parse_config(given, options.model_type, str(options.config))
     if names := unapplied(given, config):
-        logging.getLogger("thl_engine").warning(
-            "%s: not applied in training here: %s; see --dropout", options.config, ", ".join(names)
-        )
+        _log.warning("%s: not applied in training here: %s; see --dropout", options.config, ", ".join(names))
     objective = kind(config, options.chunk)
     tokenizer = load_tokenizer(tokenizer_text, config.vocab_size, where)
     lanes = data.Lanes(data.encode(tokenizer, training), options.batch_size, options.chunk, options.carry, options.seed)
@@ -101,12 +110,7 @@ def prepare(options: TrainOptions) -> Run:
     optimizer = torch.optim.AdamW(
         groups, lr=options.learning_rate, betas=BETAS, weight_decay=options.weight_decay, fused=True
     )
-    origin = {
-        "config": config.to_dict(),
-        "objective": kind.name,
-        "text": f"CRC-32 {zlib.crc32(text.encode()):08x}",
-        **{name: getattr(options, name) for name in SAME_WHEN_RESUMED},
-    }
+    origin = {"config": config.to_dict(), "objective": kind.name, "text": f"CRC-32 {zlib.crc32(text.encode()):08x}"}
     run = Run(
         options,
         model,
@@ -119,13 +123,11 @@ def prepare(options: TrainOptions) -> Run:
         tokenizer_text,
         origin,
     )
-    if options.resume:
-        try:
-            run.restore(tensors, record)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{resumed}: cannot resume from it ({error}); start a new run") from None
+    if record is not None:
+        run.restore(tensors, record)
     else:
         _make_folder(options.out)
+    checkpoint.tidy(options.out)
     return run
 
 
@@ -137,10 +139,13 @@ def evaluate(
 
     tokens: int64 [n], at least 2. With several lanes the text is cut into as many parts, read side by side,
     which is faster and, where a state is carried on, a little pessimistic: each part starts from an empty one.
+    Raises EngineError where the loss is not finite.
     """
     model.eval()
     objective = objective or objective_of(model.config.model_type)(model.config, TrainOptions.chunk)
     nats = objective.measure(model, tokens, lanes)
+    if not math.isfinite(nats):
+        raise EngineError(f"the loss of the held-out text is {nats}; train with a lower learning rate")
     return Evaluation(math.exp(min(nats, 700.0)), nats * tokens_per_character / math.log(2))
 
 
@@ -162,14 +167,24 @@ def sample(model: AnyModel, tokenizer: Tokenizer, length: int, prompt: str = "\n
 
 
 def _tokenizer_text(
-    options: TrainOptions, kind: type[Objective], given: dict[str, Any], training: str, record: dict[str, Any]
+    options: TrainOptions, kind: type[Objective], given: dict[str, Any], training: str, record: Record | None
 ) -> tuple[str, str]:
     """The tokenizer's JSON and where it came from: the run to be resumed, a file, or the training text."""
-    if record:
-        return record["tokenizer"], f"{options.out / RESUME_FILE}"
+    made = options.tokenizer_type or kind.tokenizer_type
+    if record is not None:
+        before = record.options
+        other = options.tokenizer is not None and str(options.tokenizer) != before["tokenizer"]
+        if (other and data.read_text(Path(str(options.tokenizer))) != record.tokenizer) or (
+            before["tokenizer"] is None and made != (before["tokenizer_type"] or kind.tokenizer_type)
+        ):
+            raise ConfigError(
+                f"cannot resume {options.out}: its tokenizer is another one; give none, or start a new run in another "
+                "folder"
+            )
+        return record.tokenizer, f"{options.out / RESUME_FILE}"
     if options.tokenizer is not None:
         return data.read_text(options.tokenizer), str(options.tokenizer)
-    if (options.tokenizer_type or kind.tokenizer_type) == "char":
+    if made == "char":
         return kind.character_vocabulary(training), "character vocabulary"
     size = options.vocab_size or given.get("vocab_size", DEFAULT_VOCABULARY)
     if isinstance(size, bool) or not isinstance(size, int):

@@ -52,8 +52,12 @@ class Objective(ABC):
         """What the first update carries over; None where updates do not depend on each other."""
         return None
 
+    def carried(self, model: AnyModel, batch_size: int) -> dict[str, Tensor]:
+        """What an update leaves for the next one, as its `to_dict` has it, in names, shapes and types only."""
+        return {}
+
     def restore(self, model: AnyModel, fields: Mapping[str, Tensor]) -> Any:
-        """What was carried over, from the `to_dict` of it."""
+        """What was carried over, from fields as `carried` says. Raises CheckpointError for values that none has."""
         return None
 
     @abstractmethod
@@ -76,8 +80,11 @@ class NextToken(Objective):
     def fresh(self, model: TrainableModel[THLConfig, thl.State], batch_size: int) -> thl.State:
         return model.init_state(batch_size)
 
-    def restore(self, model: TrainableModel[THLConfig, thl.State], fields: Mapping[str, Tensor]) -> thl.State:
-        return model.state_from_dict(fields)
+    def carried(self, model: TrainableModel[THLConfig, thl.State], batch_size: int) -> dict[str, Tensor]:
+        return model.init_state(batch_size).to_dict()
+
+    def restore(self, model: TrainableModel[THLConfig, thl.State], fields: Mapping[str, Tensor]) -> thl.State | None:
+        return model.state_from_dict(fields) if fields else None
 
     def loss(
         self,
@@ -232,6 +239,10 @@ class SimpleSegment(Objective):
         if chunk > hrm.WINDOW:
             raise ConfigError(f"chunk is {chunk}; an hrm model sees {hrm.WINDOW} tokens at once")
 
+    def carried(self, model: TrainableModel[HRMConfig, hrm.State], batch_size: int) -> dict[str, Tensor]:
+        states = torch.empty(batch_size, self.chunk, model.config.hidden_size, device="meta")
+        return {"high": states, "low": states}
+
     def restore(self, model: TrainableModel[HRMConfig, hrm.State], fields: Mapping[str, Tensor]) -> Carry | None:
         return Carry(**fields) if fields else None
 
@@ -265,6 +276,9 @@ class DeepSupervision(SimpleSegment):
     """
 
     name = "deep"
+
+    def carried(self, model: TrainableModel[HRMConfig, hrm.State], batch_size: int) -> dict[str, Tensor]:
+        return {}
 
     def loss(
         self,

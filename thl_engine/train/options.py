@@ -1,14 +1,18 @@
 """What a training run can be told, and the learning rate that follows from it."""
 
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from thl_engine.config.base import check_seed
-from thl_engine.errors import ConfigError
+from thl_engine.errors import ConfigError, shown
 
-MOST_SEED = (1 << 40) - 1  # each pass over the text draws from a multiple of it
+MOST = (1 << 40) - 1  # of any number: each pass over the text draws from a multiple of the seed
+MOST_THREADS = 1024
+PLACES = ("model_type", "config", "data", "out", "resume")  # what has to be said anew of a run that is resumed
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class TrainOptions:
     held_out: share of the text, at its end, that is kept out of training and evaluated.
     evaluate_every, save_every: updates between evaluations, and between saves for `resume`.
     sample_tokens: length of the text written after an evaluation. threads: of the CPU; None: torch's choice.
-    resume: continue the run in `out`.
+    resume: continue the run in `out`. What is not given then, by position or name, is as that run has it
+      (`dataclasses.replace` gives everything).
     """
 
     model_type: str
@@ -58,12 +63,26 @@ class TrainOptions:
     threads: int | None = None
     resume: bool = False
 
+    def __new__(cls, *values: Any, **named: Any) -> "TrainOptions":
+        options = super().__new__(cls)
+        by_position = [one.name for one in fields(cls)][: len(values)]
+        vars(options)["_given"] = frozenset(by_position) | named.keys()
+        return options
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the fields that were given; the others have their defaults."""
+        names: frozenset[str] = vars(self)["_given"]
+        return names
+
     def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, _typed(one, getattr(self, one.name)))
         for name in ("steps", "batch_size", "chunk", "carry", "evaluate_every", "save_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup", "sample_tokens", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        check_seed(self.seed, MOST_SEED)
+        check_seed(self.seed, MOST)
         for name in ("learning_rate", "clip"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
         for name in ("dropout", "weight_dropout", "weight_decay"):
@@ -72,7 +91,20 @@ class TrainOptions:
         _require(0 < self.held_out <= 0.5, "held_out", self.held_out, "above 0 and at most 0.5")
         for name, choices in (("precision", ("float32", "bfloat16")), ("tokenizer_type", ("bpe", "char", None))):
             _require(getattr(self, name) in choices, name, getattr(self, name), " or ".join(filter(None, choices)))
-        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        few = self.threads is None or 1 <= self.threads <= MOST_THREADS
+        _require(few, "threads", self.threads, f"from 1 to {MOST_THREADS}")
+
+    def recorded(self) -> dict[str, Any]:
+        """What a run that is resumed takes from here, as JSON values."""
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in PLACES}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    def resumed(self, before: Mapping[str, Any]) -> "TrainOptions":
+        """Of a run that goes on: what was given, and for the rest what it `recorded` before. Raises ConfigError."""
+        places = {name: getattr(self, name) for name in PLACES}
+        TrainOptions(**places, **before)  # none of it is believed, used or not
+        own = {name: getattr(self, name) for name in self.given if name in before}
+        return TrainOptions(**places, **{**before, **own})
 
 
 def rate(options: TrainOptions, step: int) -> float:
@@ -84,6 +116,24 @@ def rate(options: TrainOptions, step: int) -> float:
     return options.learning_rate * (options.final_rate + (1 - options.final_rate) * cosine)
 
 
+def _typed(one: "Field[Any]", value: Any) -> Any:
+    """The value of a field in its type. Raises ConfigError for another one."""
+    kinds = get_args(one.type) or (one.type,)
+    if value is None and type(None) in kinds:
+        return None
+    kind, flag = kinds[0], isinstance(value, bool)
+    if kind is Path and isinstance(value, (str, os.PathLike)):
+        return Path(value)
+    if kind is float and isinstance(value, (int, float)) and not flag:
+        return float(value) if abs(value) <= MOST or value != value else math.inf
+    if kind is int and isinstance(value, int) and not flag and abs(value) <= MOST:
+        return value
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    wanted = {Path: "a path", float: "a number", int: f"a whole number of at most {MOST}", str: "a name"}
+    raise ConfigError(f"{one.name} is {shown(value)}; it must be {wanted.get(kind, 'true or false')}")
+
+
 def _require(holds: bool, name: str, value: Any, needed: str) -> None:
     if not holds:
-        raise ConfigError(f"{name} is {value}; it must be {needed}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be {needed}")

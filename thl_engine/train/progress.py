@@ -4,7 +4,8 @@ import sys
 import time
 
 from thl_engine.train.options import rate
-from thl_engine.train.run import Evaluation, Run
+from thl_engine.train.resume import Evaluation
+from thl_engine.train.run import Run
 
 LIVE_SECONDS = 0.5  # between rewrites of the line on a terminal
 LINE_SECONDS = 10.0  # between lines elsewhere

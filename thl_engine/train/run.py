@@ -1,27 +1,19 @@
 """A training run between two updates, and how well it does."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thl_engine.errors import ConfigError, EngineError
+from thl_engine.errors import CheckpointError, EngineError, said
 from thl_engine.text.tokenizer import Tokenizer
 from thl_engine.train import checkpoint, data
+from thl_engine.train.checkpoint import RESUME_FILE
 from thl_engine.train.objectives import AnyModel, Objective
 from thl_engine.train.options import TrainOptions, rate
-
-RESUME_FILE = "training.safetensors"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss on held-out text: perplexity of a token, and bits per character of text."""
-
-    perplexity: float
-    bits_per_character: float
+from thl_engine.train.resume import Evaluation, Record, check_moments, check_noise, check_origin, check_tensors, moments
 
 
 @dataclass
@@ -81,31 +73,43 @@ class Run:
                 tensors[f"optimizer.{key}.{name}"] = value
         if self.state is not None:
             tensors |= {f"state.{name}": value for name, value in self.state.to_dict().items()}
-        best = None if self.best is None else asdict(self.best)
-        record = {"step": self.step, "best": best, "origin": self.origin, "tokenizer": self.tokenizer_text}
-        checkpoint.save(self.options.out / RESUME_FILE, tensors, record)
+        record = Record(self.step, self.best, self.origin, self.tokenizer_text, self.options.recorded())
+        checkpoint.save(self.options.out / RESUME_FILE, tensors, record.to_dict())
 
-    def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Continues from what `save` wrote. Raises ConfigError where that was a different run."""
-        for key, value in self.origin.items():
-            was = record["origin"].get(key)
-            if was != value:
-                raise ConfigError(
-                    f"cannot resume {self.options.out}: {key} was {was} and is now {value}; "
-                    f"give the same as before, or start a new run in another folder"
-                )
-        fields: dict[str, Tensor] = {}
+    def restore(self, tensors: dict[str, Tensor], record: Record) -> None:
+        """Continues from what `save` wrote.
+
+        Raises ConfigError where that was a different run, CheckpointError for a tensor that does not belong to this one
+        or cannot be: the fused optimizer would write past its end, or go on with nonsense.
+        """
+        where = self.options.out / RESUME_FILE
+        check_origin(self.options, record, self.origin, where)
         named = dict(self.model.named_parameters())
-        for key, value in tensors.items():
-            part, _, name = key.partition(".")
-            if part == "model":
-                named[name].data.copy_(value)
-            elif part == "optimizer":
-                slot, _, name = name.partition(".")
-                self.optimizer.state[named[name]][slot] = value
-            elif part == "state":
-                fields[name] = value
-        self.state = self.objective.restore(self.model, fields)
-        self.model.noise.set_state(tensors["noise"])
-        self.step = record["step"]
-        self.best = None if record["best"] is None else Evaluation(**record["best"])
+        learning = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        expected = {"noise": self.model.noise.get_state()}
+        expected |= {f"model.{name}": parameter for name, parameter in named.items()}
+        learnt = []
+        for name, parameter in named.items():
+            if id(parameter) in learning and any(slot in tensors for slot in moments(name).values()):
+                learnt.append(name)
+                expected |= dict.fromkeys(moments(name).values(), parameter) | {
+                    moments(name)["step"]: torch.zeros((), dtype=torch.float32)
+                }
+        carried = self.objective.carried(self.model, self.options.batch_size) if record.step else {}
+        expected |= {f"state.{name}": value for name, value in carried.items()}
+        check_tensors(tensors, expected, where)
+        check_noise(tensors["noise"], where)
+        for name in learnt:
+            check_moments(tensors, name, record.step, where)
+        if record.step and not learnt:
+            raise CheckpointError(f"{where}: after {record.step} updates the optimizer's tensors are missing")
+        try:
+            state = self.objective.restore(self.model, {name: tensors[f"state.{name}"] for name in carried})
+            self.model.noise.set_state(tensors["noise"])
+        except (CheckpointError, RuntimeError) as error:
+            raise CheckpointError(f"{where}: {said(error)}") from None
+        for name, parameter in named.items():
+            parameter.data.copy_(tensors[f"model.{name}"])
+        for name in learnt:
+            self.optimizer.state[named[name]] = {slot: tensors[key] for slot, key in moments(name).items()}
+        self.state, self.step, self.best = state, record.step, record.best
