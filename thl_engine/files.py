@@ -144,6 +144,18 @@ def mark_of(path: Path) -> FileMark:
     return FileMark(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def lies_in_memory(folder: Path) -> bool:
+    """Whether files of a folder take memory rather than a disk (tmpfs, ramfs); False where the system does not tell."""
+    try:
+        device = os.stat(folder).st_dev
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    own = f"{os.major(device)}:{os.minor(device)}"
+    kinds = {mount.partition(" - ")[2].split(" ")[0] for mount in mounts if mount.split(" ")[2:3] == [own]}
+    return bool(kinds & {"tmpfs", "ramfs"})
+
+
 @contextmanager
 def replacing(path: Path, nbytes: int) -> Iterator[int]:
     """A file descriptor whose content replaces `path` on success and vanishes on any failure.

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from thl_engine.checkpoint.spool import spool_store, spool_tensors, tensor_sourc
 from thl_engine.checkpoint.store import open_store
 from thl_engine.config import parse_config
 from thl_engine.errors import CheckpointError, ConfigError, EngineError
-from thl_engine.files import ALIGNMENT
+from thl_engine.files import ALIGNMENT, lies_in_memory
 from thl_engine.models import thl
 
 MODEL = replace(SMALL, embedding_dim=150)  # rows longer than a group of scales, and no multiple of one
@@ -193,6 +194,20 @@ def test_spooled_stores(tmp_path, in_memory):
     fields = {name: value for name, value in CONFIG.items() if name != "model_type"}
     with spool_tensors("thl", fields, WEIGHTS, in_memory=in_memory) as store:
         assert all(torch.equal(store.read(name), WEIGHTS[name]) for name in WEIGHTS)
+
+
+def test_a_copy_that_lies_in_memory_is_told_of(tmp_path, monkeypatch, caplog):
+    """A temporary folder may be memory, which a budget does not see."""
+    shared = Path("/dev/shm")
+    if not lies_in_memory(shared):
+        pytest.skip("no /dev/shm here")
+    with open_store(plain(tmp_path / "plain")) as source:
+        monkeypatch.setattr("tempfile.tempdir", str(shared))
+        with spool_store(source):
+            assert len(caplog.messages) == 1 and "lies in /dev/shm, which is memory" in caplog.messages[0]
+        caplog.clear()
+        with spool_store(source, in_memory=True):
+            assert not caplog.messages  # asked for
 
 
 def changed(**tensors):

@@ -4,6 +4,7 @@ They carry what does not come from a packed file into the engine: a state dict, 
 run in int8. The writer is that of `thl quantize`, so the pages are the same.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +20,10 @@ from thl_engine.checkpoint.pack import plan_pack
 from thl_engine.checkpoint.store import Store, open_store
 from thl_engine.config import Config, parse_config
 from thl_engine.errors import CheckpointError, shown
+from thl_engine.files import lies_in_memory
 from thl_engine.memory import size
+
+_log = logging.getLogger("thl_engine")
 
 
 def spool_store(store: Store, quantize: str = "int8", group: int | None = None, in_memory: bool = False) -> Store:
@@ -74,7 +78,16 @@ def _spool(
         if in_memory:
             descriptor = os.memfd_create("thl_engine")
         else:
-            with tempfile.TemporaryFile() as file:
+            folder = tempfile.gettempdir()
+            if lies_in_memory(Path(folder)):
+                _log.warning(
+                    "%s: the copy of %s that is streamed lies in %s, which is memory outside of the memory budget; set "
+                    "TMPDIR to a folder on a disk",
+                    where,
+                    size(plan.file_bytes),
+                    folder,
+                )
+            with tempfile.TemporaryFile(dir=folder) as file:
                 descriptor = os.dup(file.fileno())
         plan.write(descriptor)
         # The file has no name, but its descriptor has: readers open it as they would any other.

@@ -168,12 +168,14 @@ def _engine(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
-        help="page weights from disk by schedule, or keep all in memory (default: page if they do not fit)",
+        help="page from disk, by schedule, what the memory budget has no room for, or keep all in memory (default: "
+        "page if it does not fit)",
     )
     engine.add_argument(
         "--memory-budget",
         metavar="SIZE",
-        help="bound on what the engine keeps in memory, for example 4GiB (default: what is free)",
+        help="bound on what the engine keeps in memory, for example 4GiB (default: what is free; with --stream no more "
+        "than 4GiB)",
     )
     engine.add_argument(
         "--host-memory",
@@ -236,7 +238,12 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "host_memory",
         "verify",
     )
-    return {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    options = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    if options.get("stream") and "memory_budget" not in options:
+        from thl_engine.engine.resources import promised_budget  # which imports torch; so does who opens an engine
+
+        options["memory_budget"] = promised_budget(options["device"])
+    return options
 
 
 def _quantize(parser: argparse.ArgumentParser) -> None:

@@ -111,6 +111,7 @@ class Engine:
         self._state_type = type(self.architecture.init_state(self.config, 1, "meta", **self._options))
         self._tokens = 0
         self._seconds = 0.0
+        self._besides = 0  # bytes that the longest `forward` took beyond the plan
         self._memory = memory  # last: what lies in it goes first when the engine does
 
     @classmethod
@@ -227,6 +228,10 @@ class Engine:
 
         `state` defaults to a fresh one. Further inputs by model, INL: attention_mask; HRM: cycles; HIM: mask and
         reconstruction (without which its logits are those of the answer, [B, max_answer_len, vocab_size]).
+
+        The logits are the caller's and lie outside of a memory budget on the CPU; so do activations that cannot be let
+        go before the last token is reached (INL: three rows of d_model a token; HRM: positions beyond the window).
+        `stats` counts both.
         """
         started = time.perf_counter()
         if state is None:
@@ -239,6 +244,9 @@ class Engine:
         tokens = self._check_tokens(tokens, 2, None if whole else state.batch_size)
         self._check_room(state, tokens.shape[1])
         logits = self._passes.sequence(tokens, state, inputs)
+        self._besides = max(
+            self._besides, self.architecture.forward_bytes(self.config, state, tokens.shape[1], logits.nbytes)
+        )
         self._count(tokens.numel(), started)
         return logits, state
 
@@ -387,9 +395,9 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Counters since the engine started; sizes in bytes, times in seconds.
 
-        peak_memory_bytes: what counts against the budget, as planned on the CPU and as seen on CUDA, where it is
-        peak_device_bytes too; device_bytes_besides: all else on the device, the CUDA context and other programs;
-        budget_enforced: whether what does not fit is refused.
+        peak_memory_bytes: what counts against the budget and what `forward` took besides, as planned on the CPU, and as
+        seen on CUDA, where it is peak_device_bytes too; device_bytes_besides: all else on the device, the CUDA context
+        and other programs; budget_enforced: whether what does not fit is refused.
         """
         return {
             "tokens": self._tokens,
@@ -397,7 +405,7 @@ class Engine:
             "tokens_per_second": self._tokens / self._seconds if self._seconds else 0.0,
             "replayed_steps": 0 if self._passes.graphs is None else self._passes.graphs.replayed,
             **asdict(self._passes.pager.traffic),
-            **self._memory.stats(self._plan.peak_memory_bytes),
+            **self._memory.stats(self._plan.peak_memory_bytes + self._besides),
             "peak_rss_bytes": peak_bytes(),
             "memory_budget": self._plan.budget,
             "backend": self.ops.name,

@@ -16,7 +16,8 @@ class EngineOptions:
 
     device: "auto", "cpu", "cuda", "cuda:N". backend: "auto", "reference" (torch), "native" (C++) or "triton" (CUDA).
     stream: True pages weights by schedule, False keeps all resident, "auto" streams if they do not fit. memory_budget:
-    bounds what the engine keeps in memory, a state of `batch_size` sequences included; None for what is free. threads:
+    bounds what the engine keeps in memory, a state of `batch_size` sequences included; None for what is free, or with
+    stream=True for the least that runs (the command line's --stream takes up to 4 GiB instead). threads:
     of the CPU backends, None for as many as there are. host_memory: with a CUDA device, how much of what is streamed to
     it stays page-locked in the host's memory; None for half of what is free, 0 for none. verify: "first" compares a
     page with its checksum when it is first read, "always" at every read. Files that change while they are in use are

@@ -1,6 +1,6 @@
 """A model's passes over its weights, in memory or on their way: what each reads, the pager is told beforehand."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,7 +60,8 @@ class Passes:
 
     def prompt(self, tokens: Tensor, state: State) -> Tensor:
         """Logits [B, V] after the last of int64 tokens [B, T]."""
-        last = self._prompt(tokens, state)[-1][:, -1]
+        for hidden in self._prompt(tokens, state):
+            last = hidden[:, -1]  # those of the other passes go at once: a long prompt's would be more than its state
         logits = self.logits(last)
         self._end(state)
         return logits
@@ -95,12 +96,11 @@ class Passes:
             self._end(state)
         return out
 
-    def _prompt(self, tokens: Tensor, state: State) -> list[Tensor]:
+    def _prompt(self, tokens: Tensor, state: State) -> Iterator[Tensor]:
         """Feeds [B, n] in as many passes as the model needs; the hidden states of each. Logits are to follow."""
         self._begin(state, tokens.shape[1])
-        return [
-            self._pass(self._advance, part, state) for part in tokens.split(self.architecture.chunk(self.config), dim=1)
-        ]
+        for part in tokens.split(self.architecture.chunk(self.config), dim=1):
+            yield self._pass(self._advance, part, state)
 
     def _pass(self, compute: Compute, tokens: Tensor, state: State) -> Tensor:
         """What `compute` makes of tokens [B, n] that the model takes at once; the state follows."""

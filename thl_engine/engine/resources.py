@@ -35,6 +35,14 @@ HOST_SHARE = 0.5  # of free host memory: page-locked, it is lost to everything e
 GRAPHS_BYTES, GRAPHS_LOGITS = 32 * MIB, 8
 
 
+PROMISED = 4 << 30  # bytes of a device in which a streamed model runs, whatever its size
+
+
+def promised_budget(device: str) -> int:
+    """The memory budget of who asks for streaming and names none: what is promised, or what is free if that is less."""
+    return min(PROMISED, available_memory(choose_device(device)))
+
+
 def divide_memory(
     store: Store, ops: ReferenceOps, device: torch.device, options: EngineOptions
 ) -> tuple[PageSchedule, Plan]:

@@ -244,6 +244,9 @@ class Architecture(Generic[C, S]):
     forward: ForwardHook[C, S] | None = None  # both or neither; without them `forward` is a chain of `advance`s
     forward_walk: ForwardWalkHook[C] | None = None
     forward_inputs: tuple[str, ...] = ()  # what users may give to `forward`
+    # Bytes that a `forward` of so many tokens a sequence took beyond the workspace of an `advance`, those of its logits
+    # (the last argument) among them, from the state that it left.
+    forward_bytes: Callable[[C, S, int, int], int] = lambda config, state, tokens, logits: logits
     # All that the host decides in the next step of one token: two steps with the same key and shapes launch the same,
     # and what differs in the values that they read is the token and what `ops.counter` gave; the state's numbers then
     # grow alike. Its result None: launch this step anew. The hook None: launch every step anew.

@@ -172,11 +172,11 @@ def initial(config: Gemma3nConfig, block: Block, rows: slice, generator: torch.G
 def workspace(config: Gemma3nConfig, state: State) -> tuple[int, int]:
     """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
     c, rows = config, state.batch_size * CHUNK
-    # Streams before and after each step, per-layer inputs and what they are made of, and the largest part of a layer.
+    # Per-layer inputs and what they are made of, and streams: before and after each step, or beside a layer's largest
+    # part.
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    floats = (
-        (4 * c.altup_num_inputs + 6) * c.hidden_size + 4 * _per_layer(c) + max(3 * max(c.intermediate_size), 3 * heads)
-    )
+    streams, part = c.altup_num_inputs * c.hidden_size, 3 * max(*c.intermediate_size, heads)
+    floats = 4 * _per_layer(c) + max(4 * streams + 6 * c.hidden_size, 3 * streams + 4 * c.hidden_size + part)
     seen = max(held.kept(state.context) for held in state.cache.layers) + CHUNK
     # Layers that others read keep the float32 copies of int8 rows to the end of a pass.
     shared = {c.kv_source(i) for i in range(c.num_hidden_layers) if c.kv_source(i) != i}

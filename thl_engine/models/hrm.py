@@ -265,10 +265,20 @@ def state_from_dict(
 def workspace(config: HRMConfig, state: State) -> tuple[int, int]:
     """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
     rows = state.batch_size * WINDOW
-    # Tokens, both states before and after a segment, what rows that halted keep, their sum and one layer's residual,
-    # beside its attention or feed-forward part.
-    floats = 8 * config.hidden_size + max(8 * config.hidden_size, 4 * config.inner_size)
-    return 4 * rows * floats, rows * config.num_heads * WINDOW
+    return rows * _row_bytes(config), rows * config.num_heads * WINDOW
+
+
+def _row_bytes(config: HRMConfig) -> int:
+    """Of a position's activations: the token, both states before and after a segment, what rows that halted keep, their
+    sum and one layer's residual, beside its attention or feed-forward part."""
+    return 4 * (8 * config.hidden_size + max(8 * config.hidden_size, 4 * config.inner_size))
+
+
+def forward_bytes(config: HRMConfig, state: State, tokens: int, logits: int) -> int:
+    """Of a `forward`: activations of positions beyond the window; or logits, which come when the others are gone."""
+    seen = min(state.timestep - tokens, WINDOW) + tokens
+    beyond = state.batch_size * max(0, seen - WINDOW) * _row_bytes(config)
+    return max(beyond, logits - workspace(config, state)[0])
 
 
 def advance(
@@ -483,6 +493,7 @@ ARCHITECTURE: Architecture[HRMConfig, State] = Architecture(
     logits=logits,
     forward=forward,
     forward_walk=forward_walk,
+    forward_bytes=forward_bytes,
     forward_inputs=("cycles",),
     answering="chat",
     effort=Effort(lambda config: ("num_segments",), effort_summary, effort_rows),

@@ -166,10 +166,21 @@ def initial(config: HRMGemma3nConfig, block: Block, rows: slice, generator: torc
 
 
 def workspace(config: HRMGemma3nConfig, state: State) -> tuple[int, int]:
-    """As the base's, with what is thought about a chunk's positions beside it."""
+    """As the base's, with what is thought about each sequence's last position beside it."""
     activations, scores = gemma3n.workspace(config, state)
-    floats = 3 * config.hidden_size + 8 * config.hrm.L_size + 7 * config.hrm.H_size
-    return activations + 4 * state.batch_size * gemma3n.CHUNK * floats, scores
+    return activations + state.batch_size * _thought_bytes(config), scores
+
+
+def _thought_bytes(config: HRMGemma3nConfig) -> int:
+    """Of the activations of a position that is thought about: in an L update, or in an H update."""
+    low, high = config.hrm.L_size, config.hrm.H_size
+    return 4 * (3 * config.hidden_size + max(11 * low + 2 * high, 3 * low + 7 * high))
+
+
+def forward_bytes(config: HRMGemma3nConfig, state: State, tokens: int, logits: int) -> int:
+    """Of a `forward`: its logits, and what is thought about a chunk once the base's activations are gone."""
+    thought = state.batch_size * min(tokens, gemma3n.CHUNK) * _thought_bytes(config)
+    return max(0, thought - workspace(config, state)[0]) + logits
 
 
 def init_state(
@@ -237,13 +248,16 @@ def forward(
         raise ConfigError(f"tokens: batch of {tokens.shape[0]}, but the state holds {state.batch_size} sequences")
     gemma3n.check_room(config, state, tokens.shape[1])
     made = parse_cycles(config, state.cycles if cycles is None else cycles, max_cycles)
-    adapted, out = low_rank.AdaptedWeights(config, weights), []
-    for some in tokens.split(gemma3n.CHUNK, dim=1):
+    adapted = low_rank.AdaptedWeights(config, weights)
+    out = torch.empty(*tokens.shape, config.vocab_size, device=tokens.device)
+    for first in range(0, tokens.shape[1], gemma3n.CHUNK):
+        some = tokens[:, first : first + gemma3n.CHUNK]
         x, following = gemma3n.decode(config, adapted, ops, some, state, record, last=False)
         state = _state(following, made)
         hidden = think(config, weights, ops, x.flatten(0, 1), made, record)
-        out.append(gemma3n.logits(config, weights, ops, hidden).unflatten(0, some.shape))
-    return torch.cat(out, dim=1), state
+        scores = gemma3n.logits(config, weights, ops, hidden)
+        out[:, first : first + gemma3n.CHUNK] = scores.unflatten(0, some.shape)
+    return out, state
 
 
 def forward_walk(
@@ -409,6 +423,7 @@ ARCHITECTURE: Architecture[HRMGemma3nConfig, State] = replace(
     advance=advance,
     forward=forward,
     forward_walk=forward_walk,
+    forward_bytes=forward_bytes,
     forward_inputs=("cycles", "max_cycles"),
     graph_key=None,  # the host decides when a position has thought enough
     effort=Effort(lambda config: REASONING, effort_summary, effort_rows),

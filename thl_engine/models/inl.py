@@ -23,13 +23,13 @@ from torch import Tensor
 from thl_engine.config import INLConfig
 from thl_engine.errors import ConfigError
 from thl_engine.kernels.attention import causal
-from thl_engine.kernels.integrator import spread
 from thl_engine.kernels.sinusoid import sinusoid
 from thl_engine.models import kv_cache as kv_caches
 from thl_engine.models.cached_state import CachedState, restored
 from thl_engine.models.contract import Architecture, Effort, Ops, Record, Weights
+from thl_engine.models.inl_layers import integrator_prefix, run_layers
 from thl_engine.models.inl_modules import CONTROLLER, SharedController
-from thl_engine.ops.cached_attention import CachedAttention, bucket
+from thl_engine.ops.cached_attention import bucket
 from thl_engine.schedule import Block, Walk
 
 CHUNK = 64  # tokens of a prompt that share one pass over the weights
@@ -76,7 +76,7 @@ def blocks(config: INLConfig) -> tuple[Block, ...]:
         add(f"{name}.bias", d)
 
     for i in range(c.num_layers):
-        layer, integrator = f"layers.{i}.", _integrator(c, i)
+        layer, integrator = f"layers.{i}.", integrator_prefix(c, i)
         add_norm(f"{layer}norm_attn")
         add(f"{layer}attention.in_proj_weight", 3 * d, d)
         add(f"{layer}attention.in_proj_bias", 3 * d)
@@ -115,18 +115,24 @@ def aliases(config: INLConfig) -> dict[str, str]:
 
 def walk(config: INLConfig) -> Walk:
     """Matrices read by one pass, however many tokens or iterations it makes."""
-    names = ["token_embedding.project_up.weight"] if config.use_lowrank_embeddings else []
+    names = _embedding_matrices(config)
     for i in range(config.num_layers):
-        layer, integrator = f"layers.{i}.", _integrator(config, i)
-        names += [
-            f"{layer}attention.in_proj_weight",
-            f"{layer}attention.out_proj.weight",
-            f"{integrator}controller.0.weight",
-            f"{integrator}controller.2.weight",
-            f"{layer}ff.0.weight",
-            f"{layer}ff.3.weight",
-        ]
+        names += sum(_layer_matrices(config, i), [])
     return Walk(tuple((name, 1) for name in names))
+
+
+def _embedding_matrices(config: INLConfig) -> list[str]:
+    return ["token_embedding.project_up.weight"] if config.use_lowrank_embeddings else []
+
+
+def _layer_matrices(config: INLConfig, i: int) -> tuple[list[str], list[str], list[str]]:
+    """Of a layer's attention, its controller and its feed-forward part, each in the order of reading."""
+    layer, integrator = f"layers.{i}.", integrator_prefix(config, i)
+    return (
+        [f"{layer}attention.in_proj_weight", f"{layer}attention.out_proj.weight"],
+        [f"{integrator}controller.0.weight", f"{integrator}controller.2.weight"],
+        [f"{layer}ff.0.weight", f"{layer}ff.3.weight"],
+    )
 
 
 def head(config: INLConfig) -> tuple[str, ...]:
@@ -144,7 +150,7 @@ def products(config: INLConfig) -> dict[str, float]:
     steps = config.num_iterations_per_layer
     out: dict[str, float] = {}
     for i in range(config.num_layers):
-        prefix = f"{_integrator(config, i)}controller."
+        prefix = f"{integrator_prefix(config, i)}controller."
         out |= {f"{prefix}0.weight": (1 + 2 * steps) / 3, f"{prefix}2.weight": float(steps)}
     return out
 
@@ -152,8 +158,8 @@ def products(config: INLConfig) -> dict[str, float]:
 def workspace(config: INLConfig, state: State) -> tuple[int, int]:
     """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
     c, rows = config, state.batch_size * CHUNK
-    # The stream, what was attended and the position, beside one layer's attention, integrator or feed-forward part.
-    floats = 3 * c.d_model + max(12 * c.d_model, 2 * c.d_model + 3 * c.inner_size)
+    # The stream, what was attended and where it moves, beside one layer's attention, integrator or feed-forward part.
+    floats = 3 * c.d_model + max(5 * c.d_model, 2 * c.d_model + c.inner_size)
     seen = state.cache.layers[0].kept(state.context) + CHUNK
     return 4 * rows * floats + rows * seen, rows * c.num_heads * seen
 
@@ -264,7 +270,8 @@ def advance(
     shares the given one's cache. `record` receives named intermediates. Raises ConfigError beyond the context.
     """
     check_room(config, state, tokens.shape[1])
-    return _run(config, weights, ops, tokens, state, None, together=False, record=record)
+    hidden, state = _run(config, weights, ops, tokens, state, None, together=False, record=record)
+    return hidden[0], state
 
 
 def forward(
@@ -283,6 +290,9 @@ def forward(
     All tokens stop a layer's integrator together, as published. attention_mask: bool [T, past + T], True where a
     position must not be seen, instead of the causal mask. training: no stopping, the tokens are a sequence of their
     own, `record` receives the trajectories as part of the graph, and the state is returned as it was.
+
+    Layer by layer it goes CHUNK tokens at a time, so that activations of all tokens are few; with a mask, which may let
+    positions see later ones, and in training, all at once.
     """
     rows, past = tokens.shape[1], 0 if training else state.timestep
     if not training:
@@ -302,12 +312,33 @@ def forward(
             within = causal(rows, past, tokens.device, window)
             blocked = blocked[:, -within.shape[1] :] | within
     hidden, state = _run(config, weights, ops, tokens, state, blocked, together=True, record=record, training=training)
-    return logits(config, weights, ops, hidden.flatten(0, 1)).unflatten(0, tokens.shape), state
+    if len(hidden) == 1:
+        return logits(config, weights, ops, hidden[0].flatten(0, 1)).unflatten(0, tokens.shape), state
+    out = torch.empty(*tokens.shape, config.vocab_size, device=tokens.device)
+    for own, some in zip(out.split(CHUNK, dim=1), hidden, strict=True):
+        own.copy_(logits(config, weights, ops, some.flatten(0, 1)).view_as(own))
+    return out, state
 
 
-def forward_walk(config: INLConfig, tokens_shape: Sequence[int], **inputs: Any) -> Walk:
-    """Matrices that one `forward` reads, those of the logits included."""
-    return Walk((*walk(config).clocked, *((name, 1) for name in head(config))))
+def forward_walk(
+    config: INLConfig, tokens_shape: Sequence[int], *, attention_mask: Tensor | None = None, **options: Any
+) -> Walk:
+    """Matrices that one `forward` reads, those of the logits included; a controller's twice at most, where chunks have
+    to make the steps of another."""
+    chunks = -(-tokens_shape[1] // CHUNK) if attention_mask is None else 1
+    again = config.use_adaptive_stopping and chunks > 1
+    names = _embedding_matrices(config)
+    for i in range(config.num_layers):
+        attention, controller, feed_forward = _layer_matrices(config, i)
+        names += attention * chunks + controller * (2 * chunks - 1 if again else chunks) + feed_forward * chunks
+    return Walk(tuple((name, 1) for name in (*names, *head(config) * chunks)), may_stop=again)
+
+
+def forward_bytes(config: INLConfig, state: State, tokens: int, logits: int) -> int:
+    """Of all tokens of a `forward`: the stream before and after the integrator and what was attended; later the stream
+    and the logits."""
+    row = 4 * state.batch_size * tokens * config.d_model
+    return max(3 * row, row + logits)
 
 
 def logits(config: INLConfig, weights: Weights, ops: Ops, hidden: Tensor) -> Tensor:
@@ -326,22 +357,13 @@ def _run(
     together: bool,
     record: Record | None,
     training: bool = False,
-) -> tuple[Tensor, State]:
-    """Every layer over tokens [B, T]: features after the final norm [B, T, D], and the next state."""
+) -> tuple[list[Tensor], State]:
+    """Every layer over tokens [B, T]: features after the final norm in chunks [B, n, D], and the next state."""
     past, cache = (0, None) if training else (state.timestep, state.cache)
-    x = _embed(c, weights, ops, tokens) + sinusoid(tokens.shape[1], c.d_model, ops.counter(past), tokens.device)
-    attention, used = ops.cached_attention(cache, past, tokens.shape[1], tokens.device), []
-    for i in range(c.num_layers):
-        attended = _attend(c, weights, ops, i, x, attention, blocked)
-        x = x + attended
-        x, iterations = _integrate(c, weights, ops, i, x, attended, together, training, record)
-        x = _feed_forward(weights, ops, i, x)
-        used.append(iterations)
-        if record is not None:
-            record(f"layer{i}.block_output", x)
-    hidden = ops.layer_norm(x, *_norm(weights, "final_norm"))
+    length = CHUNK if together and not training and blocked is None else tokens.shape[1]
+    xs, used = run_layers(c, weights, ops, tokens, past, cache, blocked, length, together, training, record)
     if training:
-        return hidden, state
+        return xs, state
     averages, counts = state.avg_iterations, state.num_forwards
     if len(counts):
         averages, counts = 0.99 * averages + 0.01 * torch.stack(used).mean(dim=1, dtype=torch.float32), counts + 1
@@ -349,92 +371,7 @@ def _run(
         for i in range(len(counts)):
             record(f"layer{i}.avg_iterations_after", averages[i])
             record(f"layer{i}.num_forwards_after", counts[i])
-    return hidden, State(past + tokens.shape[1], state.context, state.cache, averages, counts)
-
-
-def _embed(c: INLConfig, weights: Weights, ops: Ops, tokens: Tensor) -> Tensor:
-    name = "token_embedding.embed_low.weight" if c.use_lowrank_embeddings else "token_embedding.weight"
-    x = ops.gather(weights[name], tokens.reshape(-1))
-    if c.use_lowrank_embeddings:
-        x = ops.linear(x, weights["token_embedding.project_up.weight"])
-    out: Tensor = x.unflatten(0, tokens.shape)
-    return out
-
-
-def _attend(
-    c: INLConfig, weights: Weights, ops: Ops, i: int, x: Tensor, attention: CachedAttention, blocked: Tensor | None
-) -> Tensor:
-    """Attention of x [B, T, D] over itself and what the cache holds, the output projection included."""
-    prefix = f"layers.{i}.attention."
-    qkv = ops.linear(
-        x,
-        weights[f"{prefix}in_proj_weight"],
-        weights[f"{prefix}in_proj_bias"],
-        norm=_norm(weights, f"layers.{i}.norm_attn"),
-    )
-    query, key, value = qkv.view(*x.shape[:2], 3, c.num_heads, c.head_dim).unbind(2)
-    attention.append(i, key, value)
-    mixed = attention(i, query, 1.0 / math.sqrt(c.head_dim), blocked=blocked, last=True)
-    return ops.linear(mixed, weights[f"{prefix}out_proj.weight"], weights[f"{prefix}out_proj.bias"])
-
-
-def _integrate(
-    c: INLConfig,
-    weights: Weights,
-    ops: Ops,
-    i: int,
-    x: Tensor,
-    context: Tensor,
-    together: bool,
-    training: bool,
-    record: Record | None,
-) -> tuple[Tensor, Tensor]:
-    """x [B, T, D] plus where the integrator takes its norm, and the iterations of each row, int64 [B * T]."""
-    prefix = _integrator(c, i)
-    mu, group = weights[f"{prefix}mu_global"] + weights[f"{prefix}mu_local_offsets"], c.hierarchical_group_size
-    stops = c.use_adaptive_stopping and not training
-    out = ops.integrate(
-        x.flatten(0, 1),
-        context.flatten(0, 1),
-        weights[f"{prefix}controller.0.weight"],
-        weights[f"{prefix}controller.0.bias"],
-        weights[f"{prefix}controller.2.weight"],
-        weights[f"{prefix}controller.2.bias"],
-        mu,
-        steps=c.num_iterations_per_layer,
-        threshold=c.adaptive_convergence_threshold if stops else None,
-        together=together,
-        trajectory=training and record is not None,
-        group=group,
-        norm=_norm(weights, f"layers.{i}.norm1"),
-    )
-    if record is not None:
-        record(f"layer{i}.mu", spread(mu, group, c.d_model))
-        record(f"layer{i}.x_final", out.x)
-        record(f"layer{i}.v_final", out.v)
-        record(f"layer{i}.iterations_used", out.iterations)
-        record(f"layer{i}.steps_taken", torch.as_tensor(out.steps))
-        if out.x_trajectory is not None and out.v_trajectory is not None:
-            record(f"layer{i}.x_trajectory", out.x_trajectory)
-            record(f"layer{i}.v_trajectory", out.v_trajectory)
-    return x + out.x.view_as(x), out.iterations
-
-
-def _feed_forward(weights: Weights, ops: Ops, i: int, x: Tensor) -> Tensor:
-    prefix = f"layers.{i}.ff."
-    inner = ops.linear(
-        x, weights[f"{prefix}0.weight"], weights[f"{prefix}0.bias"], norm=_norm(weights, f"layers.{i}.norm2"), gelu=True
-    )
-    return ops.linear(inner, weights[f"{prefix}3.weight"], weights[f"{prefix}3.bias"], addend=x)
-
-
-def _norm(weights: Weights, name: str) -> tuple[Tensor, Tensor]:
-    return weights[f"{name}.weight"], weights[f"{name}.bias"]
-
-
-def _integrator(c: INLConfig, i: int) -> str:
-    """Prefix of a layer's integrator; one that stops early is wrapped once more."""
-    return f"layers.{i}.inl.inl." if c.use_adaptive_stopping else f"layers.{i}.inl."
+    return xs, State(past + tokens.shape[1], state.context, state.cache, averages, counts)
 
 
 def _shared(c: INLConfig) -> SharedController:
@@ -479,6 +416,7 @@ ARCHITECTURE: Architecture[INLConfig, State] = Architecture(
     logits=logits,
     forward=forward,
     forward_walk=forward_walk,
+    forward_bytes=forward_bytes,
     forward_inputs=("attention_mask",),
     graph_key=graph_key,
     effort=Effort(

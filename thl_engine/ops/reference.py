@@ -81,8 +81,9 @@ class ReferenceOps(StateOps, Compositions):
         scores: of the largest `attention`, for all heads. inputs: activations that the widest product takes.
         dequantized: bytes of a layer's int8 keys and values as float32.
         """
-        # The page as float32, and the product of its integers on the way there. Scores before and after each step.
-        return 2 * 4 * page_elements + 4 * reused_elements + 2 * 4 * scores + dequantized
+        # The page as float32, and the product of its integers on the way there. Scores before and after each step. What
+        # a step of `integrate` makes on the way, or a feed-forward part before and after its activation.
+        return 2 * 4 * (page_elements + inputs) + 4 * reused_elements + 2 * 4 * scores + dequantized
 
     def cached_attention(self, cache: Cache | None, past: int, rows: int, device: torch.device) -> CachedAttention:
         """Attention of `rows` positions behind the first `past` to a KVCache, or without one to each other."""
