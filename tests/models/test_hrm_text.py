@@ -1,5 +1,7 @@
 """HRM-Text: the recorded runs, its ways of reading against each other, its plan, its gradient."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import FIXTURES, cases, load_case
@@ -12,6 +14,9 @@ from thl_engine.config import HRMTextConfig, parse_config
 from thl_engine.models import hrm_text, hrm_text_block
 from thl_engine.ops.reference import ReferenceOps
 from thl_engine.ops.weights import trainable
+from thl_engine.paging.page_schedule import PageSchedule
+from thl_engine.paging.prediction import bytes_in_order
+from thl_engine.schedule import Walk
 
 TOLERANCE = 2e-5  # relative to the largest magnitude of the tensor
 CASE = load_case(FIXTURES / "hrm_text" / "causal")
@@ -344,4 +349,18 @@ def test_the_plan_pins_the_stack_that_is_read_most(checkpoint):
             kept = min(room, sizes[name])
             room -= kept
             bound += uses[name] * (sizes[name] - kept)
+        assert plan.bytes_streamed_per_token < plan.bytes_in_order_per_token
+        assert "read in order instead" in str(plan)
         assert bound <= plan.bytes_streamed_per_token <= bound + max(uses.values()) * plan.slots * plan.slot_bytes
+
+
+def test_what_a_reader_moves_who_does_not_know_the_schedule():
+    """Of two stacks L L L H twice: with room for L and a page, L once a pass of three and H each time."""
+    store = SimpleNamespace(tensors={})
+    for k, name in enumerate("abcd"):
+        store.tensors[name] = SimpleNamespace(kind="matrix", pages=[SimpleNamespace(index=k)])
+    schedule = PageSchedule(store, Walk(tuple((name, 1) for name in "abababcd" * 2)), ())
+    pages = dict.fromkeys(range(4), 10)
+    assert bytes_in_order(schedule, pages, 10) == 160
+    assert bytes_in_order(schedule, pages, 29) == 2 * 40
+    assert bytes_in_order(schedule, pages, 40) == 0
