@@ -349,7 +349,6 @@ def test_the_plan_pins_the_stack_that_is_read_most(checkpoint):
             kept = min(room, sizes[name])
             room -= kept
             bound += uses[name] * (sizes[name] - kept)
-        assert plan.bytes_streamed_per_token < plan.bytes_in_order_per_token
         assert "read in order instead" in str(plan)
         assert bound <= plan.bytes_streamed_per_token <= bound + max(uses.values()) * plan.slots * plan.slot_bytes
 
