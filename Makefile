@@ -3,16 +3,30 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := examples/shakespeare.safetensors
 
-.PHONY: dev run test lint bench sanitize gpu-compile gpu-check clean
+.PHONY: dev run test lint bench audit sanitize gpu-compile gpu-check clean
 
 dev: .venv/installed
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.py')
 
-.venv/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
+# Files of other hashes than those in requirements/ are refused. torch is fetched first, or pip would prefer a wheel whose
+# hash its index tells, which has CUDA, to one for CPUs that lies in a folder. With TORCH_INDEX, torch is of that index
+# and not compared: PyTorch's own has wheels for CPUs, whose hashes are not known here for every Python.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install --no-deps
+HASHED := --require-hashes --requirement requirements
+TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements/torch.txt)
+
+.venv/installed: pyproject.toml setup.py $(wildcard requirements/*.txt) $(SOURCES)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(INSTALL) $(HASHED)/packages.txt
+	$(PIP) download --no-deps --dest build/torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(INSTALL) $(if $(TORCH_INDEX),build/torch/*.whl,--no-index --find-links build/torch $(HASHED)/torch.txt)
+	@rm -r build/torch
+	@if $(BIN)/python -c "from importlib.metadata import requires as r; exit('nvidia-' not in str(r('torch')))"; then \
+		$(INSTALL) $(HASHED)/cuda.txt; fi
+	$(INSTALL) --no-build-isolation --editable .
+	@$(PIP) check
 	@$(BIN)/python -c "from thl_engine.ops import native; print('native kernels:', native.isa() if native.available() else native.reason())"
 	@touch $@
 
@@ -31,6 +45,9 @@ lint: dev
 
 bench: dev
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only
+
+audit:  # known holes in what `make` installs; needs pip-audit: pip install pip-audit
+	pip-audit --strict --disable-pip --require-hashes $(foreach file,packages torch cuda,--requirement requirements/$(file).txt)
 
 SANITIZED := $(wildcard csrc/io/*.cpp) tests/native/host_copy_device.cpp
 

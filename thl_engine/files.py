@@ -80,6 +80,16 @@ def read_text(path: Path, error_type: type[Exception] = CheckpointError) -> str:
 
 def parse_json(text: bytes | str, what: str, error_type: type[Exception] = CheckpointError) -> dict[str, Any]:
     """A JSON object of at most VALUES_LIMIT values, without duplicate keys, or `error_type`."""
+    value = parse_any_json(text, what, error_type)
+    if not isinstance(value, dict):
+        raise error_type(f"{what} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def parse_any_json(
+    text: bytes | str, what: str, error_type: type[Exception] = CheckpointError, limit: int = VALUES_LIMIT
+) -> Any:
+    """The same of any JSON value, of at most `limit` values."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -91,14 +101,11 @@ def parse_json(text: bytes | str, what: str, error_type: type[Exception] = Check
 
     try:
         text = text.decode("utf-8", "surrogatepass") if isinstance(text, bytes) else text
-        if _has_more_values(text, VALUES_LIMIT):
-            raise error_type(f"{what} holds more than {VALUES_LIMIT} values, too many for this kind of file")
-        value = json.loads(text, object_pairs_hook=unique)
+        if _has_more_values(text, limit):
+            raise error_type(f"{what} holds more than {limit} values, too many for this kind of file")
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # ValueError: syntax, encoding, a number too long
         raise error_type(f"{what} is not valid JSON: {said(error)}") from error
-    if not isinstance(value, dict):
-        raise error_type(f"{what} holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def _has_more_values(text: str, limit: int) -> bool:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from thl_engine.checkpoint import convert, pack
 from thl_engine.checkpoint.convert import convert_checkpoint, init_checkpoint, quantize_checkpoint
+from thl_engine.checkpoint.growth import grow_checkpoint
 from thl_engine.checkpoint.quant import quantize_rows
 from thl_engine.checkpoint.store import open_store
 from thl_engine.config import THLConfig
@@ -171,6 +172,31 @@ def test_init_depends_on_the_seed_alone(tmp_path, monkeypatch):
             assert first.unique().numel() > 0.99 * first.numel()  # no stretch is drawn twice
             assert not torch.equal(quantize_rows(first)[0], c.read(block.name))
     assert abs(a.read("embedding.weight").std() - 1) < 0.1
+
+
+def test_a_vocabulary_beside_the_result_is_told_of(tmp_path, caplog):
+    source, out = checkpoint(tmp_path / "in"), tmp_path / "out"
+    hrm = dict(vocab_size=9, hidden_size=8, num_heads=2, L_layers=1, H_layers=1)
+    init_checkpoint("hrm", hrm, tmp_path / "hrm.safetensors")
+    out.mkdir()
+    caplog.set_level("WARNING")
+    writers = {
+        "quantize": lambda: quantize_checkpoint(source, out / "quantize.safetensors"),
+        "init": lambda: init_checkpoint("thl", CONFIG, out / "init.safetensors"),
+        "grow": lambda: grow_checkpoint(tmp_path / "hrm.safetensors", out / "grow.safetensors", vocab_size=12),
+    }
+    for write in writers.values():
+        write()
+    assert not caplog.messages
+    (out / "vocab.json").write_text("{}")
+    for name, write in writers.items():
+        write()
+        expected = f"{out}/{name}.safetensors: has no vocabulary in it; vocab.json beside it will be used"
+        assert len(caplog.messages) == 1 and caplog.messages[0].startswith(expected)
+        caplog.clear()
+    (source / "vocab.json").write_text("{}")
+    writers["quantize"]()  # brings its own
+    assert not caplog.messages
 
 
 def test_init_refuses(tmp_path):

@@ -298,6 +298,14 @@ def test_a_file_of_samples(engine, tmp_path):
     assert [result["ids"] for result in results] == expected
 
 
+def test_half_a_surrogate_pair_in_a_sample_stays(engine, tmp_path):
+    source, target = tmp_path / "samples.json", tmp_path / "results.json"
+    source.write_text('[{"prompt": "abc", "note": "\\ud800 é"}]')
+    answer_file(engine, source, target)
+    text = target.read_bytes().decode()  # UTF-8, as JSON has to be
+    assert "\\ud800 é" in text and json.loads(text)[0]["note"] == "\ud800 é"
+
+
 def test_an_answer_ends_with_the_end_token(engine):
     first, _ = answer(engine, [5, 6], engine.new_state(), Sampler(Sampling(temperature=0)), None)
     assert len(first) == SMALL.max_answer_len
@@ -316,6 +324,8 @@ def test_an_answer_ends_with_the_end_token(engine):
         ('[{"prompt": ""}]', TokenizerError, "sample 0 has an empty prompt"),
         ('[{"prompt": "a"}, {"prompt": "A"}]', TokenizerError, "not in the model's character vocabulary"),
         ("[" * 10**5, ConfigError, "not valid JSON"),
+        ('[{"prompt": "a", "prompt": "b"}]', ConfigError, "'prompt' occurs twice"),
+        ("[" + "[]," * 10**6 + "[]]", ConfigError, "more than 500000 values"),
     ],
 )
 def test_bad_samples(engine, tmp_path, content, error, message):

@@ -10,11 +10,13 @@ from thl_engine.errors import TokenizerError
 from thl_engine.text.hrm_tokenizer import (
     CONTINUAL_FILE,
     check_fits,
+    extended,
     find_vocabulary,
     read_vocabulary,
     vocabulary_inside,
     vocabulary_of_texts,
 )
+from thl_engine.text.tokenizer import load_tokenizer
 
 TEXTS = ("hello, world", "a new text\n")
 
@@ -104,3 +106,9 @@ def test_a_damaged_vocabulary_is_refused(tmp_path, changes, message):
     assert "\n" not in str(caught.value)
     with pytest.raises(TokenizerError, match=message):
         find_vocabulary(7, tmp_path, "m.pt")
+
+
+def test_a_list_with_special_tokens_beyond_it_grows_behind_them():
+    text, size = extended('{"char_to_id": ["a"], "special_tokens": {"<x>": 3}, "unk_id": 2}', "bac", "here")
+    grown = load_tokenizer(text, size, "there")
+    assert size == 6 and grown.encode("abc") == [0, 4, 5] and grown.decode([0, 3, 4, 5]) == "abc"

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import struct
 import time
 
 import pytest
@@ -40,7 +41,8 @@ def nested(depth):
     ("parts", "message"),
     [
         ({"normalizer": sequence(*[DOUBLE] * 20)}, "normalizer: its steps together may make 1048576 bytes of one"),
-        ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "a" * 5000}}, "together may make"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "a"}}, "looks for the empty text"),
+        ({"pre_tokenizer": {"type": "Split", "pattern": {"String": ""}}}, "looks for the empty text"),
         ({"normalizer": {"type": "Replace", "pattern": {"Regex": "a?"}, "content": "a" * 5000}}, "together may make"),
         ({"normalizer": sequence(*[{"type": "Prepend", "prepend": "a" * 99}] * 3)}, "together may make"),
         ({"normalizer": sequence(*[{"type": "NFKD"}, DOUBLE] * 4)}, "together may make"),
@@ -49,7 +51,7 @@ def nested(depth):
         ({"decoder": sequence(*[DOUBLE] * 20, inner="decoders")}, "decoder: its steps together"),
         ({"normalizer": charsmap(b"\xff\xff\xff\xff\x00")}, "says 4294967295 bytes and has 1"),
         ({"normalizer": charsmap(b"\xff")}, "has 1 bytes, too few"),
-        ({"normalizer": charsmap(b"\0\0\0\0" + b"a" * 5000)}, "together may make"),
+        ({"normalizer": charsmap(b"\0\4\0\0" + bytes(1024) + b"a" * 5000)}, "together may make"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "?"}}, "not base64"),
         ({"normalizer": {"type": "Precompiled"}}, "without a precompiled_charsmap"),
         ({"normalizer": {"pattern": {"String": "a"}, "content": "aa"}}, "unknown kind of step None"),
@@ -87,7 +89,7 @@ def test_files_that_ask_for_too_much(parts, message):
 
 def test_a_name_that_stands_twice():
     text = json.dumps(BASE)[:-1] + ', "normalizer": {"type": "NFC"}, "normalizer": null}'
-    with pytest.raises(TokenizerError, match="here: 'normalizer' occurs twice"):
+    with pytest.raises(TokenizerError, match="here: the file: 'normalizer' occurs twice"):
         load_tokenizer(text, 10, "here")
 
 
@@ -151,3 +153,50 @@ def test_chains_of_published_tokenizers(normalizer, pre_tokenizer):
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="b"))
     inner.normalizer, inner.pre_tokenizer = normalizer, pre_tokenizer
     assert load_tokenizer(inner.to_str(), 10, "here").encode("a Café é") == inner.encode("a Café é").ids
+
+
+def trie(root=256 << 10, node=0x161 | (0x361 << 10), value=1 << 31, units=768, texts=b"b\0"):
+    """A map of "a" to "b": unit 0 leads to units from 256 on, that of "a" to its value in unit 512."""
+    words = [0] * 768
+    words[0], words[0x161], words[512] = root, node, value
+    return charsmap(struct.pack(f"<I{units}I", 4 * units, *words[:units]) + texts)
+
+
+def test_maps_of_characters_stay_within_themselves():
+    assert load(normalizer=trie()).encode("a") == [1]  # "b"
+    for parts, message in [
+        ({"units": 0}, "has 0 units"),
+        ({"units": 1}, "leads out of it"),
+        ({"root": 1024 << 10}, "leads out of it"),
+        ({"node": 0x161 | (0x3FF << 20)}, "leads out of it"),
+        ({"value": 1 << 31 | 9}, "names a place between its texts"),
+        ({"texts": "é\0".encode(), "value": 1 << 31 | 1}, "names a place between its texts"),
+    ]:
+        with pytest.raises(TokenizerError, match=message):
+            load(normalizer=trie(**parts))
+
+
+def test_merges_go_on_with_the_prefix(capfd):
+    model = {"type": "BPE", "vocab": {"a": 0, "##b": 1, "ab": 2}, "merges": [["a", "##b"]]}
+    model["continuing_subword_prefix"] = "##"
+    assert load(model=model).encode("ab") == [2]
+    for merges, vocab in [([["a", "b"]], {"b": 3}), (["a é"], {"é": 3})]:
+        with pytest.raises(TokenizerError, match="does not go on with '##'"):
+            load(model=model | {"merges": merges, "vocab": model["vocab"] | vocab})
+    assert capfd.readouterr().err == ""  # the library would panic, and say so
+
+
+@pytest.mark.parametrize("kind", [["BertProcessing"], {"type": 1}, None])
+def test_processors_of_no_kind(kind):
+    with pytest.raises(TokenizerError, match="unknown kind of step"):
+        load(post_processor={"type": kind})
+
+
+def test_values_of_a_file_are_counted():
+    with pytest.raises(TokenizerError, match="more than 1450001 values"):
+        load_tokenizer('{"model": {}, "added_tokens": [' + "[]," * 3_000_000 + "[]]}", 10, "here")
+    names = ",".join(f'"{i}": {i}' for i in range(200_000))
+    start = time.process_time()
+    with pytest.raises(TokenizerError, match="'199999' occurs twice"):
+        load_tokenizer('{"model": {"vocab": {' + names + ', "199999": 1}}}', 10, "here")
+    assert time.process_time() - start < 10  # not the square of the number of names

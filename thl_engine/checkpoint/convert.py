@@ -23,7 +23,7 @@ from thl_engine.checkpoint.index import config_beside, read_config
 from thl_engine.checkpoint.pack import Progress, write_store
 from thl_engine.checkpoint.pickled import Omitted, pickled_checkpoint, read_pickled
 from thl_engine.checkpoint.spool import tensor_sources
-from thl_engine.checkpoint.store import open_store, tokenizer_files
+from thl_engine.checkpoint.store import note_vocabulary_beside, open_store, tokenizer_files
 from thl_engine.config import Config, named_config, parse_config
 from thl_engine.config.base import check_seed
 from thl_engine.errors import CheckpointError, ConfigError, shown
@@ -55,6 +55,7 @@ def quantize_checkpoint(
         raise ConfigError(f"bits is {bits}, only 8 is supported")
     with open_store(src) as store:
         _refuse_overwriting(Path(dst), store.files)
+        note_vocabulary_beside(Path(dst), store.tokenizer_json)
         write_store(
             dst,
             store.config,
@@ -89,6 +90,7 @@ def convert_checkpoint(
     tokenizer = join_files(files) if files else None
     _check_left_over(dst, file.parent, files)
     if dst.suffix == ".safetensors":
+        note_vocabulary_beside(dst, tokenizer)
         write_store(dst, parsed, sources, tokenizer=tokenizer, progress=progress)
         return
     created = not os.path.exists(dst)
@@ -122,6 +124,7 @@ def init_checkpoint(
     The weights depend on model_type, config and seed alone.
     """
     parsed = _open_config(config, model_type)
+    note_vocabulary_beside(Path(dst), None)
     with _fresh_sources(parsed, architecture(parsed.model_type).blocks(parsed), seed) as sources:
         write_store(dst, parsed, sources, quantize=quantize, group=group, progress=progress)
 
@@ -242,21 +245,15 @@ def _refuse_overwriting(dst: Path, sources: tuple[Path, ...]) -> None:
 
 
 def _check_left_over(dst: Path, source: Path, files: Mapping[str, str]) -> None:
-    """The tokenizer's files that lie where the result goes and do not come with it are another model's.
-
-    A folder is refused, since they would be taken for its own; a file says so.
-    """
-    folder = dst.parent if dst.suffix == ".safetensors" else dst
-    if not os.path.isdir(folder) or _same(folder, source):
+    """Refuses a folder with files of a tokenizer that do not come with the result: they would be taken for its own."""
+    if dst.suffix == ".safetensors" or not os.path.isdir(dst) or _same(dst, source):
         return
-    left = [name for name in tokenizer_files(folder) if name not in files and os.path.exists(folder / name)]
-    if left and folder == dst:
+    left = [name for name in tokenizer_files(dst) if name not in files and os.path.exists(dst / name)]
+    if left:
         raise CheckpointError(
             f"{dst}: holds {shown(left[0])} of another model, and {source} has none; take it away, or convert to "
             "a new folder"
         )
-    if left and not files:
-        _log.warning("%s: has no vocabulary in it; %s beside it will be used, whichever model's it is", dst, left[0])
 
 
 def _configuration(file: Path, loaded: object) -> tuple[dict[str, Any], None, str]:

@@ -7,6 +7,7 @@ shared, not copied.
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from thl_engine.checkpoint.pack import Progress, write_store
 from thl_engine.checkpoint.spool import tensor_sources
-from thl_engine.checkpoint.store import Store, open_store
+from thl_engine.checkpoint.store import Store, note_vocabulary_beside, open_store
 from thl_engine.config import Config
 from thl_engine.config.base import check_seed
 from thl_engine.errors import CheckpointError, ConfigError, TokenizerError
@@ -62,6 +63,7 @@ def grow_checkpoint(
             config, tensors = expand_vocabulary(config, tensors, vocab_size, seed)
         if layers is not None:
             config, tensors = expand_layers(config, tensors, dict.fromkeys(growth.layers, layers), seed)
+        note_vocabulary_beside(Path(dst), tokenizer)
         write_store(dst, config, tensor_sources(tensors, str(src)), tokenizer=tokenizer, progress=progress)
     return config
 

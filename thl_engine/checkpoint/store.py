@@ -5,6 +5,7 @@ pages too, as ranges of rows of the file as it is: without checksums and without
 depend on the file alone, never on a memory budget, so every sum has the same order whatever is streamed.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,7 @@ from thl_engine.models.contract import AnyArchitecture
 from thl_engine.schedule import Block
 from thl_engine.text.chat_template import companions_beside, join_files
 
+_log = logging.getLogger("thl_engine")
 TOKENIZER_FILES = ("tokenizer.json", "continual_tokenizer.json", "vocab.json")
 
 
@@ -207,6 +209,13 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
             beside = companions_beside(folder) if name == "tokenizer.json" else {}
             return {name: read_text(folder / name), **beside}
     return {}
+
+
+def note_vocabulary_beside(file: Path, tokenizer: str | None) -> None:
+    """Says so where a packed file is written without a vocabulary beside one, which may be another model's."""
+    left = [name for name in TOKENIZER_FILES if os.path.exists(file.parent / name)]
+    if tokenizer is None and left:
+        _log.warning("%s: has no vocabulary in it; %s beside it will be used, whichever model's it is", file, left[0])
 
 
 def tokenizer_beside(folder: Path) -> str | None:

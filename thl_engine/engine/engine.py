@@ -32,7 +32,7 @@ from thl_engine.engine.resources import (
 )
 from thl_engine.engine.stored_state import read_state, write_state
 from thl_engine.engine.trace import Trace
-from thl_engine.errors import BudgetError, CheckpointError, ConfigError, EngineError, TokenizerError, shown
+from thl_engine.errors import BudgetError, CheckpointError, ConfigError, EngineError, TokenizerError, said, shown
 from thl_engine.memory import peak_bytes, return_large_blocks, size
 from thl_engine.models.state import State
 from thl_engine.ops.backends import load_ops
@@ -170,9 +170,13 @@ class Engine:
         check_count("batch_size", batch_size)
         self._refuse_unknown("new_state", "option", options, self.architecture.state_options)
         self._check_budget(batch_size)
-        state: State = self.architecture.init_state(
-            self.config, batch_size, self.device, self._passes.weights, **{**self._options, **options}
-        )
+        options = {**self._options, **options}
+        try:
+            state: State = self.architecture.init_state(
+                self.config, batch_size, self.device, self._passes.weights, **options
+            )
+        except RuntimeError as error:
+            raise BudgetError(f"no memory for a state of batch_size {batch_size}: {said(error)}") from None
         state.config = self.config
         return state
 

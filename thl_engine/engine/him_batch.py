@@ -15,7 +15,7 @@ import torch
 from thl_engine.config import HIMConfig
 from thl_engine.engine.engine import Engine
 from thl_engine.errors import CheckpointError, ConfigError, TokenizerError, shown
-from thl_engine.files import read_text, write_file
+from thl_engine.files import parse_any_json, read_text, write_file
 from thl_engine.models import him
 from thl_engine.models.state import State
 from thl_engine.text.sampler import Sampler, Sampling
@@ -63,7 +63,8 @@ def answer_file(
         results.append({**sample, "output": engine.tokenizer.decode(ids), "ids": ids})
         if progress is not None:
             progress(len(results), len(samples))
-    text = (json.dumps(results, ensure_ascii=False, indent=2) + "\n").encode()
+    # What is no character, half of a surrogate pair, stays the escape that it was.
+    text = (json.dumps(results, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "backslashreplace")
     write_file(target, text)
     return len(results)
 
@@ -93,10 +94,7 @@ def answer(
 
 def read_samples(path: Path) -> list[tuple[dict[str, Any], str]]:
     """The objects of a samples file, each with its prompt."""
-    try:
-        samples = json.loads(read_text(path, ConfigError))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {str(error).splitlines()[0][:120]}") from None
+    samples = parse_any_json(read_text(path, ConfigError), str(path), ConfigError)
     if not isinstance(samples, list):
         raise ConfigError(f'{path}: holds a JSON {type(samples).__name__}, expected a list of objects with "prompt"')
     out = []

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thl_engine.errors import CheckpointError
 from thl_engine.models.kv_cache import KVCache, restore
-from thl_engine.models.state import State
+from thl_engine.models.state import State, kind_of
 
 S = TypeVar("S", bound="CachedState")
 
@@ -56,8 +56,11 @@ def restored(new_state: Callable[[int], S], values: Mapping[str, Tensor], first:
     """
     keys, step = values.get(first), values.get("timestep")
     batch = keys.shape[0] if keys is not None and keys.dim() == 4 else 1
-    length = int(step) if step is not None and step.numel() == 1 else 0
-    state = new_state(max(batch, 1))
+    length = int(step) if step is not None and step.numel() == 1 and kind_of(step) == "whole" else 0
+    try:
+        state = new_state(max(batch, 1))
+    except RuntimeError:  # keys of no position take no bytes of a file, of however many sequences they are
+        raise CheckpointError(f"state: it is of {batch} sequences, for which there is no memory") from None
     if not 0 <= length <= state.context:
         raise CheckpointError(f"state: timestep is {length}; it must be from 0 to the context's {state.context}")
     state.timestep = length

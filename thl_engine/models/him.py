@@ -257,12 +257,13 @@ def state_from_dict(
     rows = values.get("memory" if set(values) <= set(published) else "context", torch.empty(0))
     batch = max(1, rows.shape[0] if rows.dim() else 1)
     expected = init_state(config, batch, "meta").named()
-    if set(values) == set(published):
-        rest = init_state(config, batch).named()
-        values = {**rest, **values}
     memory = values.get("memory")
     if memory is not None and memory.dim() == 3 and memory.shape[0] == batch:  # of each row, after the first pass
         expected["memory"] = expected["memory"].expand(batch, -1, -1)
+    if set(values) == set(published):
+        states.check_fields(values, {name: expected[name] for name in published})
+        rest = init_state(config, batch).named()
+        values = {**rest, **values}
     taken = states.taken_fields(values, expected, device)
     timestep, valid = int(taken.pop("timestep")), int(taken.pop("context_valid"))
     if timestep < 0 or not 0 <= valid <= config.max_seq_len:

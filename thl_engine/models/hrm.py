@@ -23,7 +23,7 @@ from thl_engine.config import LARGEST_CYCLES, HRMConfig
 from thl_engine.errors import CheckpointError, ConfigError
 from thl_engine.models.contract import Architecture, Effort, Growth, Ops, Record, Weights
 from thl_engine.models.state import State as BaseState
-from thl_engine.models.state import check_fields
+from thl_engine.models.state import taken_fields
 from thl_engine.schedule import LARGEST_WALK, Block, Walk
 
 WINDOW = 64  # tokens that a step sees; positions count from the oldest of them
@@ -243,13 +243,7 @@ def state_from_dict(
     """The state that `State.to_dict` described. Raises CheckpointError on a missing field or a wrong value."""
     window = values.get("window")
     batch = window.shape[0] if window is not None and window.dim() == 2 else 1
-    expected = init_state(config, batch, "meta").named()
-    check_fields(values, expected)
-    taken: dict[str, Tensor] = {}
-    for name in expected:
-        if values[name].dtype != torch.int64:
-            raise CheckpointError(f"state: field {name!r} is {values[name].dtype}, expected torch.int64")
-        taken[name] = values[name].detach().to(device=device, copy=True).contiguous()
+    taken = taken_fields(values, init_state(config, batch, "meta").named(), device)
     count, valid = int(taken["timestep"]), int(taken["valid"])
     if valid != min(count, WINDOW) or count < 0:
         raise CheckpointError(

@@ -256,12 +256,13 @@ def restore(fields: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
     Raises CheckpointError on a missing or unknown field, a wrong shape or another kind of cache.
     """
-    check_fields(values, fields)
     for name, own in fields.items():
-        value = values[name]
+        value = values.get(name, own)
         if (value.dtype == torch.int8) != (own.dtype == torch.int8):
             raise CheckpointError(
                 f"state: field {name!r} is {value.dtype}, expected {own.dtype}; open the engine with "
                 "the kv_cache that the state was made with"
             )
-        own.copy_(value.detach())
+    check_fields(values, fields)
+    for name, own in fields.items():
+        own.copy_(values[name].detach())

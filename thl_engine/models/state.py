@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thl_engine.config import Config
-from thl_engine.errors import CheckpointError
+from thl_engine.errors import CheckpointError, shown
 
 S = TypeVar("S", bound="State")
 
@@ -100,15 +100,27 @@ def _mapped(state: S, change: Callable[[Tensor], Tensor]) -> S:
 
 
 def check_fields(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError on an unknown or missing field of a stored state, or one of another shape."""
+    """Raises CheckpointError on an unknown or missing field of a stored state, or one of another shape or kind.
+
+    Whole numbers do not come as floats, which might be none, and floats come as floats of any precision.
+    """
     for name in values.keys() - expected.keys():
-        raise CheckpointError(f"state: unknown field {name!r}; known: {', '.join(expected)}")
+        raise CheckpointError(f"state: unknown field {shown(name)}; known: {', '.join(expected)}")
     for name, like in expected.items():
         if name not in values:
             raise CheckpointError(f"state: field {name!r} is missing")
         found, shape = list(values[name].shape), list(like.shape)
         if found != shape:
             raise CheckpointError(f"state: field {name!r} has shape {found}, expected {shape}")
+        if kind_of(values[name]) != kind_of(like):
+            raise CheckpointError(f"state: field {name!r} is {values[name].dtype}, expected {like.dtype}")
+
+
+def kind_of(tensor: Tensor) -> str:
+    """ "float", "whole", or another type of numbers, none of which a state has."""
+    if tensor.dtype.is_floating_point:
+        return "float"
+    return str(tensor.dtype) if tensor.dtype.is_complex or tensor.dtype == torch.bool else "whole"
 
 
 def taken_fields(

@@ -84,11 +84,13 @@ def extended(vocabulary: str, text: str, where: str) -> tuple[str, int]:
     key = entries_key(data)
     entries = data if key is None else data[key]
     missing = list(dict.fromkeys(char for char in text if char not in entries))
-    if isinstance(entries, list):
-        entries += missing
+    if isinstance(entries, list):  # as a map: special tokens beside it may have ids beyond its own
+        entries = {char: i for i, char in enumerate(entries)}
+    entries |= {char: size + i for i, char in enumerate(missing)}
+    if key is None:
+        data = entries
     else:
-        entries.update({char: size + i for i, char in enumerate(missing)})
-    if key is not None:
+        data[key] = entries
         for inverse in INVERSE_KEYS:  # would be out of date, and says nothing of its own
             data.pop(inverse, None)
         if "vocab_size" in data:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from thl_engine.errors import TokenizerError, said, shown
+from thl_engine.files import parse_any_json
 from thl_engine.text.char_vocabulary import CharTokenizer, char_tokenizer
 from thl_engine.text.chat_template import (
     begin_token,
@@ -227,19 +228,8 @@ def _library_errors(what: str) -> Iterator[None]:
 
 
 def _parsed(text: str) -> Any:
-    """JSON in which no name stands twice in one object: readers differ in which of them counts."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise TokenizerError(f"{shown(next(name for name in fields if names.count(name) > 1))} occurs twice")
-        return fields
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"not valid JSON: {said(error)}") from None
+    """Of a tokenizer of 262,000 tokens, published ones have 1.8 million values: a merge is a list of two texts."""
+    return parse_any_json(text, "the file", TokenizerError, 1_000_000 + len(text) // 20)
 
 
 def _byte_steps(decoder: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -12,12 +12,16 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from thl_engine.errors import TokenizerError, shown
 
 STEPS_LIMIT = 64  # steps of one chain
 DEPTH_LIMIT = 8  # sequences in sequences
 GROWTH_LIMIT = 4096  # bytes that chains may make of one byte at worst; published files reach some hundreds
 ADDED_LIMIT = 64 << 20  # bytes that the added tokens may become at worst, which are normalized when the file is read
+TRIE_LIMIT = 1 << 20  # units of a map of characters; published files have up to 100,000
+TRIE_NODES = 4096  # looked at together
 WORD_LIMIT = 1000  # characters of a word that WordPiece takes time for; published files have 100
 
 # What a step makes of one byte at worst. Compatibility forms make 33 bytes of the 3 of U+FDFA.
@@ -114,7 +118,7 @@ def _growth(part: str, step: dict[str, Any], known: dict[str, float]) -> float:
     if kind == "Replace" and part != "pre_tokenizer":
         pattern, content = _pattern(part, step), _text(part, step, "content")
         # A regular expression may match the empty text before each character.
-        return 1.0 + len(content) if not pattern else max(1.0, len(content) / len(pattern))
+        return 1.0 + len(content) if pattern is None else max(1.0, len(content) / len(pattern))
     if kind == "Prepend" and part == "normalizer":
         return 1.0 + len(_text(part, step, "prepend"))
     if kind == "Precompiled" and part == "normalizer":
@@ -134,13 +138,15 @@ def _growth(part: str, step: dict[str, Any], known: dict[str, float]) -> float:
     return known[kind]
 
 
-def _pattern(part: str, step: dict[str, Any]) -> bytes:
-    """What a step looks for; empty for a regular expression."""
+def _pattern(part: str, step: dict[str, Any]) -> bytes | None:
+    """What a step looks for, some text; None for a regular expression."""
     pattern = step.get("pattern")
     pattern = pattern if isinstance(pattern, dict) else {}
     if isinstance(pattern.get("Regex"), str) and len(pattern) == 1:
-        return b""
-    return _text(part, pattern, "String")
+        return None
+    if not (text := _text(part, pattern, "String")):
+        raise TokenizerError(f"{part}: a step looks for the empty text")
+    return text
 
 
 def _text(part: str, step: dict[str, Any], field: str) -> bytes:
@@ -163,7 +169,45 @@ def _charsmap(encoded: Any) -> float:
     (size,) = struct.unpack("<I", blob[:4])
     if size % 4 or size > len(blob) - 4:
         raise TokenizerError(f"normalizer: precompiled_charsmap says {size} bytes and has {len(blob) - 4}")
-    return 1.0 + max(map(len, blob[4 + size :].split(b"\0")), default=0)
+    texts = blob[4 + size :]
+    _check_trie(np.frombuffer(blob, np.uint32, size // 4, 4), texts)
+    return 1.0 + max(map(len, texts.split(b"\0")), default=0)
+
+
+def _check_trie(units: np.ndarray, texts: bytes) -> None:
+    """Refuses a trie in which a search may leave it or its texts, which the library does not look after.
+
+    A double array: from a node with the base b, byte c leads to unit b ^ c, if the unit's lowest eight bits and its
+    highest are those of c; its base is its place ^ its offset, and a leaf's value, a place in texts, stands there.
+    """
+    if not 0 < len(units) <= TRIE_LIMIT:
+        raise TokenizerError(
+            f"normalizer: the trie of precompiled_charsmap has {len(units)} units, from 1 to {TRIE_LIMIT}"
+        )
+    leaves_it = TokenizerError("normalizer: the trie of precompiled_charsmap leads out of it")
+    starts = np.frombuffer(b"\0" + texts + b"\0", np.uint8)[1:] & 0xC0 != 0x80  # of characters, and the end
+
+    def base(places: np.ndarray) -> np.ndarray:
+        offsets = (units[places] >> 10) << ((units[places] & 0x200) >> 6)
+        bases: np.ndarray = places ^ offsets.astype(np.int64)
+        return bases
+
+    seen, waiting = np.zeros(len(units), bool), base(np.zeros(1, np.int64))
+    while len(waiting):
+        some, waiting = waiting[:TRIE_NODES], waiting[TRIE_NODES:]
+        places = some[:, None] ^ np.arange(1, 256)
+        if (places >= len(units)).any():
+            raise leaves_it
+        places = places[units[places] & 0x800000FF == np.arange(1, 256)]
+        places = places[~seen[places]]
+        seen[places] = True
+        leaves = base(places[units[places] & 0x100 != 0])
+        if (leaves >= len(units)).any():
+            raise leaves_it
+        values = units[leaves] & 0x7FFFFFFF
+        if (values >= len(starts)).any() or not starts[values].all():
+            raise TokenizerError("normalizer: precompiled_charsmap names a place between its texts")
+        waiting = np.concatenate([waiting, base(places)])
 
 
 def _processed(step: Any) -> float:
@@ -177,12 +221,20 @@ def _processed(step: Any) -> float:
             pieces = found.get("single")
             pieces = pieces if isinstance(pieces, list) else str(pieces).split()
             growth *= max(1, sum("Sequence" in piece if isinstance(piece, dict) else True for piece in pieces))
-        elif kind not in _PROCESSORS:
+        elif not isinstance(kind, str) or kind not in _PROCESSORS:
             raise TokenizerError(f"post_processor: unknown kind of step {shown(kind)}")
     return growth
 
 
 def _check_model(model: Any) -> None:
-    words = model.get("max_input_chars_per_word") if isinstance(model, dict) else None
+    model = model if isinstance(model, dict) else {}
+    words = model.get("max_input_chars_per_word")
     if isinstance(words, int) and words > WORD_LIMIT:
         raise TokenizerError(f"model: max_input_chars_per_word is {shown(words)}, allowed are {WORD_LIMIT}")
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if isinstance(prefix, str) and isinstance(merges, list):
+        for merge in merges:  # the library cuts so many bytes off the second part, whatever they are
+            parts = merge.split(" ") if isinstance(merge, str) else merge
+            second = parts[1] if isinstance(parts, list) and len(parts) == 2 else None
+            if isinstance(second, str) and not second.startswith(prefix):
+                raise TokenizerError(f"model: the merge {shown(merge)} does not go on with {shown(prefix)}")
