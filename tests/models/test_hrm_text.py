@@ -1,13 +1,15 @@
 """HRM-Text: the recorded runs, its ways of reading against each other, its plan, its gradient."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FIXTURES, cases, load_case
+from safetensors.torch import save_file
 
 from thl_engine import CheckpointError, ConfigError, Engine
-from thl_engine.checkpoint.convert import init_checkpoint
+from thl_engine.checkpoint.convert import init_checkpoint, quantize_checkpoint
 from thl_engine.checkpoint.page import extent
 from thl_engine.checkpoint.store import open_store
 from thl_engine.config import HRMTextConfig, parse_config
@@ -217,6 +219,28 @@ def test_both_forms_of_the_configuration():
     ):
         with pytest.raises(ConfigError, match=message):
             parse_config(published(**fields))
+
+
+def test_folders_of_earlier_checkpoints(tmp_path):
+    """Their projections are joined and named otherwise; opened, and packed, they are the same model."""
+    fields, weights = CASE.config, dict(CASE.weights)
+    for stack in "LH":
+        for j in range(2):
+            prefix = f"model.{stack}_module.layers.{j}."
+            parts = [weights.pop(f"{prefix}self_attn.{name}_proj.weight") for name in ("gate", "q", "k", "v")]
+            weights[f"{prefix}attn.gqkv_proj.weight"] = torch.cat(parts)
+            weights[f"{prefix}attn.o_proj.weight"] = weights.pop(f"{prefix}self_attn.o_proj.weight")
+            parts = [weights.pop(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up")]
+            weights[f"{prefix}mlp.gate_up_proj.weight"] = torch.cat(parts)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    save_file(weights, tmp_path / "model.safetensors")
+    expected = engine("reference").forward(CASE.io["input_ids"])[0]
+    with Engine.from_pretrained(tmp_path, backend="reference") as model:
+        assert torch.equal(model.forward(CASE.io["input_ids"])[0], expected)
+    quantize_checkpoint(tmp_path, tmp_path / "int8.safetensors")
+    packed = engine("reference", quantize="int8").forward(CASE.io["input_ids"])[0]
+    with Engine.from_pretrained(tmp_path / "int8.safetensors", backend="reference") as model:
+        assert torch.equal(model.forward(CASE.io["input_ids"])[0], packed)
 
 
 VARIANTS = {

@@ -196,6 +196,9 @@ class Architecture(Generic[C, S]):
     aliases: Callable[[C], Mapping[str, str]] = lambda config: {}
     # The block that a tensor of a published checkpoint is; None for what is not used.
     stored_name: Callable[[C, str], str | None] = lambda config, name: name
+    # The tensors, by published names, that one of a published checkpoint holds below each other, of as many rows each;
+    # none where it holds itself.
+    joined: Callable[[C, str], Sequence[str]] = lambda config, name: ()
     # A published state dict as the model defines it, where training leaves another.
     adopt: Callable[[C, dict[str, Tensor]], dict[str, Tensor]] = lambda config, tensors: tensors
 

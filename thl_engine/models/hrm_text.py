@@ -10,6 +10,7 @@ block by block over all of a prompt, PIECE tokens at a time, which bounds its me
 bytes of one token from the disk. A longer one reads a block once for each piece, whose products take far longer.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -102,6 +103,20 @@ def blocks(config: HRMTextConfig) -> tuple[Block, ...]:
 def aliases(config: HRMTextConfig) -> dict[str, str]:
     """Names that published checkpoints repeat, and the tensors that they repeat."""
     return {HEAD: TABLE} if config.tie_word_embeddings else {}
+
+
+def stored_name(config: HRMTextConfig, name: str) -> str:
+    """The block's name for a name in a published checkpoint; earlier ones call attention otherwise."""
+    return re.sub(r"^(model\.[LH]_module\.layers\.\d{1,5}\.)attn\.", r"\1self_attn.", name)
+
+
+def joined(config: HRMTextConfig, name: str) -> tuple[str, ...]:
+    """The projections that earlier checkpoints hold as one: the gate before query, key and value; gate before up."""
+    before, found, last = name.rpartition(".gqkv_proj.")
+    if found:
+        return tuple(f"{before}.{part}_proj.{last}" for part in ("gate", "q", "k", "v"))
+    before, found, last = name.rpartition(".mlp.gate_up_proj.")
+    return tuple(f"{before}.mlp.{part}_proj.{last}" for part in ("gate", "up")) if found else ()
 
 
 def walk(config: HRMTextConfig, *, cycles: str | Sequence[int] | None = None) -> Walk:
@@ -388,6 +403,8 @@ ARCHITECTURE: Architecture[HRMTextConfig, State] = Architecture(
     blocks=blocks,
     initial=initial,
     aliases=aliases,
+    stored_name=stored_name,
+    joined=joined,
     walk=walk,
     pass_walk=pass_walk,
     head=head,
