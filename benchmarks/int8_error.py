@@ -32,6 +32,7 @@ CASES = {
     "inl": ["full_forward_early", "greedy"],
     "him": ["encode3", "padding_mask", "reconstruction"],
     "hrm": ["forward_n1t1", "forward_n2t2", "forward_n3t2", "forward_n6t4"],
+    "hrm_text": ["causal", "prefix", "greedy_prefix"],
     "gemma3n": ["forward48", "greedy16"],
     "gemma4": ["forward33", "forward40", "greedy16"],
 }
@@ -53,8 +54,9 @@ def logits(engine: Engine, meta: dict, io: dict[str, Tensor]) -> Iterator[Tensor
             mask = io["attention_mask"][number] if "attention_mask" in io else None
             yield engine.forward(tokens, state, mask=mask, reconstruction=meta["kind"] == "him_reconstruction")[0]
     else:
-        cycles = {"cycles": (meta["run"]["N"], meta["run"]["T"])} if engine.model_type == "hrm" else {}
-        yield engine.forward(io.get("input_ids", io.get("output_ids")), **cycles)[0]
+        inputs = {"cycles": (meta["run"]["N"], meta["run"]["T"])} if engine.model_type == "hrm" else {}
+        inputs |= {name: io[name] for name in ("token_type_ids",) if name in io}
+        yield engine.forward(io.get("input_ids", io.get("output_ids")), **inputs)[0]
 
 
 def errors(model: str, case: str) -> dict[str, dict]:

@@ -218,6 +218,7 @@ MODELS = {
     "inl": "full_forward_early",
     "him": "encode3",
     "hrm": "forward_n2t2",
+    "hrm_text": "causal",
     "gemma3n": "forward48",
     "gemma4": "forward40",
     "hrm_gemma3n": None,

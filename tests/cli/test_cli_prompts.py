@@ -132,17 +132,17 @@ def test_a_second_turn_continues_the_first(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     save_file(inl_tensors(config), tmp_path / "model.safetensors")
     engine = Engine.from_pretrained(tmp_path, device="cpu")
-    first, state = answering._asked(engine, "hello", engine.new_state()), engine.new_state()
+    first, state = answering._asked(engine, "hello", engine.new_state(), None), engine.new_state()
     assert [words[i] for i in first] == "<bos> <|turn> user \n hello <turn|> \n <|turn> model \n".split(" ")
     engine.prefill(torch.tensor([[*first, words.index("world"), words.index("<turn|>")]]), state)
-    second = answering._asked(engine, "world", state)
+    second = answering._asked(engine, "world", state, None)
     turns = [("user", "hello"), ("assistant", "world"), ("user", "world")]
     whole = engine.tokenizer.chat([{"role": role, "content": text} for role, text in turns])
     assert [*first, words.index("world"), words.index("<turn|>"), *second] == whole
     # A template that leaves earlier answers out is asked anew, without a second <bos>.
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[-1].content }}\n{{ messages|length }}")
     with Engine.from_pretrained(tmp_path, device="cpu") as other:
-        assert words[answering._asked(other, "world", state)[0]] == "world"
+        assert words[answering._asked(other, "world", state, None)[0]] == "world"
 
 
 def test_an_old_torch_does_not_read_pickles(tmp_path, monkeypatch):

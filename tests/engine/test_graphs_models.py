@@ -23,8 +23,9 @@ CASES = [
     ("thl", True),
     ("inl", False),
     ("gemma3n", True),
+    ("hrm_text", False),
     ("gemma4", False),
-    *([("thl", False), ("inl", True), ("gemma3n", False), ("gemma4", True)] if GPU else []),
+    *([("hrm_text", True), ("thl", False), ("inl", True), ("gemma3n", False), ("gemma4", True)] if GPU else []),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore")  # the interpreter's arithmetic on what is captured and not yet made
 
@@ -47,7 +48,10 @@ def small(name: str):
             head_dim=4,
             read_topk=2,
         )
-    fields = load_case(FIXTURES / name / {"inl": "greedy", "gemma3n": "greedy16", "gemma4": "greedy16"}[name]).config
+    case = {"inl": "greedy", "gemma3n": "greedy16", "gemma4": "greedy16", "hrm_text": "causal"}[name]
+    fields = load_case(FIXTURES / name / case).config
+    if name == "hrm_text":
+        return parse_config({**fields, "num_layers_per_stack": 1, "L_cycles": 1}, name)
     change = (
         {"num_layers": 1}
         if name == "inl"

@@ -14,7 +14,7 @@ from fake_models import FakeModel, HostReads
 from live_bytes import LiveBytes
 
 from thl_engine import Engine
-from thl_engine.config import PRESETS, HIMConfig, HRMConfig, THLConfig
+from thl_engine.config import PRESETS, HIMConfig, HRMConfig, HRMTextConfig, THLConfig
 from thl_engine.device.caching_allocator import CachingAllocator
 from thl_engine.engine.resources import fragments, workspace
 from thl_engine.models.state import tensors_of
@@ -27,6 +27,7 @@ RECORDED = {
     "inl": "full_forward_early",
     "him": "encode3",
     "hrm": "forward_n2t2",
+    "hrm_text": "causal",
     "gemma3n": "forward48",
     "gemma4": "forward40",
 }
@@ -36,6 +37,7 @@ WIDE = {  # real widths, but few layers: activations of one layer at a time are 
     "inl": replace(PRESETS["inl-5b"], num_layers=2, num_iterations_per_layer=4),
     "him": HIMConfig(),
     "hrm": HRMConfig(halt_max_steps=2, H_layers=2, L_layers=2),
+    "hrm_text": HRMTextConfig(num_layers_per_stack=2),
     "gemma3n": replace(
         _e4b,
         num_hidden_layers=7,
@@ -100,7 +102,7 @@ def test_steps_stay_on_the_device_and_within_the_workspace(kind, backend, no_lau
     ops, fake, batch = load_ops(backend, "cpu"), FakeModel(kind, fields), 2
     model, config = fake.model, fake.config
     options = {"context": min(2000, config.max_seq_len)} if kind == "inl" else {}
-    if kind in ("gemma3n", "gemma4"):
+    if kind in ("gemma3n", "gemma4", "hrm_text"):
         options = {"context": min(2000, config.max_position_embeddings)}
     with fake.mode:
         state = fake.state(batch, **options)

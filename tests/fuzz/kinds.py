@@ -71,6 +71,8 @@ SMALL: dict[str, dict] = {
     "inl": dict(vocab_size=40, d_model=8, num_layers=2, num_heads=2, num_iterations_per_layer=2, max_seq_len=8),
     "him": dict(vocab_size=40, embed_dim=64, num_heads=4, num_kv_heads=2, num_encoder_layers=3, dim_feedforward=8),
     "hrm": dict(vocab_size=40, hidden_size=8, num_heads=2, L_layers=1, H_layers=1, expansion=1.0, halt_max_steps=2),
+    "hrm_text": dict(vocab_size=40, hidden_size=8, intermediate_size=8, num_layers_per_stack=1, num_attention_heads=2)
+    | dict(head_dim=4, max_position_embeddings=16),
     "gemma3n": GEMMA,
     "gemma4": GEMMA4,
     "hrm_gemma3n": GEMMA | {"hrm": dict(L_size=4, H_size=4, cycles=2, L_steps=2, L_rank=2, H_rank=2)},

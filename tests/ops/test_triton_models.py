@@ -11,7 +11,7 @@ from triton_device import DEVICE, poison  # noqa: F401
 from thl_engine import Engine
 from thl_engine.config import parse_config
 from thl_engine.kernels.triton import attention
-from thl_engine.models import architecture, kv_cache
+from thl_engine.models import architecture, hrm_text_block, kv_cache
 from thl_engine.ops.backends import load_ops
 from thl_engine.ops.weights import trainable
 
@@ -43,6 +43,21 @@ def test_gemma_recorded_tokens(model, monkeypatch, steps=3):
         if step == 0:
             state = engine.state_from_dict(state.to_dict())
     assert torch.equal(ids, case.io["output_ids"][:, : ids.shape[1]])
+
+
+def test_hrm_text_recorded_tokens(steps=2):
+    case, engine = opened("hrm_text", "greedy_prefix", kv_cache="float32")
+    logits, state = engine.prefill(case.io["prompt_ids"], engine.new_state())
+    for step in range(steps):
+        close(logits, case.io["step_logits"][:, step])
+        logits, state = engine.step(logits.argmax(dim=-1), state)
+
+
+def test_hrm_text_prefixes_in_pieces(monkeypatch):
+    monkeypatch.setattr(hrm_text_block, "PIECE", 5)
+    case, engine = opened("hrm_text", "prefix")
+    logits, _ = engine.forward(case.io["input_ids"][:, :12], token_type_ids=case.io["token_type_ids"][:, :12])
+    close(logits, case.io["logits"][:, :12])
 
 
 def test_heads_too_wide_for_the_kernel(monkeypatch):
@@ -117,6 +132,7 @@ class Launches:
     [
         ("inl", "greedy", {"kv_cache": "int8", "sliding_window": 4}),
         ("gemma3n", "greedy16", {}),
+        ("hrm_text", "causal", {}),
         ("gemma4", "greedy16", {"kv_cache": "int8"}),
     ],
 )

@@ -139,6 +139,19 @@ def test_pins_and_ring_against_the_optimum():
     assert total <= best
 
 
+@pytest.mark.parametrize("high, low", [(2, 3), (1, 4), (3, 1)])
+def test_revisited_stacks_are_pinned_best(high, low):
+    """HRM-Text's walk, pages of one size: no other choice of pages to pin, of all there are, moves fewer bytes."""
+    fast, slow = list(range(3)), list(range(3, 6))
+    period = (fast * low + slow) * high
+    uses = {page: float(period.count(page)) for page in period}
+    for capacity in range(LEAST_SLOTS, len(uses)):
+        room = capacity - LEAST_SLOTS
+        got = steady_fetches(period, set(pins(uses, dict.fromkeys(uses, 1), room)), LEAST_SLOTS)
+        every = itertools.chain.from_iterable(itertools.combinations(uses, n) for n in range(room + 1))
+        assert got == min(steady_fetches(period, set(some), LEAST_SLOTS) for some in every), capacity
+
+
 def test_beladys_rule_is_the_optimum():
     choose = random.Random(2)
     for _ in range(60):

@@ -123,3 +123,28 @@ def test_templates_of_a_folder(tmp_path):
         (tmp_path / "additional_chat_templates" / f"{number}.jinja").write_text("x")
     with pytest.raises(TokenizerError, match="66 templates, expected at most 64"):
         companions_beside(tmp_path)
+
+
+def test_answers_asked_for_by_tags():
+    """HRM-Text's instructions, with the published tokens or those that the tokenizer's files name."""
+    tags = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|object_ref_start|>",
+        "<|object_ref_end|>",
+        "<|quad_start|>",
+        "<|quad_end|>",
+    ]
+    text = written(added=[AddedToken(tag, special=True) for tag in tags])
+    tokenizer = load_tokenizer(text, 11, "here")
+    assert not tokenizer.has_template
+    assert tokenizer.conditioned("hello", "synth,cot") == [5, 10, 8, 3, 6]
+    assert tokenizer.conditioned("hello", " direct ") == [5, 7, 3, 6]
+    assert tokenizer.conditioned("hello", "") == [5, 3, 6]
+    with pytest.raises(TokenizerError, match="condition 'loud' is unknown; there are direct, cot, noisy, synth"):
+        tokenizer.conditioned("hello", "loud")
+    named = {"condition_mapping": {"loud": "<|quad_end|>"}, "boq": "<bos>", "eoq": "<eos>"}
+    files = join_files({"tokenizer.json": text, "tokenizer_config.json": json.dumps(named)})
+    assert load_tokenizer(files, 11, "here").conditioned("hello", "loud") == [1, 10, 3, 2]
+    with pytest.raises(TokenizerError, match="the vocabulary lacks '<|im_start|>'"):
+        load_tokenizer(written(), 5, "here").conditioned("hello", "direct")

@@ -20,7 +20,19 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32")  # of published counters, which are vectors like any other once loaded
 COMPARED_ELEMENTS = 8 << 20  # of two tensors at a time
 
+
+class Described(Protocol):
+    """What is known of a tensor before it is read: a dtype of safetensors and a shape."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 T = TypeVar("T")
+D = TypeVar("D", bound=Described)
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,29 @@ class Source:
     dtype: str
     shape: tuple[int, ...]
     rows: Callable[[int, int], torch.Tensor]
+
+
+def split_joined(config: Config, found: Mapping[str, D], rows: Callable[[D, str, int, int], D]) -> dict[str, D]:
+    """Tensors by published names, each by itself where a checkpoint holds several as one.
+
+    rows: rows [start, stop) of a tensor, as one of that name.
+    """
+    joined, out = architecture(config.model_type).joined, dict[str, D]()
+    for name, tensor in found.items():
+        parts = joined(config, name)
+        if not parts or not tensor.shape or tensor.shape[0] % len(parts):
+            out[name] = tensor
+            continue
+        count = tensor.shape[0] // len(parts)
+        for i, part in enumerate(parts):
+            out[part] = rows(tensor, part, i * count, (i + 1) * count)
+    return out
+
+
+def rows_of_source(source: Source, name: str, start: int, stop: int) -> Source:
+    """Rows [start, stop) as a tensor of their own."""
+    rows = source.rows
+    return Source(source.dtype, (stop - start, *source.shape[1:]), lambda a, b: rows(start + a, start + b))
 
 
 def without_aliases(config: Config, found: Mapping[str, T]) -> dict[str, T]:
@@ -86,16 +121,6 @@ def _equal(one: Source, other: Source) -> bool:
         if not torch.equal(a, b) and not torch.allclose(a.double(), b.double(), rtol=0.0, atol=0.0, equal_nan=True):
             return False
     return True
-
-
-class Described(Protocol):
-    """What is known of a tensor before it is read: a dtype of safetensors and a shape."""
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 def check_tensors(blocks: Sequence[Block], found: Mapping[str, Described], model_type: str, where: str) -> None:

@@ -9,7 +9,7 @@ checked; every failure is a `CheckpointError` of one line that names file, tenso
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,12 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+
+    def part(self, name: str, start: int, stop: int) -> "TensorInfo":
+        """Rows [start, stop) as a tensor of that name."""
+        row = self.nbytes // self.shape[0] if self.shape[0] else 0
+        shape, offset = (stop - start, *self.shape[1:]), self.offset + start * row
+        return replace(self, name=name, shape=shape, offset=offset, nbytes=(stop - start) * row)
 
 
 @dataclass(frozen=True)

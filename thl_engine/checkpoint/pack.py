@@ -34,7 +34,16 @@ from pathlib import Path
 import torch
 
 from thl_engine.checkpoint.checksum import crc32c
-from thl_engine.checkpoint.contents import FLOATS, Source, check_counts, check_repeats, check_tensors, without_aliases
+from thl_engine.checkpoint.contents import (
+    FLOATS,
+    Source,
+    check_counts,
+    check_repeats,
+    check_tensors,
+    rows_of_source,
+    split_joined,
+    without_aliases,
+)
 from thl_engine.checkpoint.index import DTYPES
 from thl_engine.checkpoint.quant import GROUP, quantize_rows, scale_shape
 from thl_engine.config import Config
@@ -258,6 +267,7 @@ def plan_pack(
         raise ConfigError(f"group is {group!r}, expected {GROUP} together with quantize 'int8', or none")
     check_counts(config, len(sources), where)
     blocks = architecture(config.model_type).blocks(config)
+    sources = split_joined(config, sources, rows_of_source)
     check_repeats(config, sources, where)
     sources = without_aliases(config, sources)
     check_tensors(blocks, sources, config.model_type, where)

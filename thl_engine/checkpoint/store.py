@@ -18,7 +18,14 @@ import torch
 
 from thl_engine.checkpoint.adapter_folder import adapted_config, base_of, is_adapter_folder, read_adapters
 from thl_engine.checkpoint.checksum import crc32c
-from thl_engine.checkpoint.contents import Source, check_counts, check_repeats, check_tensors, without_aliases
+from thl_engine.checkpoint.contents import (
+    Source,
+    check_counts,
+    check_repeats,
+    check_tensors,
+    split_joined,
+    without_aliases,
+)
 from thl_engine.checkpoint.index import (
     DTYPE_NAMES,
     DTYPES,
@@ -228,6 +235,7 @@ def _open_plain(path: Path, index: CheckpointIndex) -> Store:
     fields, where = find_config(index)
     config = parse_config(fields, where=where)
     check_counts(config, len(index.tensors), str(path))
+    index = replace(index, tensors=split_joined(config, index.tensors, TensorInfo.part))
     check_repeats(config, {name: _source(info) for name, info in index.tensors.items()}, str(path))
     index = replace(index, tensors=without_aliases(config, index.tensors))
     blocks = architecture(config.model_type).blocks(config)

@@ -116,6 +116,7 @@ def _stream(
         prompts,
         max_new_tokens=arguments.max_new_tokens,
         chat=arguments.chat,
+        condition=arguments.condition,
         stop=[_argument(text) for text in arguments.stop],
         sampling=_sampling(arguments),
         state=state,

@@ -114,7 +114,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
         '"input"; each is answered at the model\'s own length',
     )
     batch.add_argument("--output", metavar="FILE", help='where to write that list with "output" and "ids" added')
-    thinking = parser.add_argument_group("models that think in cycles (hrm, hrm_gemma3n)")
+    thinking = parser.add_argument_group("models that think in cycles (hrm, hrm_text, hrm_gemma3n)")
     _mode(thinking)
     thinking.add_argument("--max-cycles", type=int, metavar="N", help="hrm_gemma3n: cycles that a token takes at most")
     thinking.add_argument(
@@ -123,7 +123,12 @@ def _run(parser: argparse.ArgumentParser) -> None:
         help="follow the rules of the published chat, the only way in which the published model "
         "writes: the last 60 tokens of the prompt; an end at <PAD>, <EOS> or the 11th "
         "repetition of a token (default: for hrm models, yes); of other models: ask for an answer to the prompt by the "
-        "chat template of the checkpoint, which needs jinja2",
+        "chat template of the checkpoint, which needs jinja2, or where it has none by hrm_text's tags",
+    )
+    thinking.add_argument(
+        "--condition",
+        metavar="TAGS",
+        help="hrm_text: with --chat, tags of the answer: direct, cot, noisy, synth, or several (default: synth,cot)",
     )
     report = parser.add_argument_group("output")
     report.add_argument("--stats", action="store_true", help="end with speed, traffic and memory on stderr")
@@ -138,6 +143,8 @@ def _run(parser: argparse.ArgumentParser) -> None:
 def _check_files(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.prompt_ids is not None and (arguments.prompt is not None or arguments.chat):
         parser.error("--prompt-ids goes without --prompt and --chat")
+    if arguments.condition is not None and not arguments.chat:
+        parser.error("--condition goes with --chat")
     if (arguments.input is None) != (arguments.output is None):
         parser.error("--input and --output go together")
     excluded = ("prompt", "prompt_ids", "stop", "state", "save_state", "json", "mode", "chat", "repetition_penalty")
@@ -150,9 +157,9 @@ def _mode(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--mode",
         metavar="M",
-        help="hrm: cycles of a segment, fast, normal, deep, thorough or "
-        "extreme; hrm_gemma3n: cycles of a token, math, code or agent; or "
-        "NxT such as 3x2 (default: normal, and the model's own)",
+        help="hrm: cycles of a segment, hrm_text: of a token, fast, normal, deep, thorough or extreme; hrm_gemma3n: "
+        "cycles of a token, math, code or agent; or NxT such as 3x2; other cycles than the model was trained with "
+        "change what it computes (default: hrm normal, others the model's own)",
     )
 
 

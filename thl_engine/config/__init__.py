@@ -11,6 +11,7 @@ from thl_engine.config.gemma4 import Gemma4Config
 from thl_engine.config.him import HIM_POSITIONS, HIMConfig
 from thl_engine.config.hrm import HRMConfig
 from thl_engine.config.hrm_gemma3n import HRMGemma3nConfig, ReasoningConfig
+from thl_engine.config.hrm_text import HRMTextConfig
 from thl_engine.config.inl import INLConfig
 from thl_engine.config.parse import CONFIGS, parse_config, unapplied
 from thl_engine.config.presets import PRESETS, named_config
@@ -30,6 +31,7 @@ __all__ = [
     "HIMConfig",
     "HRMConfig",
     "HRMGemma3nConfig",
+    "HRMTextConfig",
     "INLConfig",
     "ReasoningConfig",
     "THLConfig",

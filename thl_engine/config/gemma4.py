@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from thl_engine.config.base import LARGEST_COUNT, require
 from thl_engine.config.gemma import FULL, SLIDING, GemmaConfig
-from thl_engine.config.published import refuse_other_values, rope_types, text_part
+from thl_engine.config.published import TEXT, refuse_variants, rope_types, text_part
 from thl_engine.errors import ConfigError, shown
 
 _PATTERN = (SLIDING,) * 5 + (FULL,)  # of layers whose types are not given
@@ -102,7 +102,7 @@ def gemma4_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     field then changes, has one for each. Raises ConfigError for variants that are computed differently.
     """
     values, where = text_part(given, where, "Gemma 4")
-    refuse_other_values(values, where)
+    refuse_variants(values, TEXT, where)
     if values.pop("enable_moe_block", None):
         raise ConfigError(f"{where}: enable_moe_block is true; layers with experts are not supported, dense ones are")
     sees = values.pop("use_bidirectional_attention", None)

@@ -13,6 +13,7 @@ from thl_engine.config.gemma4 import Gemma4Config
 from thl_engine.config.him import HIMConfig
 from thl_engine.config.hrm import HRMConfig
 from thl_engine.config.hrm_gemma3n import HRMGemma3nConfig
+from thl_engine.config.hrm_text import HRMTextConfig
 from thl_engine.config.inl import INLConfig
 from thl_engine.config.published import MODEL_TYPES
 from thl_engine.config.thl import THLConfig
@@ -24,7 +25,16 @@ _PLURALS = {int: "whole numbers", float: "numbers", str: "names"}
 
 CONFIGS: dict[str, type[Config]] = {
     cls.model_type: cls
-    for cls in (THLConfig, HRMConfig, INLConfig, HIMConfig, Gemma3nConfig, HRMGemma3nConfig, Gemma4Config)
+    for cls in (
+        THLConfig,
+        HRMConfig,
+        HRMTextConfig,
+        INLConfig,
+        HIMConfig,
+        Gemma3nConfig,
+        HRMGemma3nConfig,
+        Gemma4Config,
+    )
 }
 
 

@@ -4,6 +4,7 @@ from thl_engine.config.base import Config
 from thl_engine.config.gemma import FULL, SLIDING
 from thl_engine.config.gemma3n import Gemma3nConfig
 from thl_engine.config.gemma4 import Gemma4Config
+from thl_engine.config.hrm_text import HRMTextConfig
 from thl_engine.config.inl import INLConfig
 from thl_engine.errors import ConfigError
 
@@ -50,6 +51,7 @@ PRESETS: dict[str, Config] = {
     for name, (width, layers, heads, steps) in _INL_SIZES.items()
 } | {
     "gemma3n-e4b": Gemma3nConfig(),
+    "hrm_text-1b": HRMTextConfig(),
     "gemma4-e2b": _gemma4(1536, 6144, 35, 20, 1, 4, wide=True),
     "gemma4-e4b": _gemma4(2560, 10240, 42, 18, 2, 5, wide=False),
 }

@@ -7,8 +7,8 @@ from thl_engine.errors import ConfigError, shown
 
 # model_type of a part that is published by itself -> the architecture that it is.
 MODEL_TYPES = {"gemma3n_text": "gemma3n", "gemma4_text": "gemma4"}
-# Fields that choose among implementations elsewhere, and the values that mean what is computed here.
-_FIXED: dict[str, Any] = {
+# Fields of Gemma's text part that choose among implementations elsewhere, and the values that mean what is computed here.
+TEXT: dict[str, Any] = {
     "hidden_activation": "gelu_pytorch_tanh",
     "attention_bias": False,
     "tie_word_embeddings": True,
@@ -16,8 +16,8 @@ _FIXED: dict[str, Any] = {
     "rope_scaling": None,
 }
 _ROPES = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
-_PER_LAYER = ("intermediate_size", "activation_sparsity_pattern")
 _OTHER_PARTS = ("vision_config", "audio_config")
+_PER_LAYER = ("intermediate_size", "activation_sparsity_pattern")
 
 
 def gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     computed differently.
     """
     values, where = text_part(given, where, "Gemma-3n")
-    refuse_other_values(values, where)
+    refuse_variants(values, TEXT, where)
     ropes = values.pop("rope_parameters", None)
     if ropes is not None:
         values |= _rope_bases(ropes, f"{where}: rope_parameters")
@@ -36,6 +36,29 @@ def gemma3n_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in _PER_LAYER:
         if isinstance(layers, int) and 0 < layers < 10000 and isinstance(values.get(name), (int, float)):
             values[name] = [values[name]] * layers
+    return values
+
+
+def hrm_text_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of `HRMTextConfig` from a published config.json of HRM-Text.
+
+    `num_hidden_layers` are the blocks of a stack, unless `num_layers_per_stack` says those: then they are all passes
+    through blocks that a token makes, which follow from the rest. Raises ConfigError for variants that are computed
+    differently.
+    """
+    values = dict(given)
+    _refuse_quantization(values.pop("quantization_config", None), where)
+    passes = values.pop("num_hidden_layers", None)
+    if values.get("num_layers_per_stack") is None:
+        values.pop("num_layers_per_stack", None)
+        if passes is not None:
+            values["num_layers_per_stack"] = passes
+    refuse_variants(values, {"hidden_act": "silu", "rope_scaling": None}, where)
+    rope = values.pop("rope_parameters", None)
+    if rope is not None:
+        values["rope_theta"] = _rope_base(rope, f"{where}: rope_parameters", values.get("rope_theta", 1e4))
+    if values.get("L_bp_cycles", ()) is None:
+        del values["L_bp_cycles"]
     return values
 
 
@@ -64,25 +87,40 @@ def text_part(given: Mapping[str, Any], where: str, family: str) -> tuple[dict[s
             f"{where}: found parts for images or sound without a text_config; supported is the text part "
             f"of {family}, alone or beside those"
         )
+    _refuse_quantization(quantization, where)
+    values.pop("quantization_config", None)
+    return values, where
+
+
+def _refuse_quantization(quantization: Any, where: str) -> None:
+    """Raises ConfigError where another tool quantised the checkpoint."""
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
         raise ConfigError(
             f"{where}: the checkpoint was quantised by another tool (quantization_config: {shown(method)}); "
             "supported are float checkpoints, and those of `thl quantize`, which makes int8 of them"
         )
-    values.pop("quantization_config", None)
-    return values, where
 
 
-def refuse_other_values(values: dict[str, Any], where: str) -> None:
-    """Takes out the fields that choose among implementations elsewhere. Raises ConfigError unless they choose this."""
-    for name, computed in _FIXED.items():
+def refuse_variants(values: dict[str, Any], fixed: Mapping[str, Any], where: str) -> None:
+    """Takes fields away that choose among implementations; raises ConfigError where they mean another than `fixed`."""
+    for name, computed in fixed.items():
         value = values.pop(name, computed)
         if value != computed:
-            raise ConfigError(
-                f"{where}: {name} is {shown(value)}; supported is {'null' if computed is None else shown(computed)}, "
-                "as in published models"
-            )
+            supported = "null" if computed is None else shown(computed)
+            raise ConfigError(f"{where}: {name} is {shown(value)}; supported is {supported}, as in published models")
+
+
+def _rope_base(rope: Any, where: str, base: Any) -> Any:
+    """The base of a rotation of the ordinary kind, `base` where none is given."""
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"{where} must be an object with rope_theta, found {shown(rope)}")
+    for name, value in rope.items():
+        if name == "rope_theta":
+            base = value
+        elif (name, value) != ("rope_type", "default"):
+            raise ConfigError(f"{where}: {name} is {shown(value)}; supported are rope_type 'default' and rope_theta")
+    return base
 
 
 def rope_types(given: Any, where: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -98,13 +136,5 @@ def rope_types(given: Any, where: str) -> Iterator[tuple[str, str, Mapping[str, 
 
 
 def _rope_bases(given: Any, where: str) -> dict[str, Any]:
-    out = {}
-    for kind, field, rope in rope_types(given, where):
-        for name, value in rope.items():
-            if name == "rope_theta":
-                out[field] = value
-            elif (name, value) != ("rope_type", "default"):
-                raise ConfigError(
-                    f"{where}: {kind}: {name} is {shown(value)}; supported are rope_type 'default' and rope_theta"
-                )
-    return out
+    bases = {field: _rope_base(rope, f"{where}: {kind}", None) for kind, field, rope in rope_types(given, where)}
+    return {field: base for field, base in bases.items() if base is not None}

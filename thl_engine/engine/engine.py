@@ -16,10 +16,10 @@ from torch import Tensor
 from thl_engine.checkpoint.spool import spool_store, spool_tensors
 from thl_engine.checkpoint.store import Store, open_store
 from thl_engine.device.device_memory import DeviceMemory
-from thl_engine.engine.generation import Piece, Row, generate, prompt_ids
+from thl_engine.engine.generation import Piece, Row, generate, prompt_ids, together
 from thl_engine.engine.options import EngineOptions, check_count
 from thl_engine.engine.passes import Passes
-from thl_engine.engine.prompts import NEW_TOKENS, bytes_as_text, check_new_tokens, new_tokens
+from thl_engine.engine.prompts import bytes_as_text, check_new_tokens, new_tokens
 from thl_engine.engine.resources import (
     Serve,
     choose_device,
@@ -343,26 +343,26 @@ class Engine:
         Options as in `generate`, those of `new_state` in `state_options`. Each prompt has a sampler of its own, so its
         text is what it gives alone with the same seed. An engine with a memory budget is opened with
         batch_size=len(prompts), which leaves room for their states. Where the sequences of a batch share their memory
-        (HIM), prompts are answered one after the other.
+        (HIM), prompts are answered one after the other; where each is read as a whole (HRM-Text), those of one length
+        together.
         """
         self._check_usable()
         if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not prompts:
             raise ConfigError(f"prompts is {shown(prompts)}; it must be a list of at least one prompt")
         sampling, options = Sampling(temperature, top_k, top_p, repetition_penalty, seed), dict(state_options or {})
         rows = [self._row(prompt, max_new_tokens, sampling, stop) for prompt in prompts]
-        if self.architecture.rows_meet:
-            for row in rows:
-                row.limit(NEW_TOKENS if max_new_tokens is None else max_new_tokens)
-            return (
-                (i, piece)
-                for i, row in enumerate(rows)
-                for _, piece in generate(self, [row], self.new_state(**options))
-            )
-        state = self.new_state(len(rows), **options)
+        groups = together(self.architecture, self.config, [len(row.prompt) for row in rows])
+        state = self.new_state(len(groups[0]), **options)
         count = self._new_tokens(state, max(len(row.prompt) for row in rows), max_new_tokens)
         for row in rows:
             row.limit(count)
-        return generate(self, rows, state)
+        if len(groups) == 1:
+            return generate(self, rows, state)
+        return (
+            (group[i], piece)
+            for group in groups
+            for i, piece in generate(self, [rows[i] for i in group], self.new_state(len(group), **options))
+        )
 
     def _row(
         self,

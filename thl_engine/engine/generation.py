@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from thl_engine.config import Config
 from thl_engine.errors import ConfigError, shown
+from thl_engine.models.contract import AnyArchitecture
 from thl_engine.models.state import State
 from thl_engine.text.sampler import Sampler, StopStrings
 from thl_engine.text.tokenizer import StreamDecoder, Tokenizer
@@ -81,6 +83,16 @@ class Row:
     def token(self, position: int) -> int:
         """The token at a position of the sequence, or the last one there is."""
         return self._history[min(position, len(self._history) - 1)]
+
+
+def together(architecture: AnyArchitecture, config: Config, lengths: Sequence[int]) -> list[list[int]]:
+    """Which of the prompts of these lengths can share a state, by their indices."""
+    everyone = list(range(len(lengths)))
+    if architecture.rows_meet:
+        return [[i] for i in everyone]
+    if architecture.whole_prompts(config):
+        return [[i for i in everyone if lengths[i] == length] for length in dict.fromkeys(lengths)]
+    return [everyone]
 
 
 def generate(engine: Steps, rows: Sequence[Row], state: State) -> Iterator[tuple[int, Piece]]:

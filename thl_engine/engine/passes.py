@@ -123,7 +123,10 @@ class Passes:
         """Tells the pager which passes over the weights `count` tokens take."""
         passes = -(-count // self.architecture.chunk(self.config))
         schedule, t = self.schedule(state), self._starts_at(state, count)
-        if passes == 1:
+        if passes == 1 and count > 1 and self.architecture.pass_walk is not None:
+            names = self.architecture.pass_walk(self.config, count, **state.options).reads(t)
+            self.pager.begin(None, lambda: schedule.once_then(names, t + 1), schedule.may_stop)
+        elif passes == 1:
             self.pager.begin(self._key(state, t), lambda: schedule.decode(t), schedule.may_stop)
         else:
             self.pager.begin(("prompt", t, passes), lambda: schedule.prompt(t, passes), schedule.may_stop)

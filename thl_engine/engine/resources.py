@@ -65,6 +65,7 @@ def divide_memory(
             reserve_bytes=needed.reserve,
             work=work,
             nominal=nominal(device),
+            smaller_state="options context and kv_cache" if "context" in store.architecture.state_options else "",
             host_room=room,
         )
 

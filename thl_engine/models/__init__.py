@@ -1,6 +1,6 @@
 """The architectures, each defined once in terms of `ops`; the contract that they keep is in contract.py."""
 
-from thl_engine.models import gemma3n, gemma4, him, hrm, hrm_gemma3n, inl, thl
+from thl_engine.models import gemma3n, gemma4, him, hrm, hrm_gemma3n, hrm_text, inl, thl
 from thl_engine.models.contract import AnyArchitecture
 
 ARCHITECTURES: dict[str, AnyArchitecture] = {
@@ -8,6 +8,7 @@ ARCHITECTURES: dict[str, AnyArchitecture] = {
     for own in (
         thl.ARCHITECTURE,
         hrm.ARCHITECTURE,
+        hrm_text.ARCHITECTURE,
         him.ARCHITECTURE,
         inl.ARCHITECTURE,
         gemma3n.ARCHITECTURE,

@@ -39,6 +39,12 @@ class WalkHook(Protocol[C_in]):
     def __call__(self, config: C_in, *args: Any, **options: Any) -> Walk: ...
 
 
+class PassWalkHook(Protocol[C_in]):
+    """Which matrices one `advance` of `count` tokens reads; keyword arguments as of `walk`."""
+
+    def __call__(self, config: C_in, count: int, *args: Any, **options: Any) -> Walk: ...
+
+
 class InitialHook(Protocol[C_in]):
     """Freshly initialised rows of one tensor, float32 on the CPU, as published."""
 
@@ -190,11 +196,16 @@ class Architecture(Generic[C, S]):
     aliases: Callable[[C], Mapping[str, str]] = lambda config: {}
     # The block that a tensor of a published checkpoint is; None for what is not used.
     stored_name: Callable[[C, str], str | None] = lambda config, name: name
+    # The tensors, by published names, that one of a published checkpoint holds below each other, of as many rows each;
+    # none where it holds itself.
+    joined: Callable[[C, str], Sequence[str]] = lambda config, name: ()
     # A published state dict as the model defines it, where training leaves another.
     adopt: Callable[[C, dict[str, Tensor]], dict[str, Tensor]] = lambda config, tensors: tensors
 
     # What each step reads and takes.
     walk: WalkHook[C]
+    # The same of an `advance` that takes several tokens, where that is not the walk of a step.
+    pass_walk: PassWalkHook[C] | None = None
     head: Callable[[C], tuple[str, ...]]  # matrices that the logits read, apart from the steps
     # Step of the walk that `count` tokens begin at.
     starts_at: Callable[[C, S, int], int] = lambda config, state, count: state.timestep
@@ -225,6 +236,8 @@ class Architecture(Generic[C, S]):
     longest: Callable[[C], int | None] = lambda config: (
         None
     )  # tokens that a sequence may have at most; None: any number
+    # A prompt is read as a whole: what comes behind its first part changes what that part gives.
+    whole_prompts: Callable[[C], bool] = lambda config: False
     rows_meet: bool = False  # sequences of a batch depend on each other
 
     # The maths.
@@ -246,6 +259,7 @@ class Architecture(Generic[C, S]):
     answering: Literal["text", "chat", "block"] = (
         "text"  # goes on with a text; follows HRM's chat rules; a pass, a block
     )
+    conditions: bool = False  # answers are asked for by tags, unless the checkpoint has a chat template
     byte_text: bool = False  # without a tokenizer, a text is its bytes, as `ByteTokenizer` numbers them
     effort: Effort[C] | None = None
     growth: Growth | None = None

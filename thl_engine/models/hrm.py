@@ -50,6 +50,17 @@ def parse_cycles(value: str | Sequence[int], presets: Mapping[str, tuple[int, in
     return pair
 
 
+def stored_cycles(values: Mapping[str, Tensor], presets: Mapping[str, tuple[int, int]] = PRESETS) -> tuple[int, int]:
+    """The cycles that a stored state was made with. Raises CheckpointError."""
+    given = values.get("cycles")
+    if given is None or given.dtype != torch.int64 or given.shape != (2,):
+        raise CheckpointError("state: field 'cycles' is missing or not two whole numbers")
+    try:
+        return parse_cycles(tuple(given.tolist()), presets)
+    except ConfigError as error:
+        raise CheckpointError(f"state: {error}") from None
+
+
 @dataclass
 class State(BaseState):
     """The last tokens of a batch of sequences, all that a step needs of the past.
@@ -242,11 +253,7 @@ def state_from_dict(
     window = taken["window"]
     if window.numel() and not 0 <= int(window.min()) <= int(window.max()) < config.vocab_size:
         raise CheckpointError(f"state: field 'window' holds ids outside the vocabulary of {config.vocab_size}")
-    try:
-        cycles = parse_cycles(tuple(taken["cycles"].tolist()))
-    except ConfigError as error:
-        raise CheckpointError(f"state: {error}") from None
-    return State(timestep=count, window=window, valid=valid, cycles=cycles)
+    return State(timestep=count, window=window, valid=valid, cycles=stored_cycles(taken))
 
 
 def workspace(config: HRMConfig, state: State) -> tuple[int, int]:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from thl_engine.config import LARGEST_CYCLES, HRMGemma3nConfig
-from thl_engine.errors import CheckpointError, ConfigError
+from thl_engine.errors import ConfigError
 from thl_engine.models import gemma, gemma3n, hrm, low_rank
 from thl_engine.models.contract import Adapters, Architecture, Effort, Ops, Record, Weights
 from thl_engine.ops.weights import Held
@@ -209,13 +209,7 @@ def state_from_dict(
 
     Raises CheckpointError on a missing field or a wrong value.
     """
-    given = values.get("cycles")
-    if given is None or given.dtype != torch.int64 or given.shape != (2,):
-        raise CheckpointError("state: field 'cycles' is missing or not two whole numbers")
-    try:
-        cycles = hrm.parse_cycles(tuple(given.tolist()), PRESETS)
-    except ConfigError as error:
-        raise CheckpointError(f"state: {error}") from None
+    cycles = hrm.stored_cycles(values, PRESETS)
     rest = {name: value for name, value in values.items() if name != "cycles"}
     return _state(gemma.state_from_dict(config, rest, ops, device, **options), cycles)
 

@@ -232,6 +232,20 @@ def empty(
     return KVCache(layers)
 
 
+def checked_context(context: int | None, limit_name: str, limit: int, rows: str) -> int:
+    """The positions that a sequence may grow to: `context`, or the most that the model has where that is None.
+
+    rows: how the cache is to hold them. Raises ConfigError for a context or rows that cannot be.
+    """
+    if rows not in FORMATS:
+        raise ConfigError(f"kv_cache is {rows!r}; it must be one of {', '.join(FORMATS)}")
+    if context is None:
+        return limit
+    if isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= limit:
+        raise ConfigError(f"context is {context!r}; it must be a whole number from 1 to {limit_name} ({limit})")
+    return context
+
+
 def check_room(length: int, context: int, limit_name: str, limit: int) -> None:
     """Raises ConfigError if `length` positions are more than the context; `limit`: the most that the model has."""
     if length > context:

@@ -14,6 +14,11 @@ class Compositions(Products):
         """What an adapter adds to the product of its base."""
         return self.linear(self.linear(x, matrix.down).mul_(matrix.scale), matrix.up)
 
+    def sigmoid_gate(self, gate: Tensor, x: Tensor) -> Tensor:
+        """sigmoid(gate) * x, both [..., D]: what a GRU does with its state, and gated attention with its output."""
+        width = x.shape[-1]
+        return self.gru_reset(gate.reshape(-1, width), x.reshape(-1, width)).view(x.shape)
+
     def geglu_linears(self, x: Tensor, gate: Matrix | Adapted, up: Matrix | Adapted) -> Tensor:
         """`geglu` of x through both matrices."""
         return self.geglu(*self.linears(x, [gate, up]))

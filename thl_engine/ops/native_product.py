@@ -37,7 +37,7 @@ class Product:
         self, matrices: Sequence[Matrix], bias: Tensor | None = None, gelu: bool = False, addend: Tensor | None = None
     ) -> list[Tensor]:
         """[..., R] of every matrix [R, C]."""
-        outs = []
+        outs, addend = [], None if addend is None else even_rows(addend)
         for matrix in matrices:
             out = torch.empty(*self._x.shape[:-1], matrix.shape[0])
             for part in matrix.parts():

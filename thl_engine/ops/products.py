@@ -13,6 +13,7 @@ class Products(ABC):
 
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     geglu: Callable[..., Tensor]
+    gru_reset: Callable[[Tensor, Tensor], Tensor]
 
     @abstractmethod
     def linear(

@@ -91,8 +91,14 @@ class PageSchedule:
         """Streamed pages of the named matrices, in order."""
         return iter(self._streamed(names))
 
+    def once_then(self, names: tuple[str, ...], t: int) -> Iterator[int]:
+        """The same, then their logits and the steps from `t` on."""
+        yield from self._streamed(names)
+        yield from (page for page in self.head if page not in self._pinned)
+        yield from self.decode(t)
+
     def prompt(self, t: int, count: int) -> Iterator[int]:
-        """The same with logits only after `count` steps, then decoding."""
+        """As `decode` with logits only after `count` steps, then decoding."""
         for i in range(count - 1):
             yield from self._streamed(self._walk.reads(t + i))
         yield from self.decode(t + count - 1)

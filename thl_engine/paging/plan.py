@@ -11,7 +11,7 @@ from thl_engine.checkpoint.store import Store
 from thl_engine.errors import BudgetError
 from thl_engine.memory import size
 from thl_engine.paging.page_schedule import PageSchedule
-from thl_engine.paging.prediction import NOMINAL, Bandwidths, Costs, Counted, Work, predict
+from thl_engine.paging.prediction import NOMINAL, Bandwidths, Costs, Counted, Work, bytes_in_order, predict
 
 LEAST_SLOTS = 2  # one that is computed from while the other is filled
 # Ring sizes tried; more slots prefetch deeper, but each displaces pinned pages. Beyond 32 pages of 8 MiB nothing gains.
@@ -48,6 +48,7 @@ class Plan:
     bytes_per_token: float  # that products read, wherever from; of sparse ones, only what they need
     multiply_adds_per_token: float
     bytes_streamed_per_token: float
+    bytes_in_order_per_token: float  # that a reader streams in the same memory who does not know the schedule
     seconds_per_token: float
     stall_per_token: float
     bandwidths: Bandwidths
@@ -145,6 +146,7 @@ class Plan:
             "bytes_per_token": self.bytes_per_token,
             "multiply_adds_per_token": self.multiply_adds_per_token,
             "bytes_streamed_per_token": self.bytes_streamed_per_token,
+            "bytes_in_order_per_token": self.bytes_in_order_per_token,
             "seconds_per_token": self.seconds_per_token,
             "stall_seconds_per_token": self.stall_per_token,
             "tokens_per_second": self.tokens_per_second,
@@ -156,6 +158,13 @@ class Plan:
 
     def __str__(self) -> str:
         return self.table()
+
+    def _saving(self) -> list[tuple[str, str]]:
+        """What knowing the schedule saves, if anything is streamed."""
+        ours, others = self.bytes_streamed_per_token, self.bytes_in_order_per_token
+        if not ours:
+            return []
+        return [("  read in order instead", f"{size(others)}, {others / ours:.1f} times as much in the same memory")]
 
     def table(self, *more: tuple[str, str]) -> str:
         """The plan for people, one row a line; `more`: rows (name, value) that come first."""
@@ -180,6 +189,7 @@ class Plan:
             *([] if link is None else [("  kept in host memory", size(self.kept_bytes))]),
             ("bytes per token", size(self.bytes_per_token)),
             ("  of these streamed", size(self.bytes_streamed_per_token)),
+            *self._saving(),
             ("multiply-adds per token", f"{self.multiply_adds_per_token / 1e6:.1f} million"),
             ("disk, memory bandwidth", f"{self.bandwidths.disk / 1e9:.2f}, {self.bandwidths.memory / 1e9:.2f} GB/s"),
             *([] if link is None else [("link to the device", f"{link / 1e9:.2f} GB/s")]),
@@ -207,6 +217,7 @@ def make_plan(
     work: Work | None = None,
     host_room: int = 0,
     nominal: Bandwidths = NOMINAL,
+    smaller_state: str = "",
 ) -> Plan:
     """Divides `budget` bytes among pinned pages, tables and the ring.
 
@@ -214,7 +225,7 @@ def make_plan(
     Raises BudgetError, naming the least budget that runs, when even that does not fit. `schedule` is left with
     the pages that the plan pins removed from its futures. work: of a pass, of one row that reads and writes the state
     four times unless given. host_room: bytes of host memory that pages streamed to a device may stay in. nominal:
-    bandwidths by which the ring's size is chosen.
+    bandwidths by which the ring's size is chosen. smaller_state: names of options that would make the state smaller.
     """
     pages = {index: extent(store.pages[index])[1] for index in schedule.uses()}
     slot_bytes = max(pages.values())
@@ -233,6 +244,8 @@ def make_plan(
         what = "needs at least" if stream else "is not enough to keep everything resident, which needs"
         hint = "" if stream else f"; streaming runs from {size(least)} ({least} bytes) on: stream=True or 'auto'"
         amount = least if stream else everything
+        if state_bytes > amount / 2 and smaller_state:
+            hint += f"; {size(state_bytes)} of it are the state, which {smaller_state} make smaller"
         raise BudgetError(
             f"memory budget {size(budget)} ({budget} bytes): this {store.model_type} model {what} "
             f"{size(amount)} ({amount} bytes){hint}"
@@ -269,6 +282,7 @@ def make_plan(
                 bytes_per_token=0.0,
                 multiply_adds_per_token=0.0,
                 bytes_streamed_per_token=0.0,
+                bytes_in_order_per_token=0.0,
                 seconds_per_token=1.0,
                 stall_per_token=0.0,
                 bandwidths=nominal,
@@ -285,7 +299,8 @@ def make_plan(
         fitting = [n for n in SLOT_CHOICES if base + n * slot_bytes <= budget and ample <= n <= len(pages)]
         plan = min((divide(n, budget) for n in fitting or [LEAST_SLOTS]), key=lambda p: (p.seconds_per_token, p.slots))
     schedule.pin(frozenset(plan.pinned))
-    return plan
+    room = plan.pinned_bytes + plan.slots * plan.slot_bytes
+    return replace(plan, bytes_in_order_per_token=bytes_in_order(schedule, pages, room))
 
 
 def pins(uses: dict[int, float], pages: dict[int, int], room: int | None) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ The pager's own `Ring` runs over the walk, so the bytes predicted are the bytes 
 between two reads is counted (`Counted`: bytes and multiply-adds at given rates), or was measured on the model itself.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -163,6 +164,27 @@ def predict(
         seconds=(clock.now - started.now) / stretch,
         stall=(clock.stalled - started.stalled) / stretch,
     )
+
+
+def bytes_in_order(schedule: PageSchedule, pages: Mapping[int, int], room: int) -> float:
+    """Bytes a step that a reader would move that does not know the schedule: it keeps the pages last used, as far as
+    `room` bytes hold them, as a mapped file in memory of that size does. pages: their bytes."""
+    stretch, moved = min(schedule.period, LONGEST_STRETCH), 0
+    held: OrderedDict[int, int] = OrderedDict()
+    free = room
+    for first in (0, stretch):
+        moved = 0
+        for t in range(first, first + stretch):
+            for page in (*schedule.step(t), *schedule.head):
+                if page in held:
+                    held.move_to_end(page)
+                    continue
+                moved += pages[page]
+                while held and free < pages[page]:
+                    free += held.popitem(last=False)[1]
+                held[page] = pages[page]
+                free -= pages[page]
+    return moved / stretch
 
 
 @dataclass(frozen=True)

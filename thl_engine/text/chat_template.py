@@ -80,6 +80,11 @@ def chat_template(files: Mapping[str, str]) -> ChatTemplate | None:
     return ChatTemplate(sources, tokens) if sources else None
 
 
+def tokenizer_config(files: Mapping[str, str]) -> dict[str, Any]:
+    """tokenizer_config.json; empty where there is none."""
+    return _object(files, _CONFIG)
+
+
 def begin_token(files: Mapping[str, str]) -> str | None:
     """The token that begins a text, where the files name it."""
     return _tokens(_object(files, _CONFIG)).get("bos_token")

@@ -72,6 +72,18 @@ class Tokenizer(ABC):
             "tokenizer_config.json beside it, or give the prompt as text"
         )
 
+    @property
+    def has_template(self) -> bool:
+        """Whether `chat` has a template to follow."""
+        return False
+
+    def conditioned(self, text: str, condition: str) -> list[int]:
+        """Token ids of a prompt that asks for an answer under tags, as `conditions.conditioned` writes it.
+
+        TokenizerError where the tags or their tokens are unknown.
+        """
+        return self.chat([{"role": "user", "content": text}])
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. Special tokens are left out; bytes that are no UTF-8 become U+FFFD."""
         decoder = StreamDecoder(self)

@@ -9,7 +9,15 @@ from typing import Any
 from thl_engine.errors import TokenizerError, said, shown
 from thl_engine.files import parse_any_json
 from thl_engine.text.char_vocabulary import CharTokenizer, char_tokenizer
-from thl_engine.text.chat_template import begin_token, chat_template, end_ids, published_sampling, split_files
+from thl_engine.text.chat_template import (
+    begin_token,
+    chat_template,
+    end_ids,
+    published_sampling,
+    split_files,
+    tokenizer_config,
+)
+from thl_engine.text.conditions import conditioned
 from thl_engine.text.sampler import Sampling
 from thl_engine.text.token_stream import (
     REPLACEMENT,
@@ -123,6 +131,14 @@ class HFTokenizer(Tokenizer):
             return super().chat(messages)
         # With the special tokens that belong to it.
         return self._encoded(self._template.render(messages, tools, template, **values), False)
+
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    def conditioned(self, text: str, condition: str) -> list[int]:
+        ids = self._inner.get_vocab(with_added_tokens=True)
+        return self._encoded(conditioned(text, condition, tokenizer_config(self._files), ids), False)
 
     def encode(self, text: str, begins: bool = True) -> list[int]:
         ids = self._encoded(text, begins)

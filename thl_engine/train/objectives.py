@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from thl_engine.config import Config, HIMConfig, HRMConfig, INLConfig, THLConfig
+from thl_engine.config import Config, HIMConfig, HRMConfig, HRMTextConfig, INLConfig, THLConfig
 from thl_engine.errors import ConfigError
-from thl_engine.models import architecture, him, hrm, inl, thl
+from thl_engine.models import architecture, him, hrm, hrm_text, inl, thl
 from thl_engine.text.hrm_tokenizer import vocabulary_of_texts
 from thl_engine.train import data
 from thl_engine.train.hrm_losses import Carry, deep_supervision, simple_loss
@@ -161,6 +161,65 @@ class Equilibrium(Objective):
         return _over_windows(tokens, self.chunk, nats)
 
 
+class NextTokenInWindow(Objective):
+    """HRM-Text: cross-entropy of each next token in windows, through all cycles, with the published k-step gradient.
+
+    A window is read as the model reads what it is given: where `config.prefix_lm` says so, its beginning is a prefix,
+    of another length in every window, and only what follows it counts.
+    """
+
+    name = "next-token"
+
+    def loss(
+        self,
+        model: TrainableModel[HRMTextConfig, hrm_text.State],
+        inputs: Tensor,
+        targets: Tensor,
+        carried: None,
+        epoch: int,
+    ) -> tuple[Tensor, None]:
+        count = inputs.shape[1]
+        lengths = torch.zeros(len(inputs), 1)
+        if model.config.prefix_lm:
+            lengths = torch.rand(len(inputs), 1, generator=model.noise).mul_(count).floor_()
+        return self._nats(model, inputs, targets, lengths), None
+
+    def measure(self, model: TrainableModel[HRMTextConfig, hrm_text.State], tokens: Tensor, lanes: int) -> float:
+        """The second halves of windows, behind the first ones: as a text is read, with half a window at least before
+        each token; where the model takes a prefix, the first half is one."""
+
+        def nats(inputs: Tensor, targets: Tensor) -> Tensor:
+            half = inputs.shape[1] // 2
+            # What the last token of the prefix predicts is the first that counts.
+            lengths = torch.full((len(inputs), 1), float(half + 1 if model.config.prefix_lm else 0))
+            return self._nats(model, inputs, targets, lengths, first=half)
+
+        return _over_windows(tokens, self.chunk, nats)
+
+    def _nats(
+        self,
+        model: TrainableModel[HRMTextConfig, hrm_text.State],
+        inputs: Tensor,
+        targets: Tensor,
+        lengths: Tensor,
+        first: int = 0,
+    ) -> Tensor:
+        """Mean nats () of the tokens that follow prefixes of these lengths [B, 1], and position `first`."""
+        positions = torch.arange(inputs.shape[1])
+        prefix = positions < lengths
+        logits, _ = hrm_text.forward(
+            model.config,
+            model.weights(),
+            model.ops,
+            inputs,
+            hrm_text.init_state(model.config, len(inputs), "meta", context=1),
+            token_type_ids=prefix.long() if bool(prefix.any()) else None,
+            training=True,
+        )
+        counted = (positions >= lengths - 1) & (positions >= first)
+        return functional.cross_entropy(logits[counted], targets[counted])
+
+
 class SimpleSegment(Objective):
     """HRM as its published trainer trains: cross-entropy after one segment, from the states that the last batch left.
 
@@ -286,6 +345,7 @@ OBJECTIVES: dict[str, tuple[type[Objective], ...]] = {
     "thl": (NextToken,),
     "inl": (Equilibrium,),
     "hrm": (SimpleSegment, DeepSupervision),
+    "hrm_text": (NextTokenInWindow,),
     "him": (Answers, Reconstruction),
 }
 
