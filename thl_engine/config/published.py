@@ -7,7 +7,7 @@ from thl_engine.errors import ConfigError, shown
 
 # model_type of a part that is published by itself -> the architecture that it is.
 MODEL_TYPES = {"gemma3n_text": "gemma3n", "gemma4_text": "gemma4"}
-# Fields of Gemma's text part that choose among implementations elsewhere, and the values that mean what is computed here.
+# Fields of Gemma's text part that choose among implementations elsewhere, with the values that are computed here.
 TEXT: dict[str, Any] = {
     "hidden_activation": "gelu_pytorch_tanh",
     "attention_bias": False,
