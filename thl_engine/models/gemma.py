@@ -293,7 +293,7 @@ class Decoder(Generic[C]):
 
     def workspace(self, config: C, state: State) -> tuple[int, int]:
         """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
-        c, rows = config, state.batch_size * CHUNK
+        c, rows = config, state.batch_size * min(CHUNK, state.context)
         seen = max(held.kept(state.context) for held in state.cache.layers) + CHUNK
         # Layers that others read keep the float32 copies of int8 rows to the end of a pass.
         shared = {c.kv_source(i) for i in range(c.num_hidden_layers) if c.kv_source(i) != i}
@@ -312,7 +312,7 @@ class Decoder(Generic[C]):
         between, beside = (rows * c.hidden_size for rows in self.alive(c))
         inputs = c.num_hidden_layers * c.hidden_size_per_layer_input  # and what they are made of
         floats = 4 * inputs + max(between, beside + 3 * max(*c.intermediate_size[:layers], heads))
-        return 4 * state.batch_size * CHUNK * floats
+        return 4 * state.batch_size * min(CHUNK, state.context) * floats
 
     def advance(
         self, config: C, weights: Weights, ops: Ops, tokens: Tensor, state: State, record: Record | None = None

@@ -157,7 +157,7 @@ def products(config: INLConfig) -> dict[str, float]:
 
 def workspace(config: INLConfig, state: State) -> tuple[int, int]:
     """Of one `advance` with the state: bytes of activations, and elements of attention scores."""
-    c, rows = config, state.batch_size * CHUNK
+    c, rows = config, state.batch_size * min(CHUNK, state.context)
     # The stream, what was attended and where it moves, beside one layer's attention, integrator or feed-forward part.
     floats = 3 * c.d_model + max(5 * c.d_model, 2 * c.d_model + c.inner_size)
     seen = state.cache.layers[0].kept(state.context) + CHUNK
