@@ -1,9 +1,7 @@
-"""An engine in a process: threads that share it, forks, what is left when it goes, files that change meanwhile."""
+"""An engine in a process: threads that share it, what is left when it goes, files that change meanwhile."""
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -68,23 +66,6 @@ def test_a_closed_engine_says_so(small, stream):
     ):
         with pytest.raises(EngineError, match="was closed"):
             use()
-
-
-def test_a_fork_is_told_to_open_its_own(packed):
-    program = (
-        "import os, sys, torch\nfrom thl_engine import Engine, EngineError\n"
-        "engine = Engine.from_pretrained(sys.argv[1], stream=True)\n"
-        "ids = lambda engine: [p.id for p in engine.generate([1, 2], max_new_tokens=3, temperature=0)]\n"
-        "before, child = ids(engine), os.fork()\n"
-        "if child == 0:\n"
-        "    try: ids(engine)\n"
-        "    except EngineError as error: print(error, flush=True)\n"
-        "    os._exit(0)\n"
-        "print(os.waitpid(child, 0)[1], before == ids(engine))\n"
-    )
-    found = subprocess.run([sys.executable, "-c", program, packed], capture_output=True, text=True, timeout=60)
-    told, ended = found.stdout.splitlines()
-    assert "a fork of it cannot use it" in told and ended == "0 True", found.stdout + found.stderr
 
 
 def descriptors() -> int:

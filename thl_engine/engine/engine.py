@@ -458,6 +458,10 @@ class Engine:
 
     def close(self) -> None:
         """Ends the reader and gives back temporary files. The engine cannot be used afterwards."""
+        if os.getpid() != self._process:  # where another thread may have had the lock
+            self._closed = True
+            self._release()
+            return
         with self._lock:
             self._closed = True
             self._release()
