@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import MODELS, SMALL, configured, random_weights
 
-from thl_engine import CheckpointError, ConfigError, Engine, EngineError
+from thl_engine import BudgetError, CheckpointError, ConfigError, Engine, EngineError
 from thl_engine.checkpoint.store import open_store
 from thl_engine.models.kv_cache import KVCache
 
@@ -148,6 +148,18 @@ def test_states_are_of_their_own_model(small, tmp_path):
     other.save_state(state, tmp_path / "s.safetensors")
     with pytest.raises(CheckpointError, match="novelty_theta 0.5; this one has 0.25"):
         engine.load_state(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize("stream", ["auto", True, False])
+def test_states_that_the_machine_cannot_hold_are_refused(small, stream):
+    """When the engine is opened, with the numbers, rather than by torch when memory runs out."""
+    config, weights = small
+    with pytest.raises(BudgetError, match="a state of batch_size 1 takes .* GiB at its full context"):
+        Engine.from_state_dict("thl", {**config, "memory_slots": 10**9}, weights, device="cpu", stream=stream)
+    engine = Engine.from_state_dict("thl", config, weights, device="cpu", stream=stream)
+    with pytest.raises(BudgetError, match="a state of batch_size 1000000000 takes "):
+        engine.new_state(10**9)
+    engine.new_state(2)
 
 
 def test_prompts_are_texts_or_ids(small):
