@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from record import ROOT, rounded, write_report
+from record import ROOT, commit, rounded, write_report
 
 MODEL = ROOT / "examples" / "shakespeare.safetensors"
 BUDGET = "2MiB"  # of which half is pinned, so that every token reads pages
@@ -162,6 +162,7 @@ def measure(name: str, share: float) -> dict[str, Any]:
     growth = max(memory) / memory[0] - 1
     flat = len(set(descriptors)) == len(set(threads)) == 1
     return {
+        "commit": commit(),
         "turns": turns,
         "tokens": turns * each,
         "cpu_seconds": rounded(seconds),
