@@ -138,7 +138,7 @@ PARTS: dict[str, tuple[int, int, Callable[..., Iterator[Any]], dict[str, Any]]] 
     "openings, quantised in memory": (500, 0, quantized, {}),
     "openings, quantised and streamed": (500, 0, quantized, {"stream": True}),
     "generations, resident": (1_500, 0, generations, {}),
-    "generations, streamed": (500, 0, generations, {"memory_budget": BUDGET}),
+    "generations, streamed": (500, 0, generations, {"memory_budget": BUDGET, "batch_size": 2}),
 }
 
 
