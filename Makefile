@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := examples/shakespeare.safetensors
 
-.PHONY: dev run test lint bench audit sanitize gpu-compile gpu-check clean
+.PHONY: dev run test lint bench audit sanitize soak gpu-compile gpu-check clean
 
 dev: .venv/installed
 
@@ -49,15 +49,13 @@ bench: dev
 audit:  # known holes in what `make` installs; needs pip-audit: pip install pip-audit
 	pip-audit --strict --disable-pip --require-hashes $(foreach file,packages torch cuda,--requirement requirements/$(file).txt)
 
-SANITIZED := $(wildcard csrc/io/*.cpp) tests/native/host_copy_device.cpp
+# Half an hour and more on two cores: gcc's sanitizers, over programs that drive the pool, the reader and the copy engine,
+# and over the tests of all that the C++ extension does.
+sanitize: dev
+	$(BIN)/python tests/native/sanitize.py
 
-sanitize:  # the reader and the copy engine under the sanitizers for threads and for memory
-	@mkdir -p build
-	set -e; for kind in thread address,undefined; do \
-		$(CXX) -std=c++20 -O1 -g -fsanitize=$$kind -fno-sanitize-recover=all -pthread -Icsrc -Itests/native tests/native/copy_engine_stress.cpp \
-			$(SANITIZED) -ldl -o build/copy_engine_stress; \
-		for seed in 1 2 3 4; do build/copy_engine_stress $(MODEL) $$seed; done; \
-	done
+soak: dev  # ten minutes of one core
+	$(BIN)/python benchmarks/soak.py
 
 # Every triton kernel for the supported cards, without a GPU: minutes, unless triton's cache has them. It is in
 # ~/.triton/cache, or in TRITON_CACHE_DIR, and serves every clone on the machine. 86 and 89, which are alike, share.

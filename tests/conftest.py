@@ -24,6 +24,15 @@ BACKENDS = ["reference", *(["native"] if native.available() else [])]
 ISAS = native.available_isas() if native.available() else []
 
 
+def pytest_addoption(parser):
+    parser.addoption("--isa", help="the instruction set of native kernels, where a test chooses none itself")
+
+
+def pytest_configure(config):
+    if config.getoption("--isa"):
+        native.set_isa(config.getoption("--isa"))
+
+
 @dataclass(frozen=True)
 class Case:
     """One recorded run of a published implementation."""

@@ -257,6 +257,10 @@ class Reader:
     def bytes_read(self) -> int:
         """Bytes that the system delivered so far."""
 
+    @property
+    def inherited(self) -> bool:
+        """Whether a fork has brought it into this process, where it can only be closed."""
+
     def close(self) -> None:
         """Drops what is queued and ends the workers; no arena is written afterwards."""
 

@@ -25,7 +25,7 @@ std::shared_ptr<CopyDevice> unwrap(const py::capsule& capsule) {
     return *static_cast<std::shared_ptr<CopyDevice>*>(PyCapsule_GetPointer(capsule.ptr(), thl::kCopyDeviceCapsule));
 }
 
-std::unique_ptr<CopyEngine> make_engine(thl::Reader& reader, std::shared_ptr<CopyDevice> device,
+std::unique_ptr<CopyEngine, thl::DeletedWhereMade> make_engine(thl::Reader& reader, std::shared_ptr<CopyDevice> device,
                                         const py::object& memory, const std::vector<std::int64_t>& places,
                                         std::int64_t slot_bytes, int slots, CopyDevice::Stream compute,
                                         const std::optional<std::string>& cufile,
@@ -37,8 +37,9 @@ std::unique_ptr<CopyEngine> make_engine(thl::Reader& reader, std::shared_ptr<Cop
     if (cufile) {
         direct = std::make_unique<thl::DirectStorage>(*cufile, files, begin, static_cast<std::size_t>(nbytes));
     }
-    return std::make_unique<CopyEngine>(reader, std::move(device), begin, nbytes, places, slot_bytes, slots, compute,
-                                        std::move(direct), kept_bytes);
+    return std::unique_ptr<CopyEngine, thl::DeletedWhereMade>(
+        new CopyEngine(reader, std::move(device), begin, nbytes, places, slot_bytes, slots, compute, std::move(direct),
+                       kept_bytes));
 }
 
 }  // namespace
@@ -57,7 +58,7 @@ void bind_copy(py::module_& m) {
 
     py::class_<CopyDevice, std::shared_ptr<CopyDevice>>(m, "CopyDevice").def(py::init(&unwrap), py::arg("capsule"));
 
-    py::class_<CopyEngine>(m, "CopyEngine")
+    py::class_<CopyEngine, std::unique_ptr<CopyEngine, thl::DeletedWhereMade>>(m, "CopyEngine")
         .def(py::init(&make_engine), py::arg("reader"), py::arg("device"), py::arg("memory"), py::arg("places"),
              py::arg("slot_bytes"), py::arg("slots"), py::arg("compute"), py::arg("cufile") = py::none(),
              py::arg("files") = std::vector<std::string>(), py::arg("kept_bytes") = 0, py::keep_alive<1, 2>(),

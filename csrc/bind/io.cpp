@@ -87,7 +87,7 @@ void bind_io(py::module_& m) {
             return py::buffer_info(arena.data(), static_cast<py::ssize_t>(arena.nbytes()), /*readonly=*/false);
         });
 
-    py::class_<thl::Reader>(m, "Reader")
+    py::class_<thl::Reader, std::unique_ptr<thl::Reader, thl::DeletedWhereMade>>(m, "Reader")
         .def(py::init<std::vector<std::string>, int, bool, std::int64_t>(), py::arg("paths"), py::arg("threads"),
              py::arg("direct"), py::arg("chunk_bytes"))
         .def(
@@ -106,5 +106,6 @@ void bind_io(py::module_& m) {
         .def_property_readonly("direct", &thl::Reader::direct)
         .def_property_readonly("refused", &thl::Reader::refused)
         .def_property_readonly("bytes_read", &thl::Reader::bytes_read)
+        .def_property_readonly("inherited", &thl::Reader::inherited)
         .def("close", &thl::Reader::close, py::call_guard<py::gil_scoped_release>());
 }

@@ -68,6 +68,7 @@ CopyEngine::CopyEngine(Reader& reader, std::shared_ptr<CopyDevice> device, std::
 CopyEngine::~CopyEngine() { close(); }
 
 void CopyEngine::close() {
+    if (inherited()) return;
     std::lock_guard<std::mutex> closing(close_mutex_);
     {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -83,7 +84,9 @@ void CopyEngine::close() {
     direct_.reset();
 }
 
+// The first that `start`, `finish` and `released` do.
 CopyEngine::Place& CopyEngine::find(std::int64_t place) {
+    if (inherited()) refuse("the copy engine was made by a process that this one is a fork of");
     const auto found = places_.find(place);
     if (found == places_.end()) refuse("there is no place at " + std::to_string(place));
     return found->second;

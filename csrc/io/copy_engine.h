@@ -17,6 +17,7 @@
 
 #include "io/arena.h"
 #include "io/copy_device.h"
+#include "io/forks.h"
 #include "io/gds.h"
 #include "io/reader.h"
 
@@ -59,6 +60,10 @@ public:
 
     // Drops what waits, ends what is being read and copied, gives the staging ring back. What is in its place stays.
     void close();
+
+    // In the child of a fork, where there is no device either: as with a reader.
+    bool inherited() const { return origin_.inherited(); }
+    void abandon() {}
 
     // Seconds that `copies` copies of nbytes take from a page-locked ring of `slots` to `target`, which holds nbytes on
     // the device, issued as an engine issues them: the ceiling for what it does.
@@ -137,6 +142,7 @@ private:
     Flight& flight(std::uint64_t number) { return flights_[number % kFlights]; }
     Place& find(std::int64_t place);
 
+    const Origin origin_;
     Reader& reader_;
     const std::shared_ptr<CopyDevice> device_;
     std::uint8_t* const memory_;

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstring>
 #include <system_error>
+#include <utility>
 
 #include "io/crc32c.h"
 
@@ -80,7 +81,25 @@ Reader::Reader(std::vector<std::string> paths, int threads, bool direct, std::in
 
 Reader::~Reader() { stop(); }
 
-void Reader::close() { stop(); }
+void Reader::close() {
+    if (inherited()) {
+        abandon();
+    } else {
+        stop();
+    }
+}
+
+// Takes no lock: a thread that stayed behind may hold it.
+void Reader::abandon() {
+    if (abandoned_.exchange(true)) return;
+    for (File& file : files_) {
+        if (file.fd >= 0) ::close(std::exchange(file.fd, -1));
+    }
+}
+
+void Reader::refuse_inherited() const {
+    if (inherited()) throw std::invalid_argument("the reader was opened by a process that this one is a fork of");
+}
 
 void Reader::stop() {
     std::lock_guard<std::mutex> closing(close_mutex_);
@@ -104,13 +123,14 @@ void Reader::stop() {
     files_closed_ = true;
     now_buffer_.reset();
     for (File& file : files_) {
-        if (file.fd >= 0) ::close(file.fd);
+        if (file.fd >= 0) ::close(std::exchange(file.fd, -1));
     }
 }
 
 std::uint64_t Reader::submit(std::int64_t file, std::int64_t offset, std::int64_t nbytes,
                              std::shared_ptr<Arena> arena, std::int64_t arena_offset,
                              std::optional<std::uint32_t> crc, std::string label) {
+    refuse_inherited();
     auto request = std::make_shared<Request>();
     request->file = &file_at(file);
     const auto [begin, end] = aligned_range(offset, nbytes);
@@ -155,6 +175,7 @@ std::uint64_t Reader::submit(std::int64_t file, std::int64_t offset, std::int64_
 }
 
 double Reader::wait(std::uint64_t ticket) {
+    refuse_inherited();
     std::unique_lock<std::mutex> lock(mutex_);
     const std::shared_ptr<Request> request = find(ticket);
     double blocked = 0;
@@ -171,11 +192,13 @@ double Reader::wait(std::uint64_t ticket) {
 }
 
 bool Reader::done(std::uint64_t ticket) {
+    refuse_inherited();
     std::lock_guard<std::mutex> lock(mutex_);
     return find(ticket)->done;
 }
 
 void Reader::read_now(std::int64_t file_index, std::int64_t offset, std::int64_t nbytes, std::uint8_t* out) {
+    refuse_inherited();
     Request request;
     File& file = file_at(file_index);
     const auto [begin, end] = aligned_range(offset, nbytes);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "io/arena.h"
+#include "io/forks.h"
 
 namespace thl {
 
@@ -56,6 +57,11 @@ public:
 
     // Drops what is queued, finishes what is being read, joins the workers: no arena is written afterwards.
     void close();
+
+    // In the child of a fork a reader is of no use: calls throw std::invalid_argument, and `close` and
+    // DeletedWhereMade, which owners outside of C++ use, close its descriptors and leave the rest behind.
+    bool inherited() const { return origin_.inherited(); }
+    void abandon();
 
 private:
     struct File {
@@ -105,13 +111,15 @@ private:
     void plain(File& file);
     File& file_at(std::int64_t file);
     std::shared_ptr<Request> find(std::uint64_t ticket);
+    void refuse_inherited() const;
     void stop();
     static std::string describe(const Request& request);
 
+    const Origin origin_;
     const std::int64_t chunk_bytes_;
     std::deque<File> files_;  // a deque: File holds an atomic and does not move
     std::atomic<std::int64_t> bytes_read_{0};
-    std::atomic<bool> refused_{false};
+    std::atomic<bool> refused_{false}, abandoned_{false};
 
     std::mutex mutex_;  // guards everything below it, and every Request but its chunk_crcs and arena bytes
     std::condition_variable read_ready_, check_ready_, read_over_;

@@ -1,9 +1,7 @@
-"""An engine in a process: threads that share it, forks, what is left when it goes, files that change meanwhile."""
+"""An engine in a process: threads that share it, what is left when it goes, files that change meanwhile."""
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 import time
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 from conftest import MODELS, SMALL, configured, random_weights
 
-from thl_engine import CheckpointError, ConfigError, Engine, EngineError
+from thl_engine import BudgetError, CheckpointError, ConfigError, Engine, EngineError
 from thl_engine.checkpoint.store import open_store
 from thl_engine.models.kv_cache import KVCache
 
@@ -68,23 +66,6 @@ def test_a_closed_engine_says_so(small, stream):
     ):
         with pytest.raises(EngineError, match="was closed"):
             use()
-
-
-def test_a_fork_is_told_to_open_its_own(packed):
-    program = (
-        "import os, sys, torch\nfrom thl_engine import Engine, EngineError\n"
-        "engine = Engine.from_pretrained(sys.argv[1], stream=True)\n"
-        "ids = lambda engine: [p.id for p in engine.generate([1, 2], max_new_tokens=3, temperature=0)]\n"
-        "before, child = ids(engine), os.fork()\n"
-        "if child == 0:\n"
-        "    try: ids(engine)\n"
-        "    except EngineError as error: print(error, flush=True)\n"
-        "    os._exit(0)\n"
-        "print(os.waitpid(child, 0)[1], before == ids(engine))\n"
-    )
-    found = subprocess.run([sys.executable, "-c", program, packed], capture_output=True, text=True, timeout=60)
-    told, ended = found.stdout.splitlines()
-    assert "a fork of it cannot use it" in told and ended == "0 True", found.stdout + found.stderr
 
 
 def descriptors() -> int:
@@ -167,6 +148,18 @@ def test_states_are_of_their_own_model(small, tmp_path):
     other.save_state(state, tmp_path / "s.safetensors")
     with pytest.raises(CheckpointError, match="novelty_theta 0.5; this one has 0.25"):
         engine.load_state(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize("stream", ["auto", True, False])
+def test_states_that_the_machine_cannot_hold_are_refused(small, stream):
+    """When the engine is opened, with the numbers, rather than by torch when memory runs out."""
+    config, weights = small
+    with pytest.raises(BudgetError, match="a state of batch_size 1 takes .* GiB at its full context"):
+        Engine.from_state_dict("thl", {**config, "memory_slots": 10**9}, weights, device="cpu", stream=stream)
+    engine = Engine.from_state_dict("thl", config, weights, device="cpu", stream=stream)
+    with pytest.raises(BudgetError, match="a state of batch_size 1000000000 takes "):
+        engine.new_state(10**9)
+    engine.new_state(2)
 
 
 def test_prompts_are_texts_or_ids(small):

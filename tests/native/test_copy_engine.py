@@ -1,6 +1,9 @@
 """The native copy engine over a device made of host memory: late, random, and watchful of what is used too early."""
 
+import gc
+import os
 import random
+import signal
 
 import pytest
 import torch
@@ -319,3 +322,27 @@ def test_a_foreign_capsule_is_refused():
 
     with pytest.raises(ValueError, match="no device of the same build"):
         _native.CopyDevice(datetime.datetime_CAPI)
+
+
+def test_a_fork_leaves_it_behind(path):
+    """The child has neither its thread nor a device; it can drop it and end."""
+    reader = Reader([path])
+    bench = Bench(reader)
+    bench.start(0, 0, 100)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # a child that waits for ever is ended, which its status tells
+        try:
+            for call in (lambda: bench.start(1, 0, 100), lambda: bench.finish(0), lambda: bench.released(0)):
+                with pytest.raises(ValueError, match="a fork of"):
+                    call()
+            bench.engine.close()
+            del bench.engine, reader
+            gc.collect()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    bench.finish(0)
+    bench.engine.close()
+    reader.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_parts import HostCopyDevice, copy_device_capsule
+from native_parts import HostCopyDevice, copy_device_capsule, extra_options
 
 from thl_engine.checkpoint.checksum import crc32c
 from thl_engine.errors import DeviceError
@@ -35,6 +35,7 @@ def runtime(tmp_path_factory):
             "-shared",
             "-fPIC",
             "-fvisibility=hidden",
+            *extra_options(),
             f"-I{ROOT / 'csrc'}",
             f"-I{TOOLKIT}",
             ROOT / "tests" / "native" / "fake_cudart.cpp",

@@ -14,6 +14,7 @@ cache (torch.cuda.empty_cache(), or the next engine that needs the room).
 
 import gc
 import logging
+import os
 import re
 import threading
 import traceback
@@ -58,7 +59,7 @@ class DeviceMemory:
     def _open(self, index: int, sizes: list[int]) -> None:
         small = torch.zeros(16, 16, device="cuda")
         torch.mm(small, small)  # cuBLAS's workspace stays with the process: it must not lie in an engine's pool
-        weakref.finalize(self, _close, self._pools, self._arenas)
+        weakref.finalize(self, _close, self._pools, self._arenas, os.getpid())
         for nbytes in sizes:
             try:
                 self._arenas.append(cuda.open_arena(index, nbytes))
@@ -178,7 +179,9 @@ def _allocator() -> Any:
     return torch.cuda.memory.CUDAPluggableAllocator(cuda.library(), "thl_arena_alloc", "thl_arena_free")
 
 
-def _close(pools: list[Any], arenas: list[int]) -> None:
+def _close(pools: list[Any], arenas: list[int], process: int) -> None:
+    if os.getpid() != process:  # a fork has no device
+        return
     pools.clear()  # gives free segments back to the arenas
     for arena in arenas:
         cuda.close_arena(arena)

@@ -22,6 +22,7 @@ from thl_engine.engine.passes import Passes
 from thl_engine.engine.prompts import bytes_as_text, check_new_tokens, new_tokens
 from thl_engine.engine.resources import (
     Serve,
+    check_free,
     choose_device,
     divide_memory,
     for_graphs,
@@ -97,7 +98,7 @@ class Engine:
             self.tokenizer = load_tokenizer(store.tokenizer_json, self.config.vocab_size, str(store.path))
         self.architecture = store.architecture
         self._store = store
-        self._options = options.for_states(self.architecture)
+        self._options, self._planned = options.for_states(self.architecture), options.batch_size
         schedule, self._plan = divide_memory(store, ops, self.device, options)
         self._bandwidths = replace(nominal(self.device), link=link_bandwidth(self.device))
         graphs_bytes = for_graphs(ops, self.config, options.batch_size)
@@ -165,7 +166,7 @@ class Engine:
     def new_state(self, batch_size: int = 1, **options: Any) -> State:
         """The empty state of `batch_size` sequences, with the options that the model has (HRM: `cycles`).
 
-        Raises BudgetError if the memory budget has no room for it at its full context.
+        Raises BudgetError if the memory budget, or without one the machine, has no room for it at its full context.
         """
         check_count("batch_size", batch_size)
         self._refuse_unknown("new_state", "option", options, self.architecture.state_options)
@@ -187,9 +188,11 @@ class Engine:
 
     def _check_budget(self, batch_size: int) -> None:
         plan = self._plan
-        if plan.budget is None:
+        if plan.budget is None and batch_size <= self._planned:  # found to fit when the engine was opened
             return
         own = needs(self._store, self.ops, self.device, batch_size, self._options)
+        if plan.budget is None:
+            return check_free(own, self.device, batch_size)
         needed = plan.peak_memory_bytes - plan.state_bytes - plan.workspace_bytes - plan.reserve_bytes + own.total
         if needed > plan.budget:
             raise BudgetError(
@@ -458,6 +461,10 @@ class Engine:
 
     def close(self) -> None:
         """Ends the reader and gives back temporary files. The engine cannot be used afterwards."""
+        if os.getpid() != self._process:  # where another thread may have had the lock
+            self._closed = True
+            self._release()
+            return
         with self._lock:
             self._closed = True
             self._release()

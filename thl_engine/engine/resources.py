@@ -11,9 +11,9 @@ from thl_engine.checkpoint.store import Store
 from thl_engine.config import Config
 from thl_engine.device.caching_allocator import LARGE_ROUNDING, LARGE_SEGMENT, MIB, SMALL_SEGMENT, reserved
 from thl_engine.engine.options import EngineOptions
-from thl_engine.errors import ConfigError
+from thl_engine.errors import BudgetError, ConfigError
 from thl_engine.limits import processors
-from thl_engine.memory import available_memory
+from thl_engine.memory import available_memory, size
 from thl_engine.models.contract import AnyArchitecture
 from thl_engine.models.state import State, tensors_of
 from thl_engine.ops import native
@@ -69,6 +69,8 @@ def divide_memory(
             host_room=room,
         )
 
+    if options.memory_budget is None:
+        check_free(needed, device, batch_size)
     if options.stream != "auto":
         return schedule, plan(options.memory_budget, options.stream)
     if options.memory_budget is not None:
@@ -124,6 +126,18 @@ def needs(store: Store, ops: ReferenceOps, device: torch.device, batch_size: int
         reserve = reserved(kept) - sum(kept) + fragments(passing, scratch)
         reserve += LARGE_ROUNDING + for_graphs(ops, config, batch_size)  # of the pager's one block
     return Needs(state.nbytes, passing + scratch, reserve)
+
+
+def check_free(needed: Needs, device: torch.device, batch_size: int) -> None:
+    """BudgetError where the host has no memory for a state; a CUDA device itself refuses what does not fit."""
+    if device.type != "cpu":
+        return
+    free = available_memory(device)
+    if needed.total > free:
+        raise BudgetError(
+            f"a state of batch_size {batch_size} takes {size(needed.state)} at its full context, and a step "
+            f"{size(needed.workspace)} besides; {size(free)} can be had here"
+        )
 
 
 def workspace(

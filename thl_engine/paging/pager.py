@@ -242,8 +242,12 @@ class Pager:
         return self._shaped(page, raw)
 
     def close(self) -> None:
-        """Waits for what is in flight and ends the reader. Pinned pages stay valid."""
-        self._transfer.close()
+        """Waits for what is in flight and ends the reader. Pinned pages stay valid.
+
+        In the child of a fork there is no transfer to end, nor a device: files are closed, no more.
+        """
+        if not self._reader.inherited:
+            self._transfer.close()
         self._reader.close()
 
     def _start(self, index: int, place: int) -> None:

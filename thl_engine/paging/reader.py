@@ -76,6 +76,8 @@ def _map_memory(nbytes: int) -> mmap.mmap:
 class Reader:
     """Reads from a fixed list of files. One Python thread at a time submits and waits.
 
+    In the child of a fork, which has none of its threads, calls raise ValueError; `close` closes the files.
+
     paths: files, named by their index in this list. threads: reads in flight. chunk_bytes: large pages are
     split into chunks of this size (a multiple of 4096), which several threads read. direct: use O_DIRECT;
     where a file system refuses it, plain reads serve and a warning says so once.
@@ -156,6 +158,11 @@ class Reader:
         """Bytes that the system delivered so far, alignment included."""
         return self._reader.bytes_read
 
+    @property
+    def inherited(self) -> bool:
+        """Whether a fork has brought the reader into this process."""
+        return self._reader.inherited
+
     def close(self) -> None:
         """Drop what is queued, finish what is being read, end the workers. No arena is written afterwards."""
         self._reader.close()
@@ -223,6 +230,7 @@ class _PythonReader:
         self._now_lock = threading.Lock()
         self._now_buffer: mmap.mmap | None = None
         self._closed = False
+        self._process = os.getpid()
         try:
             for path in paths:
                 self._files.append(self._open(path, direct))
@@ -235,6 +243,10 @@ class _PythonReader:
     @property
     def direct(self) -> list[bool]:
         return [file.direct for file in self._files]
+
+    @property
+    def inherited(self) -> bool:
+        return os.getpid() != self._process
 
     def submit(
         self, file: int, offset: int, nbytes: int, memory: Any, arena_offset: int, crc: int | None, label: str
@@ -298,6 +310,10 @@ class _PythonReader:
             return bytearray(data[offset - begin : offset - begin + nbytes])
 
     def close(self) -> None:
+        if self.inherited:  # the threads stayed behind, one of them perhaps with a lock
+            if not self._closed:
+                self._close_files()
+            return
         with self._now_lock:
             if self._closed:
                 return
@@ -305,6 +321,10 @@ class _PythonReader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._tickets.clear()
         self._now_buffer = None
+        self._close_files()
+
+    def _close_files(self) -> None:
+        self._closed = True
         for file in self._files:
             os.close(file.fd)
 
@@ -336,12 +356,18 @@ class _PythonReader:
         file.direct = False
         self.refused = True
 
+    def _refuse_inherited(self) -> None:
+        if self.inherited:
+            raise ValueError("the reader was opened by a process that this one is a fork of")
+
     def _file(self, file: int) -> _File:
+        self._refuse_inherited()
         if not 0 <= file < len(self._files):
             raise ValueError(f"file {file} is not one of the reader's {len(self._files)} files")
         return self._files[file]
 
     def _request(self, ticket: int) -> _Request:
+        self._refuse_inherited()
         if self._closed:
             raise ValueError("the reader is closed")
         if ticket not in self._tickets:
