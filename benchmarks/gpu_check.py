@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_check.py [STAGE ...] [--seconds 570] [--out FOLDER] [--rehearse]
 
-Stages: build, tests, sanitizer, tune, kernels, pager, engine-thl, engine-inl, engine-gemma, reference. Without names
-those are run that have no finished result of these sources on this card; `all` runs every one. Each has a time limit,
-and a call ends within --seconds: stages that do not fit are left for the next call. What a stage measured is merged
+Stages: build, tests, sanitizer, tune, kernels, pager, engine-thl, engine-inl, engine-gemma, engine-gemma4,
+engine-hrm-text, reference. Without names those are run that have no finished result of these sources on this card;
+`all` runs every one. Each has a time limit, and a call ends within --seconds: stages that do not fit are left for the
+next call. What a stage measured is merged
 into benchmarks/results/gpu-CARD.json and .md at once; a stage that fails or runs out of time is a row there, and the
 others go on. Exit code 0: all that was asked for is there and no target is missed; else 1.
 
@@ -76,9 +77,17 @@ STAGES = {
     "engine-thl": Stage(540, 150),
     "engine-inl": Stage(540, 150),
     "engine-gemma": Stage(540, 150),
+    "engine-gemma4": Stage(540, 150),
+    "engine-hrm-text": Stage(540, 150),
     "reference": Stage(300, 60),
 }
-MODELS = {"engine-thl": "thl-7b", "engine-inl": "inl-5b", "engine-gemma": "gemma-e4b"}
+MODELS = {
+    "engine-thl": "thl-7b",
+    "engine-inl": "inl-5b",
+    "engine-gemma": "gemma-e4b",
+    "engine-gemma4": "gemma4-e4b",
+    "engine-hrm-text": "hrm-text-1b",
+}
 
 
 class Check:

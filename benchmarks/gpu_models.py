@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from thl_engine.config import PRESETS
+
 SPARSE_LAYERS, LAYERS = 10, 35  # of Gemma-3n E4B
 
 
@@ -77,6 +79,8 @@ MODELS = {
         {"context": 4096},
         64,
     ),
+    "hrm-text-1b": Model("hrm_text", PRESETS["hrm_text-1b"].to_dict(), {"context": 512}, 64),
+    "gemma4-e4b": Model("gemma4", PRESETS["gemma4-e4b"].to_dict(), {"context": 4096}, 64),
 }
 TINY_THL = _thl(48, vocab_size=97, memory_slots=16, num_heads=2, head_dim=8, local_window=4, query_dim=8)
 TINY = {
@@ -114,6 +118,41 @@ TINY = {
             sliding_window=16,
             max_position_embeddings=128,
         ),
+        {"context": 64},
+        4,
+    ),
+    "hrm-text-1b": Model(
+        "hrm_text",
+        {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_layers_per_stack": 1,
+            "num_attention_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 64,
+        },
+        {"context": 64},
+        4,
+    ),
+    "gemma4-e4b": Model(
+        "gemma4",
+        {
+            "vocab_size": 97,
+            "vocab_size_per_layer_input": 97,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 2,
+            "sliding_window": 16,
+            "max_position_embeddings": 128,
+        },
         {"context": 64},
         4,
     ),
