@@ -110,7 +110,7 @@ def test_commands_on_a_fresh_model(base, tmp_path, succeeds, fails, monkeypatch)
     stats = json.loads(succeeds(*run, "--state", "context", "--max-cycles", 2))["stats"]
     assert stats["cycles_per_token"] == 2
     line = fails("run", "--model", base, "--mode", "math", "--prompt", "a")
-    assert "no such option; these have: hrm, hrm_gemma3n" in line
+    assert "no such option; these have: hrm, hrm_text, hrm_gemma3n" in line
     assert "max_cycles is 0" in fails(*run, "--max-cycles", 0)
     assert "not an empty folder" in fails(*argv, "fresh")
     assert "not thl" in fails("init", "--base", base, "--model-type", "thl", "other")

@@ -51,6 +51,8 @@ MODELS = {
     "him": {"vocab_size": 40, "embed_dim": 64, "num_heads": 4, "num_encoder_layers": 3, "dim_feedforward": 48,
             "max_answer_len": 8, "max_seq_len": 64, "mem_slots": 4, "mem_rank": 8, "reasoning_tokens": 6},
     "hrm": {"vocab_size": 40, "hidden_size": 32, "num_heads": 2, "L_layers": 2, "H_layers": 1, "halt_max_steps": 3},
+    "hrm_text": {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_layers_per_stack": 1,
+                 "num_attention_heads": 2, "head_dim": 16, "max_position_embeddings": 96},
     "gemma3n": GEMMA,
     "gemma4": GEMMA4,
     "hrm_gemma3n": {**GEMMA, "hrm": {"L_size": 16, "H_size": 24, "cycles": 2, "L_steps": 3, "L_threshold": 0.0,

@@ -170,6 +170,6 @@ def test_options_that_cannot_work(model, change, words, options):
 
 
 def test_a_model_without_an_objective_is_told(options):
-    with pytest.raises(ConfigError, match="cannot be trained; these can: thl, inl, hrm, him"):
+    with pytest.raises(ConfigError, match="cannot be trained; these can: thl, inl, hrm, hrm_text, him"):
         objective_of("abacus")
     assert set(OBJECTIVES) <= set(CONFIGS)

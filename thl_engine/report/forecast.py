@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,9 @@ from thl_engine.paging.plan import Plan
 from thl_engine.paging.prediction import LONGEST_STRETCH, Bandwidths
 from thl_engine.paging.transfer import link_bandwidth
 from thl_engine.report.bandwidth import disk_bandwidth, largest_matrix, product_bandwidth
-from thl_engine.report.rehearsal import Rehearsed, rehearse
+
+if TYPE_CHECKING:
+    from thl_engine.report.rehearsal import Rehearsed
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def forecast(
     elif device.type == "cuda":
         rates = replace(rates, memory=product_bandwidth(ops, device, largest_matrix(store), batch))
     else:
+        from thl_engine.report.rehearsal import rehearse  # an engine, which plans at given rates do without
+
         seen = rehearse(store, plan, options, steps, walking)
         return Forecast(seen_plan(plan, rates, store, schedule, seen, options, states, steps), ops.name, device, False)
     work = pass_work(store, batch, states, steps.start)
@@ -94,7 +98,7 @@ def seen_plan(
     rates: Bandwidths,
     store: Store,
     schedule: PageSchedule,
-    seen: Rehearsed,
+    seen: "Rehearsed",
     options: EngineOptions,
     states: Mapping[str, Any],
     steps: range,
