@@ -22,7 +22,7 @@ from thl_engine import Engine
 from thl_engine.cli import main, options, progress, run_main
 from thl_engine.engine.engine import Piece
 from thl_engine.ops import native
-from thl_engine.report import bandwidth, forecast
+from thl_engine.report import bandwidth, forecast, rehearsal
 
 BYTES = replace(SMALL, vocab_size=300)  # enough for the byte tokenizer
 
@@ -379,8 +379,8 @@ def test_plan(packed, succeeds, fails, monkeypatch):
         raise AssertionError("measured what was given")
 
     with monkeypatch.context() as patch:
-        for name in ("disk_bandwidth", "product_bandwidth", "rehearse"):
-            patch.setattr(forecast, name, unwanted)
+        for module, name in ((forecast, "disk_bandwidth"), (forecast, "product_bandwidth"), (rehearsal, "rehearse")):
+            patch.setattr(module, name, unwanted)
         given = ["plan", packed, "--disk-bandwidth", 2, "--memory-bandwidth", 20]
         found = json.loads(succeeds(*given, "--memory-budget", "1GiB", "--json"))
         assert found["disk_bandwidth"] == 2e9 and found["streamed_pages"] == 0 and found["limited_by"] == "memory"
