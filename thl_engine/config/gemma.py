@@ -1,5 +1,6 @@
 """What the configurations of Gemma-3n and Gemma 4 have in common: windows, and keys and values that layers share."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True)
-class GemmaConfig(Config):
+class GemmaConfig(Config, ABC):
     """The fields that both have, and what is asked of a layer."""
 
     layers: ClassVar[tuple[str, ...]] = ("num_hidden_layers",)
@@ -87,9 +88,9 @@ class GemmaConfig(Config):
         """Positions that layer `i` sees, None for all."""
         return self.sliding_window if self.layer_types[i] == SLIDING else None
 
+    @abstractmethod
     def heads(self, i: int) -> tuple[int, int]:
         """Of layer `i`: the key/value heads, and the features of a head."""
-        raise NotImplementedError
 
     def rotation(self, i: int) -> tuple[float, float]:
         """Of layer `i`: the base of the rotary frequencies, and the share of a head's features that is rotated."""

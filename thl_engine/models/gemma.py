@@ -18,7 +18,7 @@ from thl_engine.config import GemmaConfig
 from thl_engine.errors import ConfigError
 from thl_engine.models import kv_cache as kv_caches
 from thl_engine.models.cached_state import CachedState, restored
-from thl_engine.models.contract import Ops, Record, Weights
+from thl_engine.models.contract import Architecture, Ops, Record, Weights
 from thl_engine.models.kv_cache import KVCache, Layer
 from thl_engine.ops.cached_attention import bucket
 from thl_engine.schedule import Block, Walk
@@ -169,14 +169,8 @@ def init_state(
     context: positions that a sequence may grow to, max_position_embeddings unless given. kv_cache: "float32", or
     "int8" with a scale for each row. Raises ConfigError.
     """
-    c, context = config, config.max_position_embeddings if context is None else context
-    if kv_cache not in kv_caches.FORMATS:
-        raise ConfigError(f"kv_cache is {kv_cache!r}; it must be one of {', '.join(kv_caches.FORMATS)}")
-    if isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= c.max_position_embeddings:
-        raise ConfigError(
-            f"context is {context!r}; it must be a whole number from 1 to max_position_embeddings "
-            f"({c.max_position_embeddings})"
-        )
+    c = config
+    context = kv_caches.checked_context(context, "max_position_embeddings", c.max_position_embeddings, kv_cache)
     layers = tuple(i for i in range(c.num_hidden_layers) if c.kv_source(i) == i)
     heads, widths = zip(*(c.heads(i) for i in layers), strict=True)
     cache = kv_caches.empty([c.window(i) for i in layers], batch_size, heads, widths, context, device, kv_cache)
@@ -281,6 +275,33 @@ class Decoder(Generic[C]):
     end: Callable[[C, Weights, Ops, Tensor], Tensor]
     alive: Callable[[C], tuple[int, int]]
     traced: str
+
+    def architecture(self, model_type: str) -> Architecture[C, State]:
+        """The model that is made so."""
+        return Architecture(
+            model_type=model_type,
+            blocks=self.blocks,
+            initial=initial,
+            aliases=aliases,
+            stored_name=stored_name,
+            walk=self.walk,
+            head=head,
+            workspace=self.workspace,
+            traffic=traffic,
+            attended=attended,
+            init_state=init_state,
+            state_from_dict=state_from_dict,
+            state_options=("context", "kv_cache"),
+            check_room=check_room,
+            longest=longest,
+            chunk=chunk,
+            advance=self.advance,
+            logits=logits,
+            forward=self.forward,
+            forward_walk=self.forward_walk,
+            forward_bytes=self.forward_bytes,
+            graph_key=graph_key,
+        )
 
     def walk(self, config: C) -> Walk:
         """Matrices read by one pass, however many tokens it takes."""

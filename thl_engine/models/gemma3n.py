@@ -3,6 +3,7 @@
 Notation as in gemma.py, and n AltUp streams X_j [B, T, D] of which stream a is computed.
 """
 
+from dataclasses import replace
 from statistics import NormalDist
 
 import torch
@@ -136,28 +137,4 @@ def _alive(c: Gemma3nConfig) -> tuple[int, int]:
 
 
 DECODER = gemma.Decoder(blocks, expand, layer, collapse, _alive, "altup_state")
-ARCHITECTURE: Architecture[Gemma3nConfig, State] = Architecture(
-    model_type="gemma3n",
-    blocks=blocks,
-    initial=gemma.initial,
-    aliases=gemma.aliases,
-    stored_name=gemma.stored_name,
-    walk=DECODER.walk,
-    head=gemma.head,
-    touched=touched,
-    workspace=DECODER.workspace,
-    traffic=gemma.traffic,
-    attended=gemma.attended,
-    init_state=gemma.init_state,
-    state_from_dict=gemma.state_from_dict,
-    state_options=("context", "kv_cache"),
-    check_room=gemma.check_room,
-    longest=gemma.longest,
-    chunk=gemma.chunk,
-    advance=DECODER.advance,
-    logits=gemma.logits,
-    forward=DECODER.forward,
-    forward_walk=DECODER.forward_walk,
-    forward_bytes=DECODER.forward_bytes,
-    graph_key=gemma.graph_key,
-)
+ARCHITECTURE: Architecture[Gemma3nConfig, State] = replace(DECODER.architecture("gemma3n"), touched=touched)

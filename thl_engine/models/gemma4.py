@@ -77,27 +77,4 @@ def _one_stream(c: Gemma4Config, weights: Weights, ops: Ops, x: Tensor) -> Tenso
 
 
 DECODER = gemma.Decoder(blocks, _one_stream, layer, _one_stream, lambda config: (8, 4), "hidden")
-ARCHITECTURE: Architecture[Gemma4Config, State] = Architecture(
-    model_type="gemma4",
-    blocks=blocks,
-    initial=gemma.initial,
-    aliases=gemma.aliases,
-    stored_name=gemma.stored_name,
-    walk=DECODER.walk,
-    head=gemma.head,
-    workspace=DECODER.workspace,
-    traffic=gemma.traffic,
-    attended=gemma.attended,
-    init_state=gemma.init_state,
-    state_from_dict=gemma.state_from_dict,
-    state_options=("context", "kv_cache"),
-    check_room=gemma.check_room,
-    longest=gemma.longest,
-    chunk=gemma.chunk,
-    advance=DECODER.advance,
-    logits=gemma.logits,
-    forward=DECODER.forward,
-    forward_walk=DECODER.forward_walk,
-    forward_bytes=DECODER.forward_bytes,
-    graph_key=gemma.graph_key,
-)
+ARCHITECTURE: Architecture[Gemma4Config, State] = DECODER.architecture("gemma4")
